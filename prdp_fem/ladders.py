@@ -1,0 +1,213 @@
+"""What the levels of a refinement mean: ladders of solver settings, from coarse to fine.
+
+A *setting* is anything with the three attributes of :class:`Setting`; a *ladder* is any sequence of settings. Level 0 is
+the coarsest. This module is pure Python: it knows neither PETSc nor Firedrake.
+"""
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Protocol, runtime_checkable
+
+__all__ = ["Setting", "Iterations", "Tolerance", "IterationLadder", "ToleranceLadder"]
+
+
+@runtime_checkable
+class Setting(Protocol):
+    """What is put on a Krylov solver.
+
+    Attributes
+    ----------
+    rtol : float
+        Stop when the residual norm is below ``rtol`` times the norm of the right-hand side.
+    max_it : int
+        Stop after so many iterations.
+    budget : bool
+        Whether using up ``max_it`` iterations is success (a budget of iterations) or failure (a cap on the way to
+        a tolerance).
+    """
+
+    @property
+    def rtol(self) -> float: ...
+
+    @property
+    def max_it(self) -> int: ...
+
+    @property
+    def budget(self) -> bool: ...
+
+
+def _count(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
+    return int(value)
+
+
+def _fraction(name: str, value, *, allow_zero: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, found {value!r}")
+    if not (0 < value < 1 or (allow_zero and value == 0)):
+        raise ValueError(f"{name} must lie in {'[0' if allow_zero else '(0'}, 1), found {value!r}")
+    return float(value)
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """Exactly so many iterations, unless the residual falls below a floor earlier.
+
+    Parameters
+    ----------
+    iterations : int
+        The number of Krylov iterations, at least 1.
+    rtol_floor : float
+        Relative residual below which further iterations would only stir rounding errors.
+    """
+
+    iterations: int
+    rtol_floor: float = 1e-12
+
+    def __post_init__(self):
+        _count("iterations", self.iterations)
+        _fraction("rtol_floor", self.rtol_floor, allow_zero=True)
+
+    @property
+    def rtol(self) -> float:
+        return self.rtol_floor
+
+    @property
+    def max_it(self) -> int:
+        return self.iterations
+
+    @property
+    def budget(self) -> bool:
+        return True
+
+    def __str__(self) -> str:
+        return f"{self.iterations} iteration{'s' if self.iterations > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """As many iterations as a relative residual needs; it is an error when ``max_it`` of them do not reach it.
+
+    Parameters
+    ----------
+    rtol : float
+        Residual norm relative to the norm of the right-hand side, in (0, 1).
+    max_it : int
+        The most iterations that may be spent.
+    """
+
+    rtol: float
+    max_it: int = 10_000
+
+    def __post_init__(self):
+        _fraction("rtol", self.rtol)
+        _count("max_it", self.max_it)
+
+    @property
+    def budget(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return f"relative tolerance {self.rtol:g}"
+
+
+class IterationLadder(Sequence):
+    """Iteration counts ``start, start + step, …`` up to and including ``stop``.
+
+    Parameters
+    ----------
+    start : int
+        Iterations at level 0, at least 1.
+    step : int
+        Iterations that each level adds, at least 1.
+    stop : int or None
+        No level has more iterations than this; None for a ladder without an end (its ``len`` is then the largest that
+        Python can express).
+    rtol_floor : float
+        See :class:`Iterations`.
+
+    Examples
+    --------
+    >>> ladder = IterationLadder(start=1, step=2, stop=8)
+    >>> [setting.iterations for setting in ladder]
+    [1, 3, 5, 7]
+    """
+
+    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, rtol_floor: float = 1e-12):
+        self.start, self.step = _count("start", start), _count("step", step)
+        self.stop = None if stop is None else _count("stop", stop)
+        self.rtol_floor = _fraction("rtol_floor", rtol_floor, allow_zero=True)
+        if self.stop is not None and self.start > self.stop:
+            raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
+        self._counts = range(self.start, sys.maxsize if self.stop is None else self.stop + 1, self.step)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, level):
+        counts = self._counts[level]
+        if isinstance(counts, range):
+            return [Iterations(count, self.rtol_floor) for count in counts]
+        return Iterations(counts, self.rtol_floor)
+
+    def __repr__(self) -> str:
+        floor = "" if self.rtol_floor == 1e-12 else f", rtol_floor={self.rtol_floor:g}"
+        return f"IterationLadder(start={self.start}, step={self.step}, stop={self.stop}{floor})"
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, IterationLadder):
+            return NotImplemented
+        return (self._counts, self.rtol_floor) == (other._counts, other.rtol_floor)
+
+    def __hash__(self) -> int:
+        return hash((self._counts, self.rtol_floor))
+
+
+class ToleranceLadder(Sequence):
+    """Relative tolerances ``start, start·factor, …`` down to and including ``stop``.
+
+    Parameters
+    ----------
+    start : float
+        Tolerance at level 0, in (0, 1). It is relative to the norm of the right-hand side, also where a solve starts
+        from a good guess.
+    factor : float
+        What each level multiplies the tolerance by, in (0, 1).
+    stop : float
+        No level has a tolerance below this.
+    max_it : int
+        The most iterations that any level may spend; needing more is an error.
+    """
+
+    def __init__(self, start: float = 1e-1, factor: float = 0.1, stop: float = 1e-10, max_it: int = 10_000):
+        self.start, self.factor = _fraction("start", start), _fraction("factor", factor)
+        self.stop, self.max_it = _fraction("stop", stop), _count("max_it", max_it)
+        if self.start < self.stop:
+            raise ValueError(f"start must not be below stop, found start={start} and stop={stop}: the ladder would be empty")
+        # Powers of the factor reach `stop` up to rounding: count them on a logarithmic scale, with room for it.
+        self._levels = range(1 + math.floor(math.log(self.stop/self.start)/math.log(self.factor) + 1e-9))
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __getitem__(self, level):
+        levels = self._levels[level]
+        if isinstance(levels, range):
+            return [self[index] for index in levels]
+        return Tolerance(max(self.start*self.factor**levels, self.stop), self.max_it)
+
+    def __repr__(self) -> str:
+        return f"ToleranceLadder(start={self.start:g}, factor={self.factor:g}, stop={self.stop:g}, max_it={self.max_it})"
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, ToleranceLadder):
+            return NotImplemented
+        return (self.start, self.factor, self.stop, self.max_it) == (other.start, other.factor, other.stop, other.max_it)
+
+    def __hash__(self) -> int:
+        return hash((self.start, self.factor, self.stop, self.max_it))

@@ -1,0 +1,584 @@
+"""A linear variational problem as a function of its inputs: solve, adjoint and tangent, at PETSc's level.
+
+The system A u = b of a problem a(u, v) = L(v) with Dirichlet rows folded out: with g the boundary values, continued by
+zero, u = g + w and A w = L - a(g, ·), where the rows and columns of A at boundary dofs are those of the identity. A solve
+starts from w = 0 (or from a guess), and so is a function of the inputs, whatever was solved before.
+
+What is constant is assembled once: the operator unless it depends on an input whose value changed, and for each input m
+that the right-hand side is affine in, the matrix B of b = B m + c. A solve then is B.mult, KSPSolve; its derivative is
+KSPSolveTranspose, B.multTranspose. The rest goes through assemblers built once.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import ufl
+from firedrake import (Cofunction, DirichletBC, Function, LinearVariationalProblem, SpatialCoordinate, TestFunction, TrialFunction,
+                       action, assemble, derivative)
+from firedrake.assemble import get_assembler
+from firedrake.matrix import MatrixBase
+from firedrake.petsc import PETSc
+from firedrake.slate.slate import TensorBase
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+from ufl.algorithms import expand_derivatives
+
+from prdp_fem import firedrake_internals
+from prdp_fem.inputs import Input, coefficients_of, local_values, set_local_values, vector_like
+from prdp_fem.krylov import Krylov, Statistics
+from prdp_fem.ladders import Setting
+
+__all__ = ["LinearForms", "LinearSystem", "Point"]
+
+
+@dataclass
+class Point:
+    """Where a solve is made, and where it is linearised.
+
+    Attributes
+    ----------
+    values : sequence of numpy.ndarray
+        Rank-local values of the inputs, in their order.
+    boundary : numpy.ndarray or None
+        Rank-local boundary values, zero elsewhere; None where all are zero on all ranks.
+    guess : numpy.ndarray or None
+        Where to start from; None for zero.
+    """
+
+    values: Sequence[np.ndarray]
+    boundary: np.ndarray | None = None
+    guess: np.ndarray | None = None
+
+
+class LinearForms:
+    """The forms of a linear problem taken apart, over copies of its coefficients.
+
+    Parameters
+    ----------
+    problem : LinearVariationalProblem
+        The user's.
+
+    Attributes
+    ----------
+    inputs : list of Input
+        All that the solution depends on, boundary values and the mesh apart.
+    problem : NonlinearVariationalProblem
+        The same problem over the copies, for Firedrake's solver.
+    a, L : ufl.Form
+        The two sides over the copies; ``L`` is None where it is empty. Neither contains the solution.
+    cofunctions : list of (Input, float)
+        The Cofunctions in the right-hand side, with their weights.
+    """
+
+    def __init__(self, problem: LinearVariationalProblem):
+        if not problem.is_linear:
+            raise TypeError("LinearVariationalSolver solves a LinearVariationalProblem (a == L), found a nonlinear one (F == 0): "
+                            "state it as LinearVariationalProblem(a, L, u, bcs)")
+        if isinstance(problem.J, (TensorBase, MatrixBase)) or not isinstance(problem.J, ufl.Form):
+            raise TypeError(f"the bilinear form must be a UFL form, found a {type(problem.J).__name__}: prdp_fem differentiates "
+                            "forms, and cannot look into assembled matrices or Slate tensors")
+        if problem.restrict:
+            raise ValueError("restrict=True is not needed here, and not supported: boundary rows are folded out of the system "
+                             "already; leave it away")
+        for condition in problem.bcs:
+            if not isinstance(condition, DirichletBC):
+                raise TypeError(f"boundary conditions must be DirichletBCs, found a {type(condition).__name__}: "
+                                "put other conditions into the forms")
+        form, cofunctions = _split_residual(problem.F)
+        right = _right_hand_side(form, problem)
+        mesh = problem.u.function_space().mesh().unique()
+        operator = coefficients_of(problem.J, problem.Jp)
+        if problem.u in operator:
+            raise TypeError(f"the bilinear form depends on the solution '{problem.u.name()}', so the problem is not linear: keep a lagged "
+                            "value in a Function of its own, or state a NonlinearVariationalProblem")
+        originals = coefficients_of(right, problem.J, problem.Jp)
+        originals += [cofunction for cofunction, _ in cofunctions if cofunction not in originals]
+        self.inputs = [Input(original, mesh) for original in originals]
+        mapping = {entry.original: entry.copy for entry in self.inputs}
+        for entry in self.inputs:
+            entry.in_operator = entry.original in operator
+        with stop_annotating():
+            self.solution = Function(problem.u.function_space(), name=problem.u.name())
+            self.problem = problem.rediscretise(u=self.solution, coefficient_mapping=mapping)
+            self.a = self.problem.J
+            self.L = None if right is None else ufl.replace(right, mapping)
+        self.cofunctions = [(self.inputs[originals.index(cofunction)], weight) for cofunction, weight in cofunctions]
+
+    def find(self, original) -> int:
+        """The place of a user's coefficient among the inputs.
+
+        Raises
+        ------
+        ValueError
+            Where the problem does not depend on it.
+        """
+        for index, entry in enumerate(self.inputs):
+            if entry.original is original:
+                return index
+        name = getattr(original, "name", None)
+        name = name() if callable(name) else name
+        known = ", ".join(f"{type(entry.original).__name__} '{entry.name}'" for entry in self.inputs) or "no coefficient at all"
+        raise ValueError(f"the problem does not depend on {type(original).__name__} '{name}'; it depends on {known}")
+
+    def copy_of(self, value):
+        """The copy that stands for a user's coefficient; any other object is its own."""
+        for entry in self.inputs:
+            if entry.original is value:
+                return entry.copy
+        return value
+
+
+def _split_residual(F) -> tuple[ufl.Form | None, list[tuple[Cofunction, float]]]:
+    """A residual as one form and the Cofunctions, with weights, that were subtracted from it."""
+    if isinstance(F, ufl.Form):
+        return F, []
+    form, cofunctions = None, []
+    components = zip(F.components(), F.weights()) if isinstance(F, ufl.FormSum) else [(F, 1)]
+    for component, weight in components:
+        if isinstance(component, ufl.Form):
+            component = component if weight == 1 else weight*component
+            form = component if form is None else form + component
+        elif isinstance(component, Cofunction):
+            cofunctions.append((component, -float(weight)))
+        else:
+            raise TypeError(f"the right-hand side must be made of UFL forms and Cofunctions, found a {type(component).__name__}: "
+                            "assemble it into a Cofunction first")
+    return form, cofunctions
+
+
+def _right_hand_side(residual: ufl.Form | None, problem) -> ufl.Form | None:
+    """L of the residual a(u, ·) - L: what is left when the integrals of the action of a are taken away."""
+    remaining = [] if residual is None else list(residual.integrals())
+    identities = [_identity(integral) for integral in remaining]
+    for integral in action(problem.J, problem.u).integrals():
+        try:
+            place = identities.index(_identity(integral))
+        except ValueError:
+            raise TypeError("the residual of the problem is not a(u, v) - L(v) with its bilinear form a: state the problem as "
+                            "LinearVariationalProblem(a, L, u, bcs)") from None
+        del identities[place], remaining[place]
+    return -1*ufl.Form(remaining) if remaining else None
+
+
+def _identity(integral) -> tuple:
+    """Equal for integrals that are equal up to the names of their summation indices."""
+    form = ufl.Form([integral])
+    return form.signature(), form.coefficients(), tuple(coefficients_of(form))
+
+
+class LinearSystem:
+    """The solve of a linear problem, and its derivatives, as functions of the inputs.
+
+    Parameters
+    ----------
+    forms : LinearForms
+    solver : firedrake.NonlinearVariationalSolver
+        Made for ``forms.problem``: its KSP, options, nullspaces and operators are used.
+    """
+
+    def __init__(self, forms: LinearForms, solver):
+        self.forms = forms
+        self.inputs = forms.inputs
+        self.size = local_values(forms.solution).size
+        self.statistics = Statistics()
+        self._solver = solver
+        self._space = forms.solution.function_space()
+        self._comm = self._space.mesh().comm
+        self._conditions = tuple(forms.problem.bcs)
+        self._operator_is_current = False
+        self._mesh_versions: tuple[int, ...] | None = None
+        self.meshes = list(ufl.domain.extract_domains(forms.a))
+        ksp = solver.snes.getKSP()
+        ksp.setOperators(*firedrake_internals.operators(solver))
+        self.krylov = Krylov(ksp, self._make_transposed_ksp)
+        with stop_annotating():
+            self._lifting = Function(self._space)
+            self._multiplier = Function(self._space)
+            self._form_values = Cofunction(self._space.dual())
+        self._rhs, self._work, self._zero = (vector_like(forms.solution) for _ in range(3))
+        self._point = Point(())
+        self._affine: dict[int, _AffineTerm] = {}
+        self._rest: ufl.Form | None = forms.L
+        self._split_off_affine_terms()
+        self._rest_assembler = None if self._rest is None else self._assembler(self._rest)
+        self._rest_inputs = set() if self._rest is None else self._indices(coefficients_of(self._rest))
+        self._rest_values: PETSc.Vec | None = None
+        self._cotangent_assemblers: dict[int, tuple] = {}
+
+    # What is asked once
+
+    def _indices(self, copies) -> set[int]:
+        return {index for index, entry in enumerate(self.inputs) if any(entry.copy is copy for copy in copies)}
+
+    def _split_off_affine_terms(self) -> None:
+        """Find the inputs that b depends on by a matrix, and take their terms out of the form to be assembled."""
+        if self._rest is None:
+            return
+        for index, entry in enumerate(self.inputs):
+            copy = entry.copy
+            if entry.in_operator or entry.is_real or not isinstance(copy, Function) or copy not in self._rest.coefficients():
+                continue
+            part = expand_derivatives(derivative(self._rest, copy, TrialFunction(copy.function_space())))
+            if part.empty() or part.coefficients() or len(part.arguments()) != 2:
+                continue
+            self._affine[index] = _AffineTerm(part, self._indices(coefficients_of(part)))
+            rest = expand_derivatives(ufl.replace(self._rest, {copy: ufl.zero(copy.ufl_shape)}))
+            self._rest = None if rest.empty() else rest
+            if self._rest is None:
+                return
+
+    def _assembler(self, form):
+        return get_assembler(form, bcs=[bc.reconstruct(g=0) for bc in self._conditions], zero_bc_nodes=True,
+                             form_compiler_parameters=self.forms.problem.form_compiler_parameters)
+
+    @cached_property
+    def boundary_dofs(self) -> np.ndarray:
+        """Rank-local indices, among the dofs this rank owns, of those with Dirichlet values."""
+        with stop_annotating():
+            mask = Function(self._space)
+            for part in mask.dat:
+                part.data_wo[...] = 1.0
+            for condition in self._conditions:
+                condition.zero(mask)
+        return np.flatnonzero(local_values(mask) == 0.0)
+
+    def _make_transposed_ksp(self) -> PETSc.KSP:
+        """A KSP of the same options on the transposed matrices, for preconditioners without a transpose."""
+        forward = self.krylov.ksp
+        A, P = forward.getOperators()
+        AT = A.transpose(PETSc.Mat())
+        PT = AT if P.handle == A.handle else P.transpose(PETSc.Mat())
+        AT.setNullSpace(A.getTransposeNullSpace()), AT.setTransposeNullSpace(A.getNullSpace())
+        ksp = PETSc.KSP().create(comm=A.comm)
+        ksp.setOptionsPrefix(forward.getOptionsPrefix())
+        ksp.setOperators(AT, PT)
+        with firedrake_internals.solver_context(self._solver):
+            ksp.setFromOptions()
+            ksp.setUp()
+        return ksp
+
+    # What is done at each solve
+
+    def values(self) -> list[np.ndarray]:
+        """Rank-local values of the user's coefficients as they are now."""
+        return [local_values(entry.original) for entry in self.inputs]
+
+    def boundary_values(self, conditions) -> np.ndarray | None:
+        """Rank-local values of boundary conditions, zero elsewhere; None where they are zero on all ranks."""
+        if all(isinstance(condition.function_arg, ufl.classes.Zero) for condition in conditions):
+            return None
+        with stop_annotating():
+            self._lifting.assign(0)
+            for condition in conditions:
+                condition.apply(self._lifting)
+        with self._lifting.dat.vec_ro as vector:
+            if vector.norm(PETSc.NormType.NORM_INFINITY) == 0:
+                return None
+        return local_values(self._lifting)
+
+    def _move_to(self, point: Point) -> None:
+        """Bring all that is assembled up to date with the inputs of a point."""
+        self._point = point
+        changed = {index for index, (entry, values) in enumerate(zip(self.inputs, point.values))
+                   if index not in self._affine and entry.write(values)}
+        if self._comm.size > 1 and any(entry.in_operator and not entry.is_real for entry in self.inputs):
+            # A field may have changed on some ranks only: assembly is collective.
+            flags = np.array([index in changed for index in range(len(self.inputs))], dtype=np.intc)
+            self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
+            changed = set(np.flatnonzero(flags))
+        versions = tuple(mesh.coordinates.dat.dat_version for mesh in self.meshes)
+        moved = versions != self._mesh_versions
+        if moved or any(self.inputs[index].in_operator for index in changed):
+            self._operator_is_current = False
+        if moved or self._rest_inputs & changed:
+            self._rest_values = None
+        for term in self._affine.values():
+            if moved or term.parameters & changed:
+                term.forget()
+        self._mesh_versions = versions
+        if not self._operator_is_current:
+            # The operator does not depend on the solution: any state serves.
+            firedrake_internals.assemble_operators(self._solver, self._zero)
+            with firedrake_internals.solver_context(self._solver):
+                self.krylov.ksp.setUp()
+            self.krylov.operator_changed()
+            self.statistics.assemblies += 1
+            self._operator_is_current = True
+
+    def invalidate(self) -> None:
+        """Have everything assembled again at the next solve."""
+        self._mesh_versions = None
+
+    def _assemble_rhs(self, point: Point) -> PETSc.Vec:
+        b = self._rhs
+        b.set(0.0)
+        for index, term in self._affine.items():
+            term.add_product(self.inputs[index], point.values[index], b, self.boundary_dofs)
+        if self._rest is not None:
+            if self._rest_values is None:
+                self._rest_assembler.assemble(tensor=self._form_values)
+                self._rest_values = self._work.duplicate()
+                with self._form_values.dat.vec_ro as vector:
+                    vector.copy(self._rest_values)
+            b.axpy(1.0, self._rest_values)
+        for entry, weight in self.forms.cofunctions:
+            b.array_w[:] += weight*point.values[self.inputs.index(entry)]
+        if self.forms.cofunctions:
+            b.array_w[self.boundary_dofs] = 0.0
+        if point.boundary is not None:
+            set_local_values(self._lifting, point.boundary)
+            self._lift_assembler.assemble(tensor=self._form_values)
+            with self._form_values.dat.vec_ro as vector:
+                b.axpy(-1.0, vector)
+        return b
+
+    @cached_property
+    def _lift_assembler(self):
+        return self._assembler(action(self.forms.a, self._lifting))
+
+    def solve(self, point: Point, setting: Setting | None, solution: np.ndarray) -> None:
+        """Solve at a point.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+            How far the KSP goes; None for what its options say.
+        solution : numpy.ndarray
+            Rank-local dofs, written to.
+        """
+        with self.statistics.timed("forward"), _FORWARD:
+            self._move_to(point)
+            b = self._assemble_rhs(point)
+            w = self._work
+            if point.guess is not None:
+                w.array_w[:] = point.guess
+                w.array_w[self.boundary_dofs] = 0.0
+            iterations = self.krylov.solve(b, w, setting, guess=point.guess is not None)
+            solution[:] = w.array_r
+            if point.boundary is not None:
+                solution += point.boundary
+        self.statistics.solves += 1
+        self.statistics.forward_iterations += iterations
+
+    def solve_adjoint(self, point: Point, setting: Setting | None, cotangent: np.ndarray) -> None:
+        """Solve Aᵀ λ = ∂J/∂u at a point; derivatives by the inputs can then be taken.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+        cotangent : numpy.ndarray
+            Rank-local ∂J/∂u. Its boundary entries are left out of the system: a truncated iteration would see them.
+        """
+        with self.statistics.timed("adjoint"), _ADJOINT:
+            self._move_to(point)
+            self._rhs.array_w[:] = cotangent
+            self._rhs.array_w[self.boundary_dofs] = 0.0
+            iterations = self.krylov.solve_transposed(self._rhs, self._work, setting)
+        self.statistics.adjoint_solves += 1
+        self.statistics.adjoint_iterations += iterations
+
+    def derivative(self, index: int, solution: np.ndarray, out: np.ndarray) -> None:
+        """The derivative of J by an input, after :meth:`solve_adjoint` at the same point.
+
+        Parameters
+        ----------
+        index : int
+            Which input.
+        solution : numpy.ndarray
+            What :meth:`solve` gave at the point.
+        out : numpy.ndarray
+            Rank-local, written to: -(∂F/∂m)ᵀ λ, by dofs (no mass matrix in between). For a Constant or a Real space the sum
+            over all ranks, on every rank.
+        """
+        with self.statistics.timed("adjoint"), _ADJOINT:
+            if index in self._affine:
+                self._affine[index].transposed_product(self.inputs[index], self._work, out, self.boundary_dofs)
+                return
+            out[:] = 0.0
+            if self._depends_by_form(index):
+                out += self._assembled_derivative(index, self._cotangent_form(index), solution)
+            for entry, weight in self.forms.cofunctions:
+                if entry is self.inputs[index]:
+                    out += weight*self._work.array_r
+
+    def boundary_derivative(self, solution: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
+        """The derivative of J by the boundary values, after :meth:`solve_adjoint`: zero except at boundary dofs."""
+        out = np.zeros_like(cotangent)
+        dofs = self.boundary_dofs
+        with self.statistics.timed("adjoint"), _ADJOINT:
+            lifted = self._assembled_derivative("boundary", lambda: derivative(self._weighted_residual, self.forms.solution), solution)
+            out[dofs] = cotangent[dofs] + lifted[dofs]
+        return out
+
+    def mesh_derivative(self, mesh, solution: np.ndarray) -> Cofunction:
+        """The derivative of J by the coordinates of the mesh, after :meth:`solve_adjoint`."""
+        direction = TestFunction(mesh.coordinates.function_space())
+        with self.statistics.timed("adjoint"), _ADJOINT, stop_annotating():
+            self._set_residual_weights(solution)
+            return assemble(derivative(self._weighted_residual, SpatialCoordinate(mesh), direction))
+
+    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, tangents: dict[int, np.ndarray],
+                      meshes: dict, boundary: np.ndarray | None, out: np.ndarray) -> None:
+        """The tangent linear solve: the derivative of the solution in a direction of the inputs.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+        solution : numpy.ndarray
+            What :meth:`solve` gave at the point.
+        tangents : dict of int to numpy.ndarray
+            Rank-local directions by inputs.
+        meshes : dict of MeshGeometry to Function
+            Directions of mesh coordinates.
+        boundary : numpy.ndarray or None
+            The direction of the boundary values, zero elsewhere.
+        out : numpy.ndarray
+            Rank-local, written to.
+        """
+        with self.statistics.timed("tangent"), _TANGENT:
+            self._move_to(point)
+            b = self._rhs
+            b.set(0.0)
+            for index, tangent in tangents.items():
+                if index in self._affine:
+                    self._affine[index].add_product(self.inputs[index], tangent, b, self.boundary_dofs)
+                elif self._depends_by_form(index):
+                    b.array_w[:] += self._assembled_tangent(index, tangent, solution)
+                for entry, weight in self.forms.cofunctions:
+                    if entry is self.inputs[index]:
+                        b.array_w[:] += weight*tangent
+            for mesh, tangent in meshes.items():
+                self._set_residual_weights(solution)
+                assemble(derivative(-1*self._residual, SpatialCoordinate(mesh), tangent), tensor=self._form_values)
+                b.array_w[:] += local_values(self._form_values)
+            b.array_w[self.boundary_dofs] = 0.0
+            if boundary is not None:
+                set_local_values(self._lifting, boundary)
+                self._lift_assembler.assemble(tensor=self._form_values)
+                with self._form_values.dat.vec_ro as vector:
+                    b.axpy(-1.0, vector)
+            iterations = self.krylov.solve(b, self._work, setting)
+            out[:] = self._work.array_r
+            if boundary is not None:
+                out += boundary
+        self.statistics.tangent_solves += 1
+        self.statistics.tangent_iterations += iterations
+
+    # Derivatives that are assembled
+
+    @cached_property
+    def _residual(self) -> ufl.Form:
+        """F = a(u, ·) - L over the copies, Cofunctions left out."""
+        F = action(self.forms.a, self.forms.solution)
+        return F if self.forms.L is None else F - self.forms.L
+
+    @cached_property
+    def _weighted_residual(self) -> ufl.Form:
+        """-F(λ), a number."""
+        return -1*action(self._residual, self._multiplier)
+
+    def _depends_by_form(self, index: int) -> bool:
+        return any(self.inputs[index].copy is copy for copy in self._residual_coefficients)
+
+    @cached_property
+    def _residual_coefficients(self) -> list:
+        return coefficients_of(self._residual)
+
+    def _in_variable(self, index: int, form: ufl.Form) -> ufl.Form:
+        entry = self.inputs[index]
+        return form if entry.variable is entry.copy else ufl.replace(form, {entry.copy: entry.variable})
+
+    def _cotangent_form(self, index: int):
+        return lambda: derivative(self._in_variable(index, self._weighted_residual), self.inputs[index].variable)
+
+    def _set_residual_weights(self, solution: np.ndarray) -> None:
+        for index in self._affine:
+            # Solves read these from the point; forms read the copies.
+            self.inputs[index].write(self._point.values[index])
+        set_local_values(self.forms.solution, solution)
+        set_local_values(self._multiplier, self._work.array_r)
+
+    def _assembled_derivative(self, key, make_form, solution: np.ndarray) -> np.ndarray:
+        """Assemble a derivative of the weighted residual, by an assembler that is built at its first use."""
+        if key not in self._cotangent_assemblers:
+            form = expand_derivatives(make_form())
+            if form.empty():
+                self._cotangent_assemblers[key] = (None, None)
+            else:
+                assembler = get_assembler(form, form_compiler_parameters=self.forms.problem.form_compiler_parameters)
+                self._cotangent_assemblers[key] = assembler, assembler.allocate()
+        assembler, tensor = self._cotangent_assemblers[key]
+        if assembler is None:
+            return np.zeros(1)
+        self._set_residual_weights(solution)
+        assembler.assemble(tensor=tensor)
+        return local_values(tensor)
+
+    def _assembled_tangent(self, index: int, tangent: np.ndarray, solution: np.ndarray) -> np.ndarray:
+        key = ("tangent", index)
+        if key not in self._cotangent_assemblers:
+            entry = self.inputs[index]
+            with stop_annotating():
+                direction = Function(entry.variable.function_space())
+            form = expand_derivatives(derivative(self._in_variable(index, -1*self._residual), entry.variable, direction))
+            self._cotangent_assemblers[key] = (None if form.empty() else self._assembler(form)), direction
+        assembler, direction = self._cotangent_assemblers[key]
+        if assembler is None:
+            return np.zeros(1)
+        self._set_residual_weights(solution)
+        set_local_values(direction, tangent)
+        assembler.assemble(tensor=self._form_values)
+        return local_values(self._form_values)
+
+
+class _AffineTerm:
+    """B of b = B m + c, assembled when it is first needed and when what it depends on changed.
+
+    Parameters
+    ----------
+    form : ufl.Form
+        The bilinear form of B, without Functions in it.
+    parameters : set of int
+        The inputs, all of them Constants, that B depends on.
+    """
+
+    def __init__(self, form: ufl.Form, parameters: set[int]):
+        self.form, self.parameters = form, parameters
+        self._matrix: PETSc.Mat | None = None
+        self._vector: PETSc.Vec | None = None
+
+    def forget(self) -> None:
+        self._matrix = None
+
+    def _prepared(self, entry: Input, boundary_dofs: np.ndarray) -> tuple[PETSc.Mat, PETSc.Vec]:
+        if self._matrix is None:
+            with stop_annotating():
+                self._matrix = assemble(self.form, mat_type="aij").petscmat
+            rows = boundary_dofs + self._matrix.getOwnershipRange()[0]
+            self._matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
+            if self._vector is None:
+                self._vector = vector_like(entry.copy)
+        return self._matrix, self._vector
+
+    def add_product(self, entry: Input, values: np.ndarray, b: PETSc.Vec, boundary_dofs: np.ndarray) -> None:
+        """b += B m."""
+        matrix, vector = self._prepared(entry, boundary_dofs)
+        vector.placeArray(values)
+        matrix.multAdd(vector, b, b)
+        vector.resetArray()
+
+    def transposed_product(self, entry: Input, multiplier: PETSc.Vec, out: np.ndarray, boundary_dofs: np.ndarray) -> None:
+        """out = Bᵀ λ."""
+        matrix, vector = self._prepared(entry, boundary_dofs)
+        vector.placeArray(out)
+        matrix.multTranspose(multiplier, vector)
+        vector.resetArray()
+
+
+_FORWARD, _ADJOINT, _TANGENT = (PETSc.Log.Event(name) for name in ("PRDPForward", "PRDPAdjoint", "PRDPTangent"))

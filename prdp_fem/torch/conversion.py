@@ -1,0 +1,79 @@
+"""Firedrake and PETSc objects as tensors, and back; without a copy where the memory can be shared."""
+from __future__ import annotations
+
+import firedrake
+import torch
+from firedrake import Cofunction, Constant, Function
+from firedrake.petsc import PETSc
+
+from prdp_fem.inputs import local_values, set_local_values
+
+__all__ = ["from_torch", "to_torch"]
+
+
+def to_torch(x: Function | Cofunction | Constant | PETSc.Vec, *, copy: bool = False) -> torch.Tensor:
+    """The rank-local values of ``x`` as a tensor.
+
+    Parameters
+    ----------
+    x : Function, Cofunction, Constant or PETSc.Vec
+    copy : bool
+        Copy even where the memory can be shared.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (n,), of PETSc's scalar type: the dofs that this rank owns in the order of the PETSc vector, or the components of
+        a Constant. It shares the memory of ``x``, so that each sees what is written to the other (in parallel, write to the
+        tensor only before the next exchange of halos), except for mixed Functions, whose parts lie apart, and are copied.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if isinstance(x, PETSc.Vec):
+        tensor = torch.from_dlpack(x)
+    elif isinstance(x, Constant) or (isinstance(x, (Function, Cofunction)) and len(x.dat) == 1):
+        tensor = torch.from_numpy(x.dat.data.reshape(-1))
+    elif isinstance(x, (Function, Cofunction)):
+        return torch.from_numpy(local_values(x))
+    else:
+        raise TypeError(f"expected a Function, Cofunction, Constant or PETSc.Vec, found a {type(x).__name__}")
+    return tensor.clone() if copy else tensor
+
+
+def from_torch(tensor: torch.Tensor, V=None):
+    """A tensor of rank-local values as a Firedrake or PETSc object.
+
+    Parameters
+    ----------
+    tensor : torch.Tensor
+        Shape (n,) or, for a scalar Constant, (); on the CPU. It is detached.
+    V : FunctionSpace, Function, Cofunction, Constant or None
+        A space to make a Function (or Cofunction) of, an object to overwrite, or None for a PETSc vector.
+
+    Returns
+    -------
+    Function, Cofunction, Constant or PETSc.Vec
+        A vector shares the memory of a contiguous tensor of PETSc's scalar type. Everything else is a copy: Firedrake keeps
+        room for halos behind the dofs.
+
+    Raises
+    ------
+    ValueError
+        For a tensor of the wrong length, or one that is not on the CPU.
+    """
+    if tensor.device.type != "cpu":
+        raise ValueError(f"expected a tensor on the CPU, found one on {tensor.device}: call .cpu() first")
+    values = tensor.detach().to(torch.float64).contiguous().reshape(-1)
+    if V is None:
+        return PETSc.Vec().createWithDLPack(values, comm=firedrake.COMM_SELF if firedrake.COMM_WORLD.size == 1 else firedrake.COMM_WORLD)
+    target = V
+    if not isinstance(V, (Function, Cofunction, Constant)):
+        target = Cofunction(V) if isinstance(V, firedrake.functionspaceimpl.FiredrakeDualSpace) else Function(V)
+    expected = local_values(target).size
+    if values.numel() != expected:
+        raise ValueError(f"expected a tensor of {expected} values (the dofs that this rank owns), found {tuple(tensor.shape)}")
+    set_local_values(target, values.numpy())
+    return target
