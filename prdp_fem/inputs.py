@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Constant, Function, FunctionSpace, TensorFunctionSpace, VectorFunctionSpace
+from firedrake import Constant, Function, FunctionSpace
 from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms.analysis import extract_type
@@ -79,8 +79,8 @@ class Input:
         The user's object.
     copy
         What the assembled forms read.
-    variable
-        What forms are differentiated by: the copy or, for a Constant, a Function of a Real space that stands for it.
+    variables : list of Function
+        What forms are differentiated by: the copy or, for a Constant, Functions of the Real space, one for each component.
     in_operator : bool
         Whether the operator depends on it.
     """
@@ -91,12 +91,14 @@ class Input:
         with stop_annotating():
             if isinstance(original, Constant):
                 self.copy = Constant(np.array(original.dat.data_ro).reshape(original.ufl_shape), name=original.name)
-                self.variable = Function(_real_space(mesh, original.ufl_shape), name=original.name)
+                real = FunctionSpace(mesh, "R", 0)
+                self.variables = [Function(real) for _ in range(self.copy.dat.data_ro.size)]
             else:
-                self.copy = self.variable = original.copy(deepcopy=True)
+                self.copy = original.copy(deepcopy=True)
                 self.copy.rename(original.name())
+                self.variables = [self.copy]
         self._values = local_values(self.copy)
-        self._set_variable(self._values)
+        self._set_variables()
 
     @property
     def name(self) -> str:
@@ -120,20 +122,20 @@ class Input:
             return False
         self._values[:] = values
         set_local_values(self.copy, self._values)
-        self._set_variable(self._values)
+        self._set_variables()
         return True
 
-    def _set_variable(self, values) -> None:
-        if self.variable is not self.copy:
-            set_local_values(self.variable, values)
+    def in_variables(self, form: ufl.Form) -> ufl.Form:
+        """A form over the copy, restated over the variables."""
+        if not isinstance(self.copy, Constant):
+            return form
+        components = np.array(self.variables, dtype=object).reshape(self.copy.ufl_shape)
+        return ufl.replace(form, {self.copy: ufl.as_tensor(components.tolist()) if self.copy.ufl_shape else self.variables[0]})
 
-
-def _real_space(mesh, shape: tuple[int, ...]):
-    if shape == ():
-        return FunctionSpace(mesh, "R", 0)
-    if len(shape) == 1:
-        return VectorFunctionSpace(mesh, "R", 0, dim=shape[0])
-    return TensorFunctionSpace(mesh, "R", 0, shape=shape)
+    def _set_variables(self) -> None:
+        if isinstance(self.copy, Constant):
+            for variable, value in zip(self.variables, self._values):
+                variable.dat.data_wo[...] = value
 
 
 def vector_like(coefficient) -> PETSc.Vec:

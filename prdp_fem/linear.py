@@ -11,6 +11,7 @@ KSPSolveTranspose, B.multTranspose. The rest goes through assemblers built once.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -206,7 +207,8 @@ class LinearSystem:
         self._rest_assembler = None if self._rest is None else self._assembler(self._rest)
         self._rest_inputs = set() if self._rest is None else self._indices(coefficients_of(self._rest))
         self._rest_values: PETSc.Vec | None = None
-        self._cotangent_assemblers: dict[int, tuple] = {}
+        self._derivative_assemblers: dict[int | str, list[tuple]] = {}
+        self._tangent_assemblers: dict[int, tuple] = {}
 
     # What is asked once
 
@@ -261,6 +263,12 @@ class LinearSystem:
         return ksp
 
     # What is done at each solve
+
+    @contextmanager
+    def _work_on(self, kind: str):
+        """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
+        with stop_annotating(), self.statistics.timed(kind), _EVENTS[kind]:
+            yield
 
     def values(self) -> list[np.ndarray]:
         """Rank-local values of the user's coefficients as they are now."""
@@ -350,7 +358,7 @@ class LinearSystem:
         solution : numpy.ndarray
             Rank-local dofs, written to.
         """
-        with self.statistics.timed("forward"), _FORWARD:
+        with self._work_on("forward"):
             self._move_to(point)
             b = self._assemble_rhs(point)
             w = self._work
@@ -374,7 +382,7 @@ class LinearSystem:
         cotangent : numpy.ndarray
             Rank-local ∂J/∂u. Its boundary entries are left out of the system: a truncated iteration would see them.
         """
-        with self.statistics.timed("adjoint"), _ADJOINT:
+        with self._work_on("adjoint"):
             self._move_to(point)
             self._rhs.array_w[:] = cotangent
             self._rhs.array_w[self.boundary_dofs] = 0.0
@@ -395,13 +403,13 @@ class LinearSystem:
             Rank-local, written to: -(∂F/∂m)ᵀ λ, by dofs (no mass matrix in between). For a Constant or a Real space the sum
             over all ranks, on every rank.
         """
-        with self.statistics.timed("adjoint"), _ADJOINT:
+        with self._work_on("adjoint"):
             if index in self._affine:
                 self._affine[index].transposed_product(self.inputs[index], self._work, out, self.boundary_dofs)
                 return
             out[:] = 0.0
             if self._depends_by_form(index):
-                out += self._assembled_derivative(index, self._cotangent_form(index), solution)
+                out += self._assembled_derivative(index, self.inputs[index].in_variables, self.inputs[index].variables, solution)
             for entry, weight in self.forms.cofunctions:
                 if entry is self.inputs[index]:
                     out += weight*self._work.array_r
@@ -410,15 +418,15 @@ class LinearSystem:
         """The derivative of J by the boundary values, after :meth:`solve_adjoint`: zero except at boundary dofs."""
         out = np.zeros_like(cotangent)
         dofs = self.boundary_dofs
-        with self.statistics.timed("adjoint"), _ADJOINT:
-            lifted = self._assembled_derivative("boundary", lambda: derivative(self._weighted_residual, self.forms.solution), solution)
+        with self._work_on("adjoint"):
+            lifted = self._assembled_derivative("boundary", lambda form: form, [self.forms.solution], solution)
             out[dofs] = cotangent[dofs] + lifted[dofs]
         return out
 
     def mesh_derivative(self, mesh, solution: np.ndarray) -> Cofunction:
         """The derivative of J by the coordinates of the mesh, after :meth:`solve_adjoint`."""
         direction = TestFunction(mesh.coordinates.function_space())
-        with self.statistics.timed("adjoint"), _ADJOINT, stop_annotating():
+        with self._work_on("adjoint"):
             self._set_residual_weights(solution)
             return assemble(derivative(self._weighted_residual, SpatialCoordinate(mesh), direction))
 
@@ -441,7 +449,7 @@ class LinearSystem:
         out : numpy.ndarray
             Rank-local, written to.
         """
-        with self.statistics.timed("tangent"), _TANGENT:
+        with self._work_on("tangent"):
             self._move_to(point)
             b = self._rhs
             b.set(0.0)
@@ -490,13 +498,6 @@ class LinearSystem:
     def _residual_coefficients(self) -> list:
         return coefficients_of(self._residual)
 
-    def _in_variable(self, index: int, form: ufl.Form) -> ufl.Form:
-        entry = self.inputs[index]
-        return form if entry.variable is entry.copy else ufl.replace(form, {entry.copy: entry.variable})
-
-    def _cotangent_form(self, index: int):
-        return lambda: derivative(self._in_variable(index, self._weighted_residual), self.inputs[index].variable)
-
     def _set_residual_weights(self, solution: np.ndarray) -> None:
         for index in self._affine:
             # Solves read these from the point; forms read the copies.
@@ -504,35 +505,39 @@ class LinearSystem:
         set_local_values(self.forms.solution, solution)
         set_local_values(self._multiplier, self._work.array_r)
 
-    def _assembled_derivative(self, key, make_form, solution: np.ndarray) -> np.ndarray:
-        """Assemble a derivative of the weighted residual, by an assembler that is built at its first use."""
-        if key not in self._cotangent_assemblers:
-            form = expand_derivatives(make_form())
-            if form.empty():
-                self._cotangent_assemblers[key] = (None, None)
-            else:
-                assembler = get_assembler(form, form_compiler_parameters=self.forms.problem.form_compiler_parameters)
-                self._cotangent_assemblers[key] = assembler, assembler.allocate()
-        assembler, tensor = self._cotangent_assemblers[key]
-        if assembler is None:
-            return np.zeros(1)
+    def _assembled_derivative(self, key, restated, variables: list[Function], solution: np.ndarray) -> np.ndarray:
+        """Assemble derivatives of the weighted residual, by assemblers that are built at their first use."""
+        if key not in self._derivative_assemblers:
+            form = restated(self._weighted_residual)
+            self._derivative_assemblers[key] = [self._derivative_assembler(form, variable) for variable in variables]
         self._set_residual_weights(solution)
-        assembler.assemble(tensor=tensor)
-        return local_values(tensor)
+        for assembler, tensor in self._derivative_assemblers[key]:
+            if assembler is not None:
+                assembler.assemble(tensor=tensor)
+        return np.concatenate([local_values(tensor) for _, tensor in self._derivative_assemblers[key]])
+
+    def _derivative_assembler(self, form: ufl.Form, variable: Function) -> tuple:
+        form = expand_derivatives(derivative(form, variable))
+        tensor = Cofunction(variable.function_space().dual())
+        if form.empty():
+            return None, tensor
+        return get_assembler(form, form_compiler_parameters=self.forms.problem.form_compiler_parameters), tensor
 
     def _assembled_tangent(self, index: int, tangent: np.ndarray, solution: np.ndarray) -> np.ndarray:
-        key = ("tangent", index)
-        if key not in self._cotangent_assemblers:
-            entry = self.inputs[index]
-            with stop_annotating():
-                direction = Function(entry.variable.function_space())
-            form = expand_derivatives(derivative(self._in_variable(index, -1*self._residual), entry.variable, direction))
-            self._cotangent_assemblers[key] = (None if form.empty() else self._assembler(form)), direction
-        assembler, direction = self._cotangent_assemblers[key]
-        if assembler is None:
-            return np.zeros(1)
+        """Assemble the derivative of the residual, with its sign, in a direction of an input; boundary entries are zero."""
+        entry = self.inputs[index]
+        if index not in self._tangent_assemblers:
+            directions = [Function(variable.function_space()) for variable in entry.variables]
+            form = entry.in_variables(-1*self._residual)
+            parts = [derivative(form, *pair) for pair in zip(entry.variables, directions)]
+            self._tangent_assemblers[index] = self._assembler(expand_derivatives(sum(parts[1:], parts[0]))), directions
+        assembler, directions = self._tangent_assemblers[index]
         self._set_residual_weights(solution)
-        set_local_values(direction, tangent)
+        if len(directions) == 1:
+            set_local_values(directions[0], tangent)
+        else:
+            for direction, value in zip(directions, tangent):
+                direction.dat.data_wo[...] = value
         assembler.assemble(tensor=self._form_values)
         return local_values(self._form_values)
 
@@ -581,4 +586,4 @@ class _AffineTerm:
         vector.resetArray()
 
 
-_FORWARD, _ADJOINT, _TANGENT = (PETSc.Log.Event(name) for name in ("PRDPForward", "PRDPAdjoint", "PRDPTangent"))
+_EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}

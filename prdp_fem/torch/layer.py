@@ -127,7 +127,7 @@ class _Solve(torch.autograd.Function):
         ctx.solutions = solutions
         dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         # A copy: the caller may change what it gets in place, and the backward pass must not see it.
-        return torch.tensor(solutions, dtype=dtype).reshape(*batch, system.size)
+        return torch.empty((*batch, system.size), dtype=dtype).copy_(torch.from_numpy(solutions).view(*batch, system.size))
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -1,0 +1,277 @@
+"""Refinements from PETSc's options, and the documented list of options against the code."""
+import re
+from types import SimpleNamespace
+
+import pytest
+from mpi4py import MPI
+from petsc4py import PETSc
+
+import prdp_fem
+from prdp_fem import options as module
+from prdp_fem.ladders import IterationLadder, ToleranceLadder
+from prdp_fem.options import refinement_from_options
+from prdp_fem.refinement import ProgressiveRefinement
+
+
+@pytest.fixture
+def set_options():
+    """Puts options, given as one would on the command line, into PETSc's database, and takes them out after the test."""
+    options = PETSc.Options()
+    names = []
+
+    def put(**values):
+        for name, value in values.items():
+            assert not options.hasName(name)
+            options.setValue(name, value)
+            names.append(name)
+
+    yield put
+    for name in names:
+        options.delValue(name)
+
+
+# --- the documented list -----------------------------------------------------------------------------------------------------------------
+
+# What the docstring says: {name: (type, default)}.
+DOCUMENTED = {name: (kind, default) for name, kind, default in re.findall(
+    r"^ +-prdp_(\w+)(?: <([^>]*)>)?: [^(\n]*(?:\(([^)\n]*)\))?$", refinement_from_options.__doc__, re.MULTILINE)}
+
+# A value other than the default for each option, and what it changes.
+CHANGES = {
+    "ladder": ("tolerances", lambda refinement, output: isinstance(refinement.ladder, ToleranceLadder)),
+    "start": ("7", lambda refinement, output: refinement.ladder == IterationLadder(start=7)),
+    "step": ("7", lambda refinement, output: refinement.ladder == IterationLadder(step=7)),
+    "stop": ("7", lambda refinement, output: refinement.ladder == IterationLadder(stop=7)),
+    "tau_step": ("0.75", lambda refinement, output: refinement.tau_step == 0.75),
+    "tau_stop": ("0.75", lambda refinement, output: refinement.tau_stop == 0.75),
+    "ema_window": ("7", lambda refinement, output: refinement.ema_window == 7),
+    "error_window": ("7", lambda refinement, output: refinement.error_window == 7),
+    "monitor": (None, lambda refinement, output: "PRDP metric" in output),
+    "view": (None, lambda refinement, output: "ProgressiveRefinement(" in output),
+}
+
+
+def make_and_step(capfd):
+    refinement = refinement_from_options()
+    refinement.step(1.0)
+    return refinement, capfd.readouterr().out
+
+
+def test_every_option_is_documented_and_nothing_else_is():
+    assert DOCUMENTED.keys() == CHANGES.keys()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_documented_option_is_read(name, set_options, capfd):
+    value, changed = CHANGES[name]
+    assert not changed(*make_and_step(capfd))
+    set_options(**{f"prdp_{name}": value})
+    assert changed(*make_and_step(capfd))
+
+
+@pytest.mark.parametrize("ladder", ["iterations", "tolerances"])
+def test_every_option_that_is_read_is_documented(ladder, monkeypatch):
+    read = set()
+
+    class Recorder:
+        """PETSc's options, noting each name that is asked for."""
+
+        def __init__(self, prefix):
+            self.prefix, self.options = prefix, PETSc.Options(prefix)
+
+        def __getattr__(self, method):
+            def ask(name, *arguments):
+                read.add(f"{self.prefix}{name}")
+                return getattr(self.options, method)(name, *arguments)
+            return ask
+
+    monkeypatch.setattr(module, "PETSc", SimpleNamespace(Options=Recorder, Sys=PETSc.Sys))
+    refinement_from_options(ladder=ladder)
+    assert read == {f"prdp_{name}" for name in DOCUMENTED}
+
+
+def test_documented_defaults():
+    iterations, tolerances = refinement_from_options(), refinement_from_options(ladder="tolerances")
+    assert iterations.ladder == IterationLadder(start=1, step=1, stop=None)
+    assert tolerances.ladder == ToleranceLadder(start=0.1, factor=0.1, stop=1e-10)
+    assert {name: default for name, (_, default) in DOCUMENTED.items() if default} == {
+        "ladder": "iterations",
+        "start": f"{iterations.ladder.start}, or {tolerances.ladder.start}",
+        "step": f"{iterations.ladder.step}, or {tolerances.ladder.factor}",
+        "stop": f"no limit, or {tolerances.ladder.stop}",
+        "tau_step": f"{iterations.tau_step}",
+        "tau_stop": f"{iterations.tau_stop}",
+        "ema_window": f"{iterations.ema_window}",
+        "error_window": f"{iterations.error_window}",
+    }
+
+
+def test_documented_types():
+    assert {name: kind for name, (kind, _) in DOCUMENTED.items()} == {
+        "ladder": "iterations|tolerances", "start": "number", "step": "number", "stop": "number",
+        "tau_step": "real", "tau_stop": "real", "ema_window": "int", "error_window": "int", "monitor": "", "view": "",
+    }
+
+
+def test_the_package_has_it():
+    assert prdp_fem.refinement_from_options is refinement_from_options
+
+
+# --- where a value comes from ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, prefix, defaults, expected", [
+    ({}, "", {}, {}),
+    ({}, "", {"start": 2, "stop": 9, "tau_step": 0.5}, {"start": 2, "stop": 9, "tau_step": 0.5}),
+    # The database goes before defaults of the call …
+    ({"prdp_start": "3"}, "", {"start": 2, "stop": 9}, {"start": 3, "stop": 9}),
+    ({"prdp_tau_stop": "0.25", "prdp_ema_window": "1"}, "", {"tau_stop": 0.5, "ema_window": 2, "error_window": 4},
+     {"tau_stop": 0.25, "ema_window": 1, "error_window": 4}),
+    # … where its prefix is that of the call.
+    ({"heat_prdp_start": "3"}, "", {"start": 2}, {"start": 2}),
+    ({"heat_prdp_start": "3"}, "heat_", {"start": 2}, {"start": 3}),
+    ({"prdp_start": "3"}, "heat_", {"start": 2}, {"start": 2}),
+    ({"prdp_start": "3", "heat_prdp_start": "4", "wave_prdp_start": "5"}, "heat_", {}, {"start": 4}),
+    ({"prdp_step": "4", "prdp_stop": "9", "prdp_tau_step": "1", "prdp_error_window": "1"}, "", {},
+     {"step": 4, "stop": 9, "tau_step": 1.0, "error_window": 1}),
+    ({"prdp_stop": "9"}, "", {"stop": None}, {"stop": 9}),
+])
+def test_iterations(set_options, options, prefix, defaults, expected):
+    set_options(**options)
+    refinement = refinement_from_options(prefix, **defaults)
+    rule = {"tau_step": 0.98, "tau_stop": 0.9, "ema_window": 6, "error_window": 3}
+    assert type(refinement) is ProgressiveRefinement
+    assert refinement.ladder == IterationLadder(**{name: value for name, value in expected.items() if name not in rule})
+    assert {name: getattr(refinement, name) for name in rule} == {name: expected.get(name, value) for name, value in rule.items()}
+    assert (refinement.level, refinement.history, refinement.monitors) == (0, [], [])
+
+
+@pytest.mark.parametrize("options, arguments, expected", [
+    ({"prdp_ladder": "tolerances"}, {}, ToleranceLadder()),
+    ({}, {"ladder": "tolerances"}, ToleranceLadder()),
+    ({"prdp_ladder": "tolerances"}, {"ladder": "iterations"}, ToleranceLadder()),
+    ({"prdp_ladder": "iterations"}, {"ladder": "tolerances"}, IterationLadder()),
+    ({"prdp_start": "0.5", "prdp_step": "0.25", "prdp_stop": "1e-3"}, {"ladder": "tolerances"}, ToleranceLadder(0.5, 0.25, 1e-3)),
+    ({"prdp_step": "0.25"}, {"ladder": "tolerances", "step": 0.5, "stop": 1e-3}, ToleranceLadder(0.1, 0.25, 1e-3)),
+    ({"prdp_ladder": "tolerances", "prdp_stop": "1e-6"}, {"start": 0.5}, ToleranceLadder(0.5, 0.1, 1e-6)),
+])
+def test_tolerances(set_options, options, arguments, expected):
+    set_options(**options)
+    assert refinement_from_options(**arguments).ladder == expected
+
+
+def test_options_are_read_when_the_refinement_is_made(set_options):
+    refinement = refinement_from_options()
+    set_options(prdp_start="9")
+    assert refinement.setting.iterations == 1
+    assert refinement_from_options().setting.iterations == 9
+
+
+# --- output ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_view(set_options, capfd):
+    set_options(prdp_view=None, prdp_stop="60")
+    refinement = refinement_from_options(tau_stop=0.5)
+    output = capfd.readouterr().out
+    assert output == f"{refinement!r}\n"
+    assert "stop=60" in output and "tau_stop=0.5" in output
+
+
+def test_monitor(set_options, capfd):
+    set_options(prdp_monitor=None)
+    refinement = refinement_from_options(start=5, step=10, ema_window=1, error_window=1)
+    assert capfd.readouterr().out == ""
+    refinement.step(0.5)
+    refinement.step(0.25)  # the second metric is a plateau, as error_window is 1
+    refinement.step(0.25)  # r = 1: stay
+    first, second, third = capfd.readouterr().out.splitlines()
+    assert first.split() == "0 PRDP metric 5.000000e-01 smoothed 5.000000e-01 level 0 (5 iterations)".split()
+    assert second.split() == ("1 PRDP metric 2.500000e-01 smoothed 2.500000e-01 level 0 (5 iterations), refined to 15 iterations").split()
+    assert third.split() == "2 PRDP metric 2.500000e-01 smoothed 2.500000e-01 level 1 (15 iterations)".split()
+
+
+def test_monitor_of_tolerances(set_options, capfd):
+    set_options(heat_prdp_monitor=None)
+    refinement_from_options("heat_", ladder="tolerances").step(3)
+    assert "level 0 (relative tolerance 0.1)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("options", [{}, {"prdp_monitor": "false", "prdp_view": "0"}, {"heat_prdp_monitor": None, "heat_prdp_view": None}])
+def test_no_output_unasked_for(set_options, capfd, options):
+    set_options(**options)
+    refinement_from_options().step(1.0)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parallel(2)
+def test_output_and_metric_of_rank_0(set_options, capfd):
+    set_options(prdp_monitor=None, prdp_view=None)
+    comm = MPI.COMM_WORLD
+    refinement = refinement_from_options()
+    refinement.step(comm.rank + 1.0)
+    output = capfd.readouterr().out
+    assert refinement.comm == comm  # the world's by default
+    assert comm.allgather(refinement.history[0].metric) == [1.0, 1.0]
+    assert comm.allgather(len(output.splitlines())) == [2, 0]
+
+
+def test_communicator_is_handed_on(set_options, capfd):
+    set_options(prdp_view=None)
+    comm = MPI.COMM_SELF.Dup()
+    assert refinement_from_options(comm=comm).comm is comm
+    assert capfd.readouterr().out != ""
+    comm.Free()
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, prefix, arguments, message", [
+    ({"prdp_ladder": "levels"}, "", {}, "-prdp_ladder must be one of iterations, tolerances, found 'levels'"),
+    ({"heat_prdp_ladder": "levels"}, "heat_", {}, "-heat_prdp_ladder must be one of iterations, tolerances, found 'levels'"),
+    ({}, "", {"ladder": "levels"}, "-prdp_ladder must be one of iterations, tolerances, found 'levels'"),
+    ({"prdp_start": "0"}, "", {}, "start must be an integer of at least 1, found 0"),
+    ({"prdp_step": "-2"}, "", {}, "step must be an integer of at least 1, found -2"),
+    ({"prdp_start": "9"}, "", {"stop": 8}, "start must not exceed stop, found start=9 and stop=8"),
+    ({"prdp_tau_step": "1.5"}, "", {}, "tau_step must lie in (0, 1], found 1.5"),
+    ({"prdp_tau_stop": "0"}, "", {}, "tau_stop must lie in (0, 1], found 0.0"),
+    ({"prdp_ema_window": "0"}, "", {}, "ema_window must be an integer of at least 1, found 0"),
+    ({"prdp_error_window": "-1"}, "", {}, "error_window must be an integer of at least 1, found -1"),
+    ({}, "", {"error_window": 2.5}, "error_window must be an integer of at least 1, found 2.5"),
+    ({"prdp_start": "1"}, "", {"ladder": "tolerances"}, "start must lie in (0, 1), found 1.0"),
+    ({"prdp_step": "0"}, "", {"ladder": "tolerances"}, "factor must lie in (0, 1), found 0.0"),
+    ({"prdp_start": "1e-11"}, "", {"ladder": "tolerances"}, "start must not be below stop, found start=1e-11 and stop=1e-10"),
+])
+def test_bad_values(set_options, capfd, options, prefix, arguments, message):
+    set_options(**options, **{f"{prefix}prdp_view": None})
+    with pytest.raises(ValueError) as error:
+        refinement_from_options(prefix, **arguments)
+    assert message in str(error.value)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("options", [{"prdp_start": "two"}, {"prdp_start": "1.5"}, {"prdp_tau_step": "high"}, {"prdp_ema_window": "2.5"}])
+def test_values_that_petsc_cannot_read(set_options, options):
+    set_options(**options)
+    with pytest.raises(PETSc.Error, match="error code 63"):  # argument out of range
+        refinement_from_options()
+
+
+@pytest.mark.parametrize("name", ["start", "tau_step"])
+def test_option_without_its_value(set_options, name):
+    set_options(**{f"prdp_{name}": None})
+    with pytest.raises((ValueError, PETSc.Error), match=f"prdp_{name}"):
+        refinement_from_options()
+
+
+@pytest.mark.parametrize("defaults, unknown", [
+    ({"strat": 2}, "strat"), ({"factor": 0.5}, "factor"), ({"monitor": True}, "monitor"),
+    ({"zeta": 1, "alpha": 2, "stop": 3}, "alpha, zeta"),
+])
+@pytest.mark.parametrize("ladder", ["iterations", "tolerances"])
+def test_defaults_without_an_option(defaults, unknown, ladder):
+    with pytest.raises(TypeError) as error:
+        refinement_from_options(ladder=ladder, **defaults)
+    assert str(error.value) == (f"no option has the default {unknown}: known are start, step, stop, tau_step, tau_stop, ema_window, "
+                                "error_window")

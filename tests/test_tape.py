@@ -1,0 +1,298 @@
+"""Derivatives on pyadjoint's tape, against Taylor's theorem, dense algebra and the definition of an adjoint."""
+import numpy as np
+import pytest
+from checkpoint_schedules import Revolve
+from firedrake import *
+from firedrake.adjoint import *
+from problems import CG, CONVERGED, GMRES, RICHARDSON, AdvectionDiffusion, HeatStep, smooth
+
+import prdp_fem
+from prdp_fem import FixedRefinement, IterationLadder, Iterations, ScheduledRefinement
+
+SOLVERS = {"cg": CG, "gmres": GMRES, "richardson": RICHARDSON}
+
+
+def functional(problem):
+    return assemble((problem.u**2 + sin(problem.u))*dx)
+
+
+def perturbation(control):
+    if isinstance(control, Constant):
+        return Constant(np.full(control.ufl_shape, 0.3))
+    return smooth(control.function_space(), 11)
+
+
+def heat(boundary=0):
+    problem = HeatStep(boundary=boundary)
+    return problem, {"initial": problem.u0, "source": problem.source, "diffusivity": problem.kappa, "time step": problem.dt}
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", ["initial", "source", "diffusivity", "time step"])
+def test_taylor_remainders_of_converged_solves(name, solver):
+    problem, controls = heat(boundary=1.0)
+    prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**SOLVERS[solver], **CONVERGED}).solve()
+    control = controls[name]
+    reduced = ReducedFunctional(functional(problem), Control(control))
+    with stop_annotating():
+        start, direction = control._ad_copy(), perturbation(control)
+        rate = taylor_test(reduced, start, direction)
+    assert rate > 1.95, f"first-order remainders with respect to {name} by {solver} fall at rate {rate}"
+
+
+@pytest.mark.parallel([1, 2])
+def test_taylor_remainders_for_boundary_values_and_the_mesh():
+    mesh = UnitSquareMesh(5, 5)
+    V = FunctionSpace(mesh, "CG", 1)
+    g = smooth(V, 12)
+    problem = HeatStep(mesh=mesh, boundary=g)
+    prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED}).solve()
+    reduced = ReducedFunctional(functional(problem), Control(g))
+    assert taylor_test(reduced, g.copy(deepcopy=True), smooth(V, 13)) > 1.95
+
+
+def test_taylor_remainders_for_boundary_values_of_a_mixed_problem():
+    mesh = UnitSquareMesh(4, 4)
+    V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
+    W = V*Q
+    (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    g = smooth(V, 14)
+    a = (inner(grad(w), grad(v)) - p*div(v) - q*div(w) + 0.1*p*q)*dx
+    problem = LinearVariationalProblem(a, inner(smooth(V, 15), v)*dx, u, bcs=[DirichletBC(W.sub(0), g, (1, 2)), DirichletBC(W.sub(0), 0, 3)])
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={"ksp_type": "minres", "pc_type": "none", **CONVERGED}).solve()
+    velocity, pressure = split(u)
+    reduced = ReducedFunctional(assemble((inner(velocity, velocity)**2 + pressure**3)*dx), Control(g))
+    assert taylor_test(reduced, g.copy(deepcopy=True), smooth(V, 16)) > 1.95
+
+
+def test_taylor_remainders_for_mesh_coordinates():
+    with stop_annotating():
+        problem = HeatStep()
+    coordinates = problem.mesh.coordinates
+    displacement = Function(coordinates.function_space())
+    coordinates.assign(coordinates + displacement)
+    prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED}).solve()
+    reduced = ReducedFunctional(functional(problem), Control(displacement))
+    with stop_annotating():
+        direction = smooth(displacement.function_space(), 18)
+        direction.assign(0.05*direction)
+        start = Function(displacement.function_space())
+        assert taylor_test(reduced, start, direction) > 1.95
+        reduced(start)
+        tangent, gradient = reduced.tlm(direction), reduced.derivative()
+        assert abs(tangent - assemble(action(gradient, direction))) < 1e-11
+
+
+def test_taylor_remainders_through_a_cofunction():
+    mesh = UnitSquareMesh(5, 5)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    source = smooth(V, 9)
+    load = assemble(source**2*v*dx)
+    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, 2*load + smooth(V, 10)*v*ds, u, bcs=[DirichletBC(V, 1.0, 1)])
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}).solve()
+    reduced = ReducedFunctional(assemble(u**3*dx), Control(source))
+    direction = smooth(V, 19)
+    assert taylor_test(reduced, source.copy(deepcopy=True), direction) > 1.95
+    reduced(source)
+    tangent, gradient = reduced.tlm(direction), reduced.derivative()
+    assert abs(tangent - assemble(action(gradient, direction))) < 1e-11
+
+
+# Against dense algebra
+
+def dense(form, bcs=()):
+    return assemble(form, bcs=bcs, mat_type="aij").petscmat.convert("dense").getDenseArray().copy()
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_truncated_adjoints_are_those_of_dense_algebra(count):
+    """Implicit differentiation: K steps of the same iteration on the transposed system, restated in NumPy."""
+    problem = AdvectionDiffusion()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(count)),
+                                              solver_parameters={**RICHARDSON, "ksp_richardson_scale": 0.3})
+    solver.solve()
+    weight = smooth(problem.V, 20)
+    reduced = ReducedFunctional(assemble(weight*problem.u*dx), Control(problem.source))
+    gradient = reduced.derivative().dat.data_ro
+    A = dense(problem.a, problem.bcs)
+    M = dense(TestFunction(problem.V)*TrialFunction(problem.V)*dx)
+    cotangent, inner_rows = M @ weight.dat.data_ro, M.copy()
+    cotangent[problem.bcs[0].nodes] = 0
+    inner_rows[problem.bcs[0].nodes] = 0
+    multiplier = np.zeros_like(cotangent)
+    for _ in range(count):
+        multiplier += 0.3*(cotangent - A.T @ multiplier)/np.diag(A)
+    np.testing.assert_allclose(gradient, inner_rows.T @ multiplier, rtol=1e-11, atol=1e-16)
+    assert solver.statistics.adjoint_iterations == count
+
+
+def test_gradients_are_central_differences():
+    problem, controls = heat(boundary=1.0)
+    prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED}).solve()
+    J = functional(problem)
+    for name in ("source", "diffusivity"):
+        control = controls[name]
+        reduced = ReducedFunctional(J, Control(control))
+        gradient = reduced.derivative().dat.data_ro.copy()
+        for dof in (0, 17, 30):
+            values = []
+            for sign in (1, -1):
+                moved = control.copy(deepcopy=True)
+                moved.dat.data[dof] += sign*1e-5
+                values.append(reduced(moved))
+            assert abs((values[0] - values[1])/2e-5 - gradient[dof]) < 1e-8, (name, dof)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("make", [HeatStep, AdvectionDiffusion])
+@pytest.mark.parametrize("count", [1, 4, None])
+def test_adjoint_identity(make, count):
+    """⟨u̇, w⟩ = ⟨ṁ, ū⟩, for truncated stationary iterations too: they are linear in the right-hand side."""
+    problem = make()
+    refinement = None if count is None else FixedRefinement(Iterations(count))
+    prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement,
+                                     solver_parameters={**RICHARDSON, **CONVERGED, "ksp_richardson_scale": 0.3}).solve()
+    reduced = ReducedFunctional(functional(problem), Control(problem.source))
+    direction = smooth(problem.V, 21)
+    tangent = reduced.tlm(direction)
+    with stop_annotating():
+        product = assemble(action(reduced.derivative(), direction))
+    assert abs(tangent - product) < 1e-12*max(1, abs(tangent))
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("name", ["initial", "source", "diffusivity", "time step"])
+def test_tangents_are_adjoints_transposed(name):
+    problem, controls = heat(boundary=1.0)
+    prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED}).solve()
+    control = controls[name]
+    reduced = ReducedFunctional(functional(problem), Control(control))
+    with stop_annotating():
+        direction = perturbation(control)
+        tangent, gradient = reduced.tlm(direction), reduced.derivative()
+        product = gradient._ad_dot(direction) if isinstance(control, Constant) else assemble(action(gradient, direction))
+    assert abs(tangent - product) < 1e-11*max(1, abs(tangent))
+
+
+def test_preconditioners_without_a_transpose_get_an_adjoint_of_their_own():
+    """eisenstat cannot be applied transposed in PETSc."""
+    problem = AdvectionDiffusion()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={"ksp_type": "gmres", "pc_type": "eisenstat", **CONVERGED,
+                                                                                  "ksp_rtol": 1e-12})
+    solver.solve()
+    reduced = ReducedFunctional(functional(problem), Control(problem.source))
+    assert taylor_test(reduced, problem.source.copy(deepcopy=True), smooth(problem.V, 22)) > 1.95
+
+
+# The tape
+
+def test_replays_and_gradients_do_not_depend_on_history():
+    problem, controls = heat()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(5)), solver_parameters=CG)
+    solver.solve()
+    first = problem.u.copy(deepcopy=True)
+    reduced = ReducedFunctional(functional(problem), Control(problem.u0))
+    gradient = reduced.derivative().dat.data_ro.copy()
+    assert reduced(smooth(problem.V, 23)) != reduced(smooth(problem.V, 24))
+    reduced.derivative()
+    reduced(problem.u0)
+    assert np.array_equal(reduced.derivative().dat.data_ro, gradient)
+    problem.u.assign(3)
+    assert np.array_equal(solver.solve().dat.data_ro, first.dat.data_ro)
+
+
+def test_replay_leaves_the_users_functions_alone():
+    problem, controls = heat()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(5)), solver_parameters=CG)
+    solver.solve()
+    reduced = ReducedFunctional(functional(problem), [Control(problem.u0), Control(problem.kappa)])
+    before = [f.dat.data_ro.copy() for f in (problem.u0, problem.kappa, problem.u, problem.source)]
+    reduced([smooth(problem.V, 25), Function(problem.V).assign(3.0)])
+    reduced.derivative()
+    after = [f.dat.data_ro for f in (problem.u0, problem.kappa, problem.u, problem.source)]
+    assert all(np.array_equal(x, y) for x, y in zip(before, after))
+
+
+def test_a_backward_pass_uses_the_setting_of_its_forward_pass():
+    problem, _ = heat()
+    refinement = ScheduledRefinement(IterationLadder(2, 5), {1: 1, 2: 2})
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement, solver_parameters=CG)
+    solver.solve()
+    reduced = ReducedFunctional(functional(problem), Control(problem.u0))
+    gradient = reduced.derivative().dat.data_ro.copy()
+    refinement.step(1.0)
+    assert np.array_equal(reduced.derivative().dat.data_ro, gradient)
+    assert solver.statistics.adjoint_iterations == 4
+    reduced(problem.u0)  # a new evaluation: at the new level
+    reduced.derivative()
+    assert (solver.statistics.forward_iterations, solver.statistics.adjoint_iterations) == (2 + 7, 4 + 7)
+
+
+def time_loop(schedule):
+    """Value and gradient of a functional of truncated solves in a time loop."""
+    with set_working_tape(Tape()) as tape:
+        if schedule is not None:
+            tape.enable_checkpointing(schedule)
+        problem, _ = heat()
+        refinement = ScheduledRefinement(IterationLadder(3, 3), {1: 3})
+        state = Function(problem.V).assign(problem.u0)
+        step = LinearVariationalProblem(problem.a, state*TestFunction(problem.V)*dx, problem.u, bcs=problem.bcs)
+        solver = prdp_fem.LinearVariationalSolver(step, refinement=refinement, solver_parameters=CG)
+        for _ in tape.timestepper(iter(range(6))):
+            solver.solve()
+            state.assign(problem.u)
+        reduced = ReducedFunctional(assemble(state**2*dx), Control(problem.u0))
+        value = reduced(smooth(problem.V, 26))
+        refinement.step(1.0)  # the backward pass, and what it recomputes, must not see it
+        gradient = reduced.derivative().dat.data_ro.copy()
+        assert solver.statistics.adjoint_iterations == 6*3
+        return value, gradient
+
+
+def test_time_loops_give_the_same_bits_under_a_checkpoint_schedule():
+    value, gradient = time_loop(None)
+    scheduled_value, scheduled_gradient = time_loop(Revolve(6, 2))
+    assert value == scheduled_value and np.array_equal(gradient, scheduled_gradient)
+
+
+def test_warm_starts_depend_on_the_guess_and_on_nothing_else():
+    problem, _ = heat(boundary=1.0)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(2)), warm_start=True,
+                                              solver_parameters=CG)
+    guess = smooth(problem.V, 27)
+    problem.u.assign(guess)
+    solver.solve()
+    first = problem.u.dat.data_ro.copy()
+    reduced = ReducedFunctional(functional(problem), [Control(problem.u0)])
+    value = reduced([problem.u0])
+    solver.solve()
+    assert not np.array_equal(problem.u.dat.data_ro, first)
+    assert reduced([problem.u0]) == value
+
+
+def test_minimize_finds_a_source():
+    problem, _ = heat()
+    target = problem.source.copy(deepcopy=True)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED})
+    solver.solve()
+    observed = problem.u.copy(deepcopy=True)
+    get_working_tape().clear_tape()
+    problem.source.assign(0)
+    solver.solve()
+    reduced = ReducedFunctional(assemble(1e6*(problem.u - observed)**2*dx), Control(problem.source))
+    found = minimize(reduced, method="L-BFGS-B", options={"maxiter": 200, "ftol": 1e-16, "gtol": 1e-12, "disp": False})
+    assert reduced(found) < 1e-6*reduced(Function(problem.V))
+    assert errornorm(found, target) < 0.5*norm(target)
+
+
+def test_annotation_can_be_left_out_and_blocks_carry_tags():
+    problem, _ = heat()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, ad_block_tag="heat", solver_parameters=CG)
+    tape = get_working_tape()
+    before = len(tape.get_blocks())
+    solver.solve(annotate=False)
+    assert len(tape.get_blocks()) == before
+    solver.solve()
+    assert tape.get_blocks()[-1].tag == "heat" and "solve" in str(tape.get_blocks()[-1])
