@@ -19,8 +19,9 @@ _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg
 _REASONS = {value: name for name, value in vars(PETSc.KSP.ConvergedReason).items()
             if not name.startswith("_") and isinstance(value, int)}
 _REMEDIES = {
-    "DIVERGED_MAX_IT": "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance, or a stronger preconditioner",
-    "DIVERGED_DTOL": "the iteration does not converge for this operator: try another ksp_type or pc_type, or damp it (ksp_richardson_scale)",
+    "DIVERGED_MAX_IT": "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance or a stronger pc_type",
+    "DIVERGED_DTOL": "the iteration does not converge for this operator: try another ksp_type or pc_type, or damp it "
+                     "(ksp_richardson_scale)",
     "DIVERGED_NANORINF": "look for NaN or infinity in the controls and coefficients, or for an operator that is singular",
     "DIVERGED_INDEFINITE_MAT": "the operator is not positive definite: use ksp_type minres or gmres",
     "DIVERGED_INDEFINITE_PC": "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",

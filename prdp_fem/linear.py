@@ -17,8 +17,18 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import (Cofunction, DirichletBC, Function, LinearVariationalProblem, SpatialCoordinate, TestFunction, TrialFunction,
-                       action, assemble, derivative)
+from firedrake import (
+    Cofunction,
+    DirichletBC,
+    Function,
+    LinearVariationalProblem,
+    SpatialCoordinate,
+    TestFunction,
+    TrialFunction,
+    action,
+    assemble,
+    derivative,
+)
 from firedrake.assemble import get_assembler
 from firedrake.matrix import MatrixBase
 from firedrake.petsc import PETSc

@@ -12,7 +12,8 @@ __all__ = ["refinement_from_options"]
 _LADDERS = ("iterations", "tolerances")
 
 
-def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", comm: MPI.Comm | None = None, **defaults) -> ProgressiveRefinement:
+def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", comm: MPI.Comm | None = None,
+                            **defaults) -> ProgressiveRefinement:
     """A :class:`ProgressiveRefinement` as PETSc's options say, on the command line or in the options database.
 
     ::

@@ -172,6 +172,6 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
 def _refuse_direct(ksp: PETSc.KSP) -> None:
     if ksp.getType() == PETSc.KSP.Type.PREONLY:
         raise ValueError(
-            f"the solver is direct (ksp_type preonly with pc_type {ksp.getPC().getType()}), so there are no iterations to refine: choose an "
-            'iterative method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem '
+            f"the solver is direct (ksp_type preonly with pc_type {ksp.getPC().getType()}), so there are no iterations to refine: choose "
+            'an iterative method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem '
             'or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or leave refinement away')

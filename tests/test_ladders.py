@@ -147,7 +147,7 @@ def test_membership():
     assert 0.1 not in ToleranceLadder()
 
 
-@pytest.mark.timeout(10)  # a search level by level would not end
+@pytest.mark.timeout(10, method="signal")  # a search level by level would not end
 @pytest.mark.parametrize("ladder, setting", [
     (IterationLadder(start=2), Iterations(1)),
     (IterationLadder(step=2), Iterations(2)),
@@ -177,6 +177,9 @@ def test_iteration_ladder_that_would_be_empty(start, stop):
     ({"start": 0.5, "factor": 0.1, "stop": 0.4}, [0.5]),
     ({"start": 0.1, "factor": 0.01, "stop": 1e-9}, [1e-1, 1e-3, 1e-5, 1e-7, 1e-9]),
     ({"start": 0.9, "factor": 0.9, "stop": 0.6561}, [0.9, 0.81, 0.729, 0.6561]),  # 0.9⁴ = 0.6561, up to rounding
+    # The last power is stop in decimals, and off it by rounding: it counts.
+    ({"start": 0.1, "factor": 0.3, "stop": 0.00081}, [0.1, 0.03, 0.009, 0.0027, 0.00081]),
+    ({"start": 0.1, "factor": 0.3, "stop": 0.0027}, [0.1, 0.03, 0.009, 0.0027]),
 ])
 def test_tolerance_ladder(arguments, tolerances):
     ladder = ToleranceLadder(**arguments)
@@ -186,6 +189,12 @@ def test_tolerance_ladder(arguments, tolerances):
     assert ladder[0].rtol == ladder.start
     assert list(ladder[1:]) == list(ladder)[1:]
     assert [ladder[-1 - level] for level in range(len(ladder))] == list(reversed(ladder)) == list(ladder)[::-1]
+
+
+@pytest.mark.parametrize("stop", [0.0027, 0.000243, 7.29e-05, 0.00081])
+def test_no_tolerance_is_below_stop_by_rounding(stop):
+    """0.1·0.3³, for one, is 0.0026999999999999997."""
+    assert ToleranceLadder(start=0.1, factor=0.3, stop=stop)[-1].rtol >= stop
 
 
 def test_tolerance_ladder_hands_its_cap_to_every_level():

@@ -59,7 +59,8 @@ def test_taylor_remainders_for_boundary_values_of_a_mixed_problem():
     (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
     g = smooth(V, 14)
     a = (inner(grad(w), grad(v)) - p*div(v) - q*div(w) + 0.1*p*q)*dx
-    problem = LinearVariationalProblem(a, inner(smooth(V, 15), v)*dx, u, bcs=[DirichletBC(W.sub(0), g, (1, 2)), DirichletBC(W.sub(0), 0, 3)])
+    bcs = [DirichletBC(W.sub(0), g, (1, 2)), DirichletBC(W.sub(0), 0, 3)]
+    problem = LinearVariationalProblem(a, inner(smooth(V, 15), v)*dx, u, bcs=bcs)
     prdp_fem.LinearVariationalSolver(problem, solver_parameters={"ksp_type": "minres", "pc_type": "none", **CONVERGED}).solve()
     velocity, pressure = split(u)
     reduced = ReducedFunctional(assemble((inner(velocity, velocity)**2 + pressure**3)*dx), Control(g))

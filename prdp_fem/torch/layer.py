@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from firedrake import Cofunction, Constant, Function
 
-from prdp_fem.linear import LinearSystem, Point
+from prdp_fem.linear import Point
 from prdp_fem.solvers import LinearVariationalSolver
 
 __all__ = ["SolverLayer"]
