@@ -126,8 +126,8 @@ class IterationLadder(Sequence):
     step : int
         Iterations that each level adds, at least 1.
     stop : int or None
-        No level has more iterations than this; None for a ladder without an end (its ``len`` is then the largest that
-        Python can express).
+        No level has more iterations than this; None for a ladder without an end (its ``len`` is then as large as Python
+        can express).
     rtol_floor : float
         See :class:`Iterations`.
 
@@ -152,11 +152,16 @@ class IterationLadder(Sequence):
     def __getitem__(self, level):
         counts = self._counts[level]
         if isinstance(counts, range):
+            if self.stop is None and isinstance(level, slice) and level.stop is None:
+                raise ValueError(f"{self!r} has no end: give the slice one, as in ladder[:10]")
             return [Iterations(count, self.rtol_floor) for count in counts]
         return Iterations(counts, self.rtol_floor)
 
+    def __contains__(self, setting) -> bool:
+        return isinstance(setting, Iterations) and setting.rtol_floor == self.rtol_floor and setting.iterations in self._counts
+
     def __repr__(self) -> str:
-        floor = "" if self.rtol_floor == 1e-12 else f", rtol_floor={self.rtol_floor:g}"
+        floor = "" if self.rtol_floor == 1e-12 else f", rtol_floor={self.rtol_floor!r}"
         return f"IterationLadder(start={self.start}, step={self.step}, stop={self.stop}{floor})"
 
     def __eq__(self, other) -> bool:
@@ -202,7 +207,7 @@ class ToleranceLadder(Sequence):
         return Tolerance(max(self.start*self.factor**levels, self.stop), self.max_it)
 
     def __repr__(self) -> str:
-        return f"ToleranceLadder(start={self.start:g}, factor={self.factor:g}, stop={self.stop:g}, max_it={self.max_it})"
+        return f"ToleranceLadder(start={self.start}, factor={self.factor}, stop={self.stop}, max_it={self.max_it})"
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, ToleranceLadder):

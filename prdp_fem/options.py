@@ -64,8 +64,14 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", com
     if unknown:
         raise TypeError(f"no option has the default {', '.join(sorted(unknown))}: known are {', '.join([*ladder_readers, *rule_readers])}")
 
+    def ask(reader, name):
+        try:
+            return reader(name)
+        except KeyError:
+            raise ValueError(f"-{prefix}prdp_{name} needs a value") from None
+
     def read(readers):
-        return {name: reader(name) if options.hasName(name) else defaults[name]
+        return {name: ask(reader, name) if options.hasName(name) else defaults[name]
                 for name, reader in readers.items() if options.hasName(name) or name in defaults}
 
     steps = read(ladder_readers)

@@ -98,11 +98,10 @@ class Refinement:
         ValueError
             For a metric that is not a number, or is NaN, infinite or negative. Nothing is recorded then.
         """
-        if self.comm is not None:
-            metric = self.comm.bcast(metric, root=0)
-        metric = _checked_metric(metric)
+        metric = self._agreed_metric(metric)
         if self.history:
-            smoothed = self._weight*metric + (1 - self._weight)*self.history[-1].smoothed
+            # Written so that the average of a constant is that constant, and that of a window of 1 is the metric, in every bit.
+            smoothed = metric + (1 - self._weight)*(self.history[-1].smoothed - metric)
         else:
             smoothed = metric
         level, setting = self.level, self.setting
@@ -112,6 +111,20 @@ class Refinement:
         for monitor in self.monitors:
             monitor(self.history[-1])
         return refined
+
+    def _agreed_metric(self, metric) -> float:
+        if self.comm is None:
+            return _checked_metric(metric)
+        value = refusal = None
+        if self.comm.rank == 0:
+            try:
+                value = _checked_metric(metric)
+            except ValueError as error:
+                refusal = str(error)
+        value, refusal = self.comm.bcast((value, refusal), root=0)
+        if refusal is not None:
+            raise ValueError(refusal)
+        return value
 
     def _next_level(self, smoothed: float) -> int:
         """The level after an outer iteration with this moving average, which is not in the history yet."""
@@ -135,14 +148,19 @@ class Refinement:
         missing = self.state_dict().keys() - state.keys()
         if missing:
             raise ValueError(f"the state of a {type(self).__name__} lacks {sorted(missing)}; found {sorted(state)}")
+        for record in state["history"]:
+            if len(record) != 4:
+                raise ValueError(f"a record in the history of the state must have metric, smoothed, level and refined, found {record!r}")
+            for value in record[:2]:
+                _checked_metric(value)
         levels = [state["level"], *(level for _, _, level, _ in state["history"])]
         for level in levels:
             if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= level < len(self.ladder):
                 raise ValueError(f"level {level!r} of the state is not on the ladder {self.ladder!r}, which has levels "
                                  f"0 to {len(self.ladder) - 1}: load it into a refinement with the ladder it was saved with")
-        self.history = [Record(metric, smoothed, level, self.ladder[level], bool(refined))
+        self.history = [Record(float(metric), float(smoothed), int(level), self.ladder[level], bool(refined))
                         for metric, smoothed, level, refined in state["history"]]
-        self.level = state["level"]
+        self.level = int(state["level"])
 
 
 class ProgressiveRefinement(Refinement):
@@ -210,8 +228,11 @@ class ProgressiveRefinement(Refinement):
         return {**super().state_dict(), "checkpoint": self.checkpoint}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        checkpoint = state.get("checkpoint", math.inf)
+        if isinstance(checkpoint, bool) or not isinstance(checkpoint, Real) or not checkpoint >= 0:
+            raise ValueError(f"checkpoint must be a number of at least 0 or inf, found {checkpoint!r}")
         super().load_state_dict(state)
-        self.checkpoint = state["checkpoint"]
+        self.checkpoint = float(checkpoint)
 
     def __repr__(self) -> str:
         return (f"ProgressiveRefinement({self.ladder!r}, tau_step={self.tau_step:g}, tau_stop={self.tau_stop:g}, "
@@ -254,11 +275,12 @@ class ScheduledRefinement(Refinement):
 
     def __init__(self, ladder: Sequence[Setting], schedule: Mapping[int, int], *, comm=None):
         ladder = _checked_ladder(ladder)
-        previous = 0
-        for iteration in sorted(schedule):
-            level = schedule[iteration]
+        for iteration, level in schedule.items():
             if any(isinstance(value, bool) or not isinstance(value, Integral) or value < 0 for value in (iteration, level)):
                 raise ValueError(f"a schedule maps outer iterations to levels, both integers from 0, found {iteration!r}: {level!r}")
+        schedule = {int(iteration): int(schedule[iteration]) for iteration in sorted(schedule)}
+        previous = 0
+        for iteration, level in schedule.items():
             if level >= len(ladder):
                 raise ValueError(f"level {level} at outer iteration {iteration} is not on the ladder {ladder!r}, "
                                  f"which has levels 0 to {len(ladder) - 1}")
@@ -266,7 +288,7 @@ class ScheduledRefinement(Refinement):
                 raise ValueError(f"levels must not decrease, found {level} after {previous} at outer iteration {iteration}")
             previous = level
         super().__init__(ladder, level=schedule.get(0, 0), comm=comm)
-        self.schedule = dict(schedule)
+        self.schedule = schedule
 
     def _next_level(self, smoothed: float) -> int:
         return self.schedule.get(len(self.history) + 1, self.level)
@@ -284,8 +306,10 @@ def _ratio(value: float, reference: float) -> float:
 
 def _checked_metric(metric) -> float:
     try:
+        if isinstance(metric, (str, bytes)):
+            raise TypeError
         value = float(metric)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"a metric must be a number, found {metric!r}") from None
     if not math.isfinite(value):
         raise ValueError(f"a metric must be finite, found {value}: training has diverged, or the metric divides by zero")
@@ -313,7 +337,7 @@ def _checked_ladder(ladder) -> Sequence[Setting]:
         raise ValueError("a ladder must have at least one level, found an empty one")
     # A ladder without an end cannot be read through: its first setting stands for all where the ladder makes them itself.
     for setting in ladder if isinstance(ladder, (list, tuple)) else (ladder[0],):
-        if not isinstance(setting, Setting):
+        if not isinstance(setting, Setting) or isinstance(setting, type):
             raise TypeError("a setting must have the attributes rtol, max_it and budget, as Iterations(20) and Tolerance(1e-6) "
                             f"have, found {setting!r}")
     return ladder

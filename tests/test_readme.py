@@ -12,7 +12,7 @@ def test_the_training_script_runs_as_printed(capsys):
     variables = {}
     exec(compile(script, "README.md", "exec"), variables)
     refinement = variables["refinement"]
-    assert len(refinement.history) == 50 and refinement.level > 0
+    assert len(refinement.history) == 100 and refinement.level > 0
     assert refinement.history[-1].metric < refinement.history[0].metric
     assert "iterations" in capsys.readouterr().out
 
