@@ -10,7 +10,7 @@ KSPSolveTranspose, B.multTranspose. The rest goes through assemblers built once.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,6 +63,13 @@ class Point:
     boundary: np.ndarray | None = None
     guess: np.ndarray | None = None
 
+    def at(self, varying: Mapping[int, np.ndarray], row: int) -> Point:
+        """This point with one row of the varying inputs put in."""
+        if not varying:
+            return self
+        return Point([varying[index][row] if index in varying else values for index, values in enumerate(self.values)],
+                     self.boundary, self.guess)
+
 
 class LinearForms:
     """The forms of a linear problem taken apart, over copies of its coefficients.
@@ -80,7 +87,7 @@ class LinearForms:
         The same problem over the copies, for Firedrake's solver.
     a, L : ufl.Form
         The two sides over the copies; ``L`` is None where it is empty. Neither contains the solution.
-    cofunctions : list of (Input, float)
+    cofunctions : dict of Input to float
         The Cofunctions in the right-hand side, with their weights.
     """
 
@@ -116,7 +123,8 @@ class LinearForms:
             self.problem = problem.rediscretise(u=self.solution, coefficient_mapping=mapping)
             self.a = self.problem.J
             self.L = None if right is None else ufl.replace(right, mapping)
-        self.cofunctions = [(self.inputs[originals.index(cofunction)], weight) for cofunction, weight in cofunctions]
+        self.cofunctions = {self.inputs[originals.index(cofunction)]: sum(weight for other, weight in cofunctions if other is cofunction)
+                            for cofunction, _ in cofunctions}
 
     def find(self, original) -> int:
         """The place of a user's coefficient among the inputs.
@@ -209,14 +217,15 @@ class LinearSystem:
             self._lifting = Function(self._space)
             self._multiplier = Function(self._space)
             self._form_values = Cofunction(self._space.dual())
-        self._rhs, self._work, self._zero = (vector_like(forms.solution) for _ in range(3))
+        self._rhs, self._base, self._product, self._solved, self._adjoint, self._zero = (vector_like(forms.solution) for _ in range(6))
         self._point = Point(())
-        self._affine: dict[int, _AffineTerm] = {}
+        self._terms: dict[int, _AffineTerm | _CofunctionTerm] = {}
         self._rest: ufl.Form | None = forms.L
-        self._split_off_affine_terms()
+        self._split_off_terms()
         self._rest_assembler = None if self._rest is None else self._assembler(self._rest)
         self._rest_inputs = set() if self._rest is None else self._indices(coefficients_of(self._rest))
         self._rest_values: PETSc.Vec | None = None
+        self._has_fields_to_assemble = any(not entry.is_real and index not in self._terms for index, entry in enumerate(self.inputs))
         self._derivative_assemblers: dict[int | str, list[tuple]] = {}
         self._tangent_assemblers: dict[int, tuple] = {}
 
@@ -225,8 +234,10 @@ class LinearSystem:
     def _indices(self, copies) -> set[int]:
         return {index for index, entry in enumerate(self.inputs) if any(entry.copy is copy for copy in copies)}
 
-    def _split_off_affine_terms(self) -> None:
+    def _split_off_terms(self) -> None:
         """Find the inputs that b depends on by a matrix, and take their terms out of the form to be assembled."""
+        for entry, weight in self.forms.cofunctions.items():
+            self._terms[self.inputs.index(entry)] = _CofunctionTerm(weight, self.boundary_dofs)
         if self._rest is None:
             return
         for index, entry in enumerate(self.inputs):
@@ -236,7 +247,7 @@ class LinearSystem:
             part = expand_derivatives(derivative(self._rest, copy, TrialFunction(copy.function_space())))
             if part.empty() or part.coefficients() or len(part.arguments()) != 2:
                 continue
-            self._affine[index] = _AffineTerm(part, self._indices(coefficients_of(part)))
+            self._terms[index] = _AffineTerm(part, self._indices(coefficients_of(part)), entry, self.boundary_dofs)
             rest = expand_derivatives(ufl.replace(self._rest, {copy: ufl.zero(copy.ufl_shape)}))
             self._rest = None if rest.empty() else rest
             if self._rest is None:
@@ -280,9 +291,9 @@ class LinearSystem:
         with stop_annotating(), self.statistics.timed(kind), _EVENTS[kind]:
             yield
 
-    def values(self) -> list[np.ndarray]:
-        """Rank-local values of the user's coefficients as they are now."""
-        return [local_values(entry.original) for entry in self.inputs]
+    def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
+        """Rank-local values of the user's coefficients as they are now; empty for those left out."""
+        return [_NO_VALUES if index in without else local_values(entry.original) for index, entry in enumerate(self.inputs)]
 
     def boundary_values(self, conditions) -> np.ndarray | None:
         """Rank-local values of boundary conditions, zero elsewhere; None where they are zero on all ranks."""
@@ -301,9 +312,9 @@ class LinearSystem:
         """Bring all that is assembled up to date with the inputs of a point."""
         self._point = point
         changed = {index for index, (entry, values) in enumerate(zip(self.inputs, point.values))
-                   if index not in self._affine and entry.write(values)}
-        if self._comm.size > 1 and any(entry.in_operator and not entry.is_real for entry in self.inputs):
-            # A field may have changed on some ranks only: assembly is collective.
+                   if index not in self._terms and entry.write(values)}
+        if self._comm.size > 1 and self._has_fields_to_assemble:
+            # A field may have changed on some ranks only, and assembly is collective.
             flags = np.array([index in changed for index in range(len(self.inputs))], dtype=np.intc)
             self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
             changed = set(np.flatnonzero(flags))
@@ -313,7 +324,7 @@ class LinearSystem:
             self._operator_is_current = False
         if moved or self._rest_inputs & changed:
             self._rest_values = None
-        for term in self._affine.values():
+        for term in self._terms.values():
             if moved or term.parameters & changed:
                 term.forget()
         self._mesh_versions = versions
@@ -330,99 +341,144 @@ class LinearSystem:
         """Have everything assembled again at the next solve."""
         self._mesh_versions = None
 
-    def _assemble_rhs(self, point: Point) -> PETSc.Vec:
-        b = self._rhs
+    def _base_of_rhs(self, boundary: np.ndarray | None) -> PETSc.Vec | None:
+        """What is assembled of the right-hand side; None where nothing is."""
+        if self._rest is None and boundary is None:
+            return None
+        b = self._base
         b.set(0.0)
-        for index, term in self._affine.items():
-            term.add_product(self.inputs[index], point.values[index], b, self.boundary_dofs)
         if self._rest is not None:
             if self._rest_values is None:
                 self._rest_assembler.assemble(tensor=self._form_values)
-                self._rest_values = self._work.duplicate()
+                self._rest_values = b.duplicate()
                 with self._form_values.dat.vec_ro as vector:
                     vector.copy(self._rest_values)
             b.axpy(1.0, self._rest_values)
-        for entry, weight in self.forms.cofunctions:
-            b.array_w[:] += weight*point.values[self.inputs.index(entry)]
-        if self.forms.cofunctions:
-            b.array_w[self.boundary_dofs] = 0.0
-        if point.boundary is not None:
-            set_local_values(self._lifting, point.boundary)
-            self._lift_assembler.assemble(tensor=self._form_values)
-            with self._form_values.dat.vec_ro as vector:
-                b.axpy(-1.0, vector)
+        if boundary is not None:
+            self._lift(boundary, b)
         return b
+
+    def _fixed_products(self, point: Point, varying) -> dict[int, PETSc.Vec]:
+        """The terms of the right-hand side whose inputs do not vary within a batch."""
+        products = {}
+        for index, term in self._terms.items():
+            if index not in varying:
+                products[index] = self._rhs.duplicate()
+                term.product(point.values[index], products[index])
+        return products
+
+    def _rhs_of(self, base: PETSc.Vec | None, fixed: Mapping[int, PETSc.Vec], varying: Mapping[int, np.ndarray], row: int) -> PETSc.Vec:
+        """The right-hand side of one row. Terms are added in one order, so that no bit depends on which of them vary."""
+        b, started = self._rhs, base is not None
+        if started:
+            base.copy(b)
+        for index, term in self._terms.items():
+            product = fixed.get(index)
+            if product is None:
+                product = self._product if started else b
+                term.product(varying[index][row], product)
+            elif not started:
+                product.copy(b)
+            if started:
+                b.axpy(1.0, product)
+            started = True
+        if not started:
+            b.set(0.0)
+        return b
+
+    def _lift(self, boundary: np.ndarray, b: PETSc.Vec) -> None:
+        """b -= a(g, ·)."""
+        set_local_values(self._lifting, boundary)
+        self._lift_assembler.assemble(tensor=self._form_values)
+        with self._form_values.dat.vec_ro as vector:
+            b.axpy(-1.0, vector)
 
     @cached_property
     def _lift_assembler(self):
         return self._assembler(action(self.forms.a, self._lifting))
 
-    def solve(self, point: Point, setting: Setting | None, solution: np.ndarray) -> None:
-        """Solve at a point.
+    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> None:
+        """Solve at a point, or at a batch of them.
 
         Parameters
         ----------
         point : Point
         setting : Setting or None
             How far the KSP goes; None for what its options say.
-        solution : numpy.ndarray
-            Rank-local dofs, written to.
-        """
-        with self._work_on("forward"):
-            self._move_to(point)
-            b = self._assemble_rhs(point)
-            w = self._work
-            if point.guess is not None:
-                w.array_w[:] = point.guess
-                w.array_w[self.boundary_dofs] = 0.0
-            iterations = self.krylov.solve(b, w, setting, guess=point.guess is not None)
-            solution[:] = w.array_r
-            if point.boundary is not None:
-                solution += point.boundary
-        self.statistics.solves += 1
-        self.statistics.forward_iterations += iterations
+        solutions : numpy.ndarray
+            Shape (batch, n), written to: rank-local dofs.
+        varying : Mapping of int to numpy.ndarray
+            Inputs that differ from row to row, shape (batch, size), instead of their values in the point.
 
-    def solve_adjoint(self, point: Point, setting: Setting | None, cotangent: np.ndarray) -> None:
-        """Solve Aᵀ λ = ∂J/∂u at a point; derivatives by the inputs can then be taken.
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the KSP fails.
+        """
+        varying = {} if varying is None else varying
+        w, dofs = self._solved, self.boundary_dofs
+        with self._work_on("forward"):
+            for row, solution in enumerate(solutions):
+                if row == 0 or not varying.keys() <= self._terms.keys():
+                    self._move_to(point.at(varying, row))
+                    base, fixed = self._base_of_rhs(point.boundary), self._fixed_products(point, varying)
+                b = self._rhs_of(base, fixed, varying, row)
+                if point.guess is not None:
+                    solution[:] = point.guess
+                    solution[dofs] = 0.0
+                w.placeArray(solution)
+                try:
+                    iterations = self.krylov.solve(b, w, setting, guess=point.guess is not None)
+                finally:
+                    w.resetArray()
+                self.statistics.solves += 1
+                self.statistics.forward_iterations += iterations
+            solutions[:, dofs] = 0.0  # for preconditioners that do not keep the boundary rows apart to the bit
+            if point.boundary is not None:
+                solutions += point.boundary
+
+    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray,
+                      gradients: Mapping[int, np.ndarray], varying: Mapping[int, np.ndarray] | None = None) -> None:
+        """Solve Aᵀ λ = ∂J/∂u at a point, or at a batch of them, and take the derivatives of J by inputs.
 
         Parameters
         ----------
         point : Point
         setting : Setting or None
-        cotangent : numpy.ndarray
-            Rank-local ∂J/∂u. Its boundary entries are left out of the system: a truncated iteration would see them.
+        cotangents : numpy.ndarray
+            Shape (batch, n): rank-local ∂J/∂u. Boundary entries are left out of the system: a truncated iteration would see
+            them.
+        solutions : numpy.ndarray
+            Shape (batch, n): what :meth:`solve` gave.
+        gradients : Mapping of int to numpy.ndarray
+            By inputs, shape (batch, size), written to: -(∂F/∂m)ᵀ λ, by dofs (no mass matrix in between). For a Constant or a
+            Real space the sum over all ranks, on every rank.
+        varying : Mapping of int to numpy.ndarray
+            As in :meth:`solve`.
         """
+        varying = {} if varying is None else varying
+        by_form = any(self._depends_by_form(index) for index in gradients)
+        inner = cotangents.copy()
+        inner[:, self.boundary_dofs] = 0.0
         with self._work_on("adjoint"):
-            self._move_to(point)
-            self._rhs.array_w[:] = cotangent
-            self._rhs.array_w[self.boundary_dofs] = 0.0
-            iterations = self.krylov.solve_transposed(self._rhs, self._work, setting)
-        self.statistics.adjoint_solves += 1
-        self.statistics.adjoint_iterations += iterations
+            for row, cotangent in enumerate(inner):
+                if row == 0 or by_form or not varying.keys() <= self._terms.keys():
+                    self._move_to(point.at(varying, row))
+                self._rhs.placeArray(cotangent)
+                try:
+                    iterations = self.krylov.solve_transposed(self._rhs, self._adjoint, setting)
+                finally:
+                    self._rhs.resetArray()
+                self.statistics.adjoint_solves += 1
+                self.statistics.adjoint_iterations += iterations
+                for index, gradient in gradients.items():
+                    self._derivative(index, solutions[row], gradient[row])
 
-    def derivative(self, index: int, solution: np.ndarray, out: np.ndarray) -> None:
-        """The derivative of J by an input, after :meth:`solve_adjoint` at the same point.
-
-        Parameters
-        ----------
-        index : int
-            Which input.
-        solution : numpy.ndarray
-            What :meth:`solve` gave at the point.
-        out : numpy.ndarray
-            Rank-local, written to: -(∂F/∂m)ᵀ λ, by dofs (no mass matrix in between). For a Constant or a Real space the sum
-            over all ranks, on every rank.
-        """
-        with self._work_on("adjoint"):
-            if index in self._affine:
-                self._affine[index].transposed_product(self.inputs[index], self._work, out, self.boundary_dofs)
-                return
-            out[:] = 0.0
-            if self._depends_by_form(index):
-                out += self._assembled_derivative(index, self.inputs[index].in_variables, self.inputs[index].variables, solution)
-            for entry, weight in self.forms.cofunctions:
-                if entry is self.inputs[index]:
-                    out += weight*self._work.array_r
+    def _derivative(self, index: int, solution: np.ndarray, out: np.ndarray) -> None:
+        if index in self._terms:
+            self._terms[index].transposed_product(self._adjoint, out)
+        else:
+            out[:] = self._assembled_derivative(index, self.inputs[index].in_variables, self.inputs[index].variables, solution)
 
     def boundary_derivative(self, solution: np.ndarray, cotangent: np.ndarray) -> np.ndarray:
         """The derivative of J by the boundary values, after :meth:`solve_adjoint`: zero except at boundary dofs."""
@@ -464,25 +520,21 @@ class LinearSystem:
             b = self._rhs
             b.set(0.0)
             for index, tangent in tangents.items():
-                if index in self._affine:
-                    self._affine[index].add_product(self.inputs[index], tangent, b, self.boundary_dofs)
-                elif self._depends_by_form(index):
+                if index in self._terms:
+                    self._terms[index].product(tangent, self._product)
+                    b.axpy(1.0, self._product)
+                else:
                     b.array_w[:] += self._assembled_tangent(index, tangent, solution)
-                for entry, weight in self.forms.cofunctions:
-                    if entry is self.inputs[index]:
-                        b.array_w[:] += weight*tangent
             for mesh, tangent in meshes.items():
                 self._set_residual_weights(solution)
                 assemble(derivative(-1*self._residual, SpatialCoordinate(mesh), tangent), tensor=self._form_values)
                 b.array_w[:] += local_values(self._form_values)
             b.array_w[self.boundary_dofs] = 0.0
             if boundary is not None:
-                set_local_values(self._lifting, boundary)
-                self._lift_assembler.assemble(tensor=self._form_values)
-                with self._form_values.dat.vec_ro as vector:
-                    b.axpy(-1.0, vector)
-            iterations = self.krylov.solve(b, self._work, setting)
-            out[:] = self._work.array_r
+                self._lift(boundary, b)
+            iterations = self.krylov.solve(b, self._solved, setting)
+            out[:] = self._solved.array_r
+            out[self.boundary_dofs] = 0.0
             if boundary is not None:
                 out += boundary
         self.statistics.tangent_solves += 1
@@ -509,11 +561,11 @@ class LinearSystem:
         return coefficients_of(self._residual)
 
     def _set_residual_weights(self, solution: np.ndarray) -> None:
-        for index in self._affine:
+        for index in self._terms:
             # Solves read these from the point; forms read the copies.
             self.inputs[index].write(self._point.values[index])
         set_local_values(self.forms.solution, solution)
-        set_local_values(self._multiplier, self._work.array_r)
+        set_local_values(self._multiplier, self._adjoint.array_r)
 
     def _assembled_derivative(self, key, restated, variables: list[Function], solution: np.ndarray) -> np.ndarray:
         """Assemble derivatives of the weighted residual, by assemblers that are built at their first use."""
@@ -553,7 +605,7 @@ class LinearSystem:
 
 
 class _AffineTerm:
-    """B of b = B m + c, assembled when it is first needed and when what it depends on changed.
+    """B m of the right-hand side, with B assembled when it is first needed and when what it depends on changed.
 
     Parameters
     ----------
@@ -561,39 +613,64 @@ class _AffineTerm:
         The bilinear form of B, without Functions in it.
     parameters : set of int
         The inputs, all of them Constants, that B depends on.
+    entry : Input
+        m.
+    boundary_dofs : numpy.ndarray
+        Rank-local rows of B that are zero.
     """
 
-    def __init__(self, form: ufl.Form, parameters: set[int]):
-        self.form, self.parameters = form, parameters
+    def __init__(self, form: ufl.Form, parameters: set[int], entry: Input, boundary_dofs: np.ndarray):
+        self.parameters = parameters
+        self._form, self._boundary_dofs = form, boundary_dofs
+        self._vector = vector_like(entry.copy)
         self._matrix: PETSc.Mat | None = None
-        self._vector: PETSc.Vec | None = None
 
     def forget(self) -> None:
+        """Have B assembled again."""
         self._matrix = None
 
-    def _prepared(self, entry: Input, boundary_dofs: np.ndarray) -> tuple[PETSc.Mat, PETSc.Vec]:
+    def _assembled(self) -> PETSc.Mat:
         if self._matrix is None:
-            with stop_annotating():
-                self._matrix = assemble(self.form, mat_type="aij").petscmat
-            rows = boundary_dofs + self._matrix.getOwnershipRange()[0]
+            self._matrix = assemble(self._form, mat_type="aij").petscmat
+            rows = self._boundary_dofs + self._matrix.getOwnershipRange()[0]
             self._matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
-            if self._vector is None:
-                self._vector = vector_like(entry.copy)
-        return self._matrix, self._vector
+        return self._matrix
 
-    def add_product(self, entry: Input, values: np.ndarray, b: PETSc.Vec, boundary_dofs: np.ndarray) -> None:
-        """b += B m."""
-        matrix, vector = self._prepared(entry, boundary_dofs)
-        vector.placeArray(values)
-        matrix.multAdd(vector, b, b)
-        vector.resetArray()
+    def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
+        """b = B m."""
+        self._vector.placeArray(values)
+        self._assembled().mult(self._vector, b)
+        self._vector.resetArray()
 
-    def transposed_product(self, entry: Input, multiplier: PETSc.Vec, out: np.ndarray, boundary_dofs: np.ndarray) -> None:
+    def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
         """out = Bᵀ λ."""
-        matrix, vector = self._prepared(entry, boundary_dofs)
-        vector.placeArray(out)
-        matrix.multTranspose(multiplier, vector)
-        vector.resetArray()
+        self._vector.placeArray(out)
+        self._assembled().multTranspose(multiplier, self._vector)
+        self._vector.resetArray()
 
 
+class _CofunctionTerm:
+    """A Cofunction in the right-hand side, with its weight."""
+
+    parameters: frozenset[int] = frozenset()
+
+    def __init__(self, weight: float, boundary_dofs: np.ndarray):
+        self._weight, self._boundary_dofs = weight, boundary_dofs
+
+    def forget(self) -> None:
+        """Nothing is assembled."""
+
+    def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
+        """b = weight · m, zero at the boundary."""
+        array = b.array_w
+        np.multiply(values, self._weight, out=array)
+        array[self._boundary_dofs] = 0.0
+
+    def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
+        """out = weight · λ, zero at the boundary."""
+        np.multiply(multiplier.array_r, self._weight, out=out)
+        out[self._boundary_dofs] = 0.0
+
+
+_NO_VALUES = np.empty(0)
 _EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}

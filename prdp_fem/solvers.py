@@ -1,6 +1,8 @@
 """Drop-in variational solvers whose KSP follows a refinement."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import firedrake
 from firedrake import LinearVariationalProblem
 from firedrake.petsc import PETSc
@@ -153,7 +155,7 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
                     callback(state)
             point = self.point()
             solution = local_values(u)
-            self.system.solve(point, setting, solution)
+            self.system.solve(point, setting, solution[None])
         if annotate:
             block = LinearSolveBlock(self.system, self.problem, self.refinement, warm_start=self.warm_start, ad_block_tag=tag)
             get_working_tape().add_block(block)
@@ -163,9 +165,15 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
             block.add_output(u.create_block_variable())
         return u
 
-    def point(self) -> Point:
-        """Where the next solve is made: the present values of the user's coefficients, boundary values and guess."""
-        return Point(self.system.values(), self.system.boundary_values(self.problem.bcs),
+    def point(self, without: Sequence[int] = ()) -> Point:
+        """Where the next solve is made: the present values of the user's coefficients, boundary values and guess.
+
+        Parameters
+        ----------
+        without : sequence of int
+            Inputs whose values are not read, because the caller puts in its own.
+        """
+        return Point(self.system.values(without), self.system.boundary_values(self.problem.bcs),
                      local_values(self.problem.u) if self.warm_start else None)
 
 

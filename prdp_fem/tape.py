@@ -76,27 +76,29 @@ class LinearSolveBlock(Block):
             self._setting = None if self._refinement is None else self._refinement.setting
         solution = Function(self._problem.u.function_space())
         values = local_values(solution)
-        self._system.solve(self._point(), self._setting, values)
+        self._system.solve(self._point(), self._setting, values[None])
         return maybe_disk_checkpoint(_with_values(solution, values))
 
     # Adjoint
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
-        cotangent = local_values(adj_inputs[0])
-        self._system.solve_adjoint(self._point(), self._setting, cotangent)
-        return cotangent
+        relevant = [variable.output for _, variable in relevant_dependencies]
+        cotangent, solution = local_values(adj_inputs[0]), self._solution()
+        gradients = {index: np.empty((1, entry.size)) for index, entry in enumerate(self._system.inputs)
+                     if any(entry.original is original for original in relevant)}
+        self._system.solve_adjoint(self._point(), self._setting, cotangent[None], solution[None], gradients)
+        return cotangent, solution, gradients
 
     def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
-        original, solution = block_variable.output, self._solution()
+        cotangent, solution, gradients = prepared
+        original = block_variable.output
         if isinstance(original, DirichletBC):
-            return [self._boundary_cotangent(original, self._system.boundary_derivative(solution, prepared))]
+            return [self._boundary_cotangent(original, self._system.boundary_derivative(solution, cotangent))]
         if isinstance(original, firedrake.MeshGeometry):
             return self._system.mesh_derivative(original, solution)
-        for index, entry in enumerate(self._system.inputs):
-            if entry.original is original:
-                values = np.zeros(entry.size)
-                self._system.derivative(index, solution, values)
-                return _with_values(_dual_zero(original), values)
+        for index, gradient in gradients.items():
+            if self._system.inputs[index].original is original:
+                return _with_values(_dual_zero(original), gradient[0])
         return None  # the guess: the solution of an implicit derivative does not depend on it
 
     def _boundary_cotangent(self, condition: DirichletBC, values: np.ndarray) -> DirichletBC:

@@ -119,11 +119,11 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer: SolverLayer, batch: torch.Size, *tensors: torch.Tensor) -> torch.Tensor:
         system, solver = layer.solver.system, layer.solver
-        ctx.layer, ctx.batch, ctx.setting, ctx.point = layer, batch, solver.setting, solver.point()
+        ctx.layer, ctx.batch, ctx.setting, ctx.point = layer, batch, solver.setting, solver.point(without=layer._indices)
         ctx.save_for_backward(*tensors)
+        point, varying = _place(layer, ctx.point, batch, tensors)
         solutions = np.empty((batch.numel(), system.size))
-        for sample, solution in zip(_samples(batch, tensors), solutions):
-            system.solve(_at(ctx.point, layer._indices, sample), ctx.setting, solution)
+        system.solve(point, ctx.setting, solutions, varying)
         ctx.solutions = solutions
         dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
         # A copy: the caller may change what it gets in place, and the backward pass must not see it.
@@ -132,33 +132,30 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, cotangent: torch.Tensor):
-        layer, system = ctx.layer, ctx.layer.solver.system
-        tensors = ctx.saved_tensors
-        wanted = [place for place, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
-        cotangents = np.ascontiguousarray(cotangent.detach().to(torch.float64).reshape(ctx.batch.numel(), system.size).numpy())
-        gradients = {place: np.empty((ctx.batch.numel(), tensors[place].shape[-1])) for place in wanted}
-        for row, sample in enumerate(_samples(ctx.batch, tensors)):
-            system.solve_adjoint(_at(ctx.point, layer._indices, sample), ctx.setting, cotangents[row])
-            for place in wanted:
-                system.derivative(layer._indices[place], ctx.solutions[row], gradients[place][row])
-        return None, None, *(_reduced(gradients[place], ctx.batch, tensor) if place in gradients else None
-                             for place, tensor in enumerate(tensors))
+        layer, system, tensors, rows = ctx.layer, ctx.layer.solver.system, ctx.saved_tensors, ctx.batch.numel()
+        gradients = {layer._indices[place]: np.empty((rows, tensors[place].shape[-1]))
+                     for place, needed in enumerate(ctx.needs_input_grad[2:]) if needed}
+        point, varying = _place(layer, ctx.point, ctx.batch, tensors)
+        system.solve_adjoint(point, ctx.setting, _rows(cotangent, ctx.batch), ctx.solutions, gradients, varying)
+        return None, None, *(_reduced(gradients[index], ctx.batch, tensor) if index in gradients else None
+                             for index, tensor in zip(layer._indices, tensors))
 
 
-def _samples(batch: torch.Size, tensors: Sequence[torch.Tensor]):
-    """The values of all controls, sample by sample, as float64 arrays; without a copy where they are that already."""
-    arrays = [tensor.detach().to(torch.float64).contiguous().numpy() for tensor in tensors]
-    rows = [np.broadcast_to(array, (*batch, array.shape[-1])) for array in arrays]
-    for index in np.ndindex(*batch):
-        yield [row[index] for row in rows]
+def _rows(tensor: torch.Tensor, batch: torch.Size) -> np.ndarray:
+    """A tensor as float64 rows, one a sample; without a copy where it is that already."""
+    values = tensor.detach().to(torch.float64)
+    return values.expand(*batch, values.shape[-1]).reshape(batch.numel(), values.shape[-1]).contiguous().numpy()
 
 
-def _at(point: Point, indices: Sequence[int], sample: Sequence[np.ndarray]) -> Point:
-    """A point with the values of the controls put in."""
-    values = list(point.values)
-    for index, array in zip(indices, sample):
-        values[index] = array
-    return Point(values, point.boundary, point.guess)
+def _place(layer: SolverLayer, point: Point, batch: torch.Size, tensors: Sequence[torch.Tensor]) -> tuple[Point, dict[int, np.ndarray]]:
+    """Put the controls where they belong: into the point, or, those with batch axes, among what varies."""
+    values, varying = list(point.values), {}
+    for index, tensor in zip(layer._indices, tensors):
+        if tensor.ndim == 1:
+            values[index] = _rows(tensor, torch.Size())[0]
+        else:
+            varying[index] = _rows(tensor, batch)
+    return Point(values, point.boundary, point.guess), varying
 
 
 def _reduced(gradient: np.ndarray, batch: torch.Size, tensor: torch.Tensor) -> torch.Tensor:
