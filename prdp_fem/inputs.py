@@ -9,7 +9,7 @@ import ufl
 from firedrake import Constant, Function, FunctionSpace
 from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
-from ufl.algorithms.analysis import extract_type
+from ufl.algorithms.analysis import extract_coefficients, extract_type
 
 __all__ = ["Input", "coefficients_of", "local_values"]
 
@@ -17,6 +17,12 @@ __all__ = ["Input", "coefficients_of", "local_values"]
 def is_real(coefficient) -> bool:
     """Whether the values are few and the same on every rank: a Constant, or a Function of a Real space."""
     return isinstance(coefficient, Constant) or coefficient.function_space().ufl_element().family() == "Real"
+
+
+def name_of(coefficient) -> str:
+    """The name of a Function (a method there) or Constant (an attribute there)."""
+    name = coefficient.name
+    return name if isinstance(name, str) else name()
 
 
 def local_values(coefficient) -> np.ndarray:
@@ -50,17 +56,28 @@ def set_local_values(coefficient, values: np.ndarray) -> None:
 
 
 def coefficients_of(*forms) -> list:
-    """All Functions, Cofunctions and Constants in forms, each once, in a fixed order."""
+    """All Functions and Constants in forms and expressions, each once, in a fixed order."""
     found = {}
     for form in forms:
         if form is None:
             continue
-        for coefficient in form.coefficients():
+        for coefficient in extract_coefficients(form):
             found.setdefault(coefficient)
-        if isinstance(form, ufl.Form):
-            for constant in sorted(extract_type(form, Constant), key=lambda constant: constant.count()):
-                found.setdefault(constant)
+        for constant in sorted(extract_type(form, Constant), key=lambda constant: constant.count()):
+            found.setdefault(constant)
     return list(found)
+
+
+def _deep_copy(coefficient):
+    space = coefficient.function_space()
+    if space.component is not None:
+        # f.sub(i) of a vector-valued f views every d-th value: its copy has a space of its own.
+        copied = Function(space.collapse())
+        set_local_values(copied, local_values(coefficient))
+    else:
+        copied = coefficient.copy(deepcopy=True)
+    copied.rename(coefficient.name())
+    return copied
 
 
 class Input:
@@ -94,8 +111,7 @@ class Input:
                 real = FunctionSpace(mesh, "R", 0)
                 self.variables = [Function(real) for _ in range(self.copy.dat.data_ro.size)]
             else:
-                self.copy = original.copy(deepcopy=True)
-                self.copy.rename(original.name())
+                self.copy = _deep_copy(original)
                 self.variables = [self.copy]
         self._values = local_values(self.copy)
         self._set_variables()
@@ -103,8 +119,7 @@ class Input:
     @property
     def name(self) -> str:
         """The user's name for it."""
-        name = self.original.name
-        return name if isinstance(name, str) else name()
+        return name_of(self.original)
 
     @property
     def size(self) -> int:
@@ -116,14 +131,16 @@ class Input:
         """Whether the values are the same on every rank."""
         return is_real(self.original)
 
-    def write(self, values: np.ndarray) -> bool:
-        """Set the copy; return whether any rank-local value differs from before, to the bit."""
-        if np.array_equal(values.view(np.int64), self._values.view(np.int64)):
-            return False
+    def differs(self, values: np.ndarray) -> bool:
+        """Whether any rank-local value differs, to the bit, from those that the copy has."""
+        bits = f"u{self._values.itemsize}"
+        return not np.array_equal(values.view(bits), self._values.view(bits))
+
+    def write(self, values: np.ndarray) -> None:
+        """Set the copy. Collective: a write is what makes Firedrake exchange halos, so all ranks write or none does."""
         self._values[:] = values
         set_local_values(self.copy, self._values)
         self._set_variables()
-        return True
 
     def in_variables(self, form: ufl.Form) -> ufl.Form:
         """A form over the copy, restated over the variables."""

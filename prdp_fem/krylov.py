@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,6 +17,7 @@ __all__ = ["Krylov", "Statistics"]
 # Methods defined for symmetric operators and preconditioners only: for them a transposed solve is a solve.
 _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
                                 "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
+_NEVER = 1e300
 _REASONS = {value: name for name, value in vars(PETSc.KSP.ConvergedReason).items()
             if not name.startswith("_") and isinstance(value, int)}
 _REMEDIES = {
@@ -92,26 +94,21 @@ class Krylov:
     ksp : PETSc.KSP
         With its operators and options.
     transposed : callable
-        Makes a KSP for the transposed operator, called once and only where the preconditioner cannot be transposed.
+        A context manager with a KSP for the transposed operator, set up for its present values; used only where the
+        preconditioner cannot be transposed.
     """
 
-    def __init__(self, ksp: PETSc.KSP, transposed):
+    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]]):
         self.ksp = ksp
-        self._make_transposed = transposed
-        self._transposed: PETSc.KSP | None = None
+        self._transposed = transposed
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
-        self._tolerances = ksp.getTolerances()
-        self._error_if_not_converged = ksp.getErrorIfNotConverged()
-        self._applied: dict[int, Setting | None] = {}
+        # Where a setting is put on a KSP, what its options had said is kept, by the KSP's handle.
+        self._options: dict[int, tuple] = {}
 
     def operator_changed(self) -> None:
         """Forget what was known of the operator's values."""
         self._symmetric = None
-        if self._transposed is not None:
-            self._transposed.destroy()
-            self._transposed = None
-            self._applied.pop(1, None)
 
     def solve(self, b: PETSc.Vec, x: PETSc.Vec, setting: Setting | None, *, guess: bool = False) -> int:
         """Solve A x = b.
@@ -136,38 +133,44 @@ class Krylov:
         firedrake.exceptions.ConvergenceError
             On NaN, breakdown or divergence, and where a tolerance is not reached; not for a used-up budget.
         """
-        self._apply(self.ksp, 0, setting)
+        self._apply(self.ksp, setting, guess)
         self.ksp.setInitialGuessNonzero(guess)
         self.ksp.solve(b, x)
         return self._checked(self.ksp, setting, "forward")
 
     def solve_transposed(self, b: PETSc.Vec, x: PETSc.Vec, setting: Setting | None) -> int:
         """Solve Aᵀ x = b from zero; see :meth:`solve`."""
-        ksp, key = self.ksp, 0
-        if not self._is_symmetric() and not self._is_transposable():
-            if self._transposed is None:
-                self._transposed = self._make_transposed()
-            ksp, key = self._transposed, 1
-        self._apply(ksp, key, setting)
+        if self._is_symmetric():
+            return self._solve_from_zero(self.ksp, self.ksp.solve, b, x, setting)
+        if self._is_transposable():
+            return self._solve_from_zero(self.ksp, self.ksp.solveTranspose, b, x, setting)
+        with self._transposed() as ksp:
+            return self._solve_from_zero(ksp, ksp.solve, b, x, setting)
+
+    def _solve_from_zero(self, ksp: PETSc.KSP, solve: Callable, b: PETSc.Vec, x: PETSc.Vec, setting: Setting | None) -> int:
+        self._apply(ksp, setting, False)
         ksp.setInitialGuessNonzero(False)
-        if key == 1 or self._symmetric:
-            ksp.solve(b, x)
-        else:
-            ksp.solveTranspose(b, x)
+        solve(b, x)
         return self._checked(ksp, setting, "adjoint")
 
-    def _apply(self, ksp: PETSc.KSP, key: int, setting: Setting | None) -> None:
-        if key in self._applied and self._applied[key] == setting:
+    def _apply(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
+        if setting is None and not guess:
+            if ksp.handle in self._options:
+                (rtol, atol, divtol, max_it), error_if_not_converged = self._options.pop(ksp.handle)
+                ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+                ksp.setErrorIfNotConverged(error_if_not_converged)
             return
-        rtol, atol, divtol, max_it = self._tolerances
-        if setting is None:
-            ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
-            ksp.setErrorIfNotConverged(self._error_if_not_converged)
-        else:
-            ksp.setTolerances(rtol=setting.rtol, atol=atol, divtol=divtol, max_it=setting.max_it)
+        if ksp.handle not in self._options:
+            self._options[ksp.handle] = ksp.getTolerances(), ksp.getErrorIfNotConverged()
+        (rtol, atol, divtol, max_it), error_if_not_converged = self._options[ksp.handle]
+        if setting is not None:
+            rtol, max_it = setting.rtol, setting.max_it
             # PETSc would take a used-up budget for an error; what is one is decided in _checked.
-            ksp.setErrorIfNotConverged(False)
-        self._applied[key] = setting
+            error_if_not_converged = False
+        if guess:
+            divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
+        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+        ksp.setErrorIfNotConverged(error_if_not_converged)
 
     def _checked(self, ksp: PETSc.KSP, setting: Setting | None, kind: str) -> int:
         reason, iterations = ksp.getConvergedReason(), ksp.getIterationNumber()

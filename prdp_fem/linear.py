@@ -10,10 +10,11 @@ KSPSolveTranspose, B.multTranspose. The rest goes through assemblers built once.
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 
 import numpy as np
 import ufl
@@ -26,6 +27,7 @@ from firedrake import (
     TestFunction,
     TrialFunction,
     action,
+    adjoint,
     assemble,
     derivative,
 )
@@ -33,12 +35,16 @@ from firedrake.assemble import get_assembler
 from firedrake.matrix import MatrixBase
 from firedrake.petsc import PETSc
 from firedrake.slate.slate import TensorBase
+from firedrake.ufl_expr import extract_domains
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
-from ufl.algorithms import expand_derivatives
+from ufl import classes
+from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.corealg.traversal import unique_pre_traversal
 
 from prdp_fem import firedrake_internals
-from prdp_fem.inputs import Input, coefficients_of, local_values, set_local_values, vector_like
+from prdp_fem.firedrake_internals import boundary_expression, pin_quadrature
+from prdp_fem.inputs import Input, coefficients_of, is_real, local_values, name_of, set_local_values, vector_like
 from prdp_fem.krylov import Krylov, Statistics
 from prdp_fem.ladders import Setting
 
@@ -105,6 +111,7 @@ class LinearForms:
             if not isinstance(condition, DirichletBC):
                 raise TypeError(f"boundary conditions must be DirichletBCs, found a {type(condition).__name__}: "
                                 "put other conditions into the forms")
+        self.problem_conditions = list(problem.bcs)
         form, cofunctions = _split_residual(problem.F)
         right = _right_hand_side(form, problem)
         mesh = problem.u.function_space().mesh().unique()
@@ -121,8 +128,9 @@ class LinearForms:
         with stop_annotating():
             self.solution = Function(problem.u.function_space(), name=problem.u.name())
             self.problem = problem.rediscretise(u=self.solution, coefficient_mapping=mapping)
-            self.a = self.problem.J
-            self.L = None if right is None else ufl.replace(right, mapping)
+            parameters = problem.form_compiler_parameters
+            self.a = pin_quadrature(self.problem.J, parameters)
+            self.L = None if right is None else pin_quadrature(ufl.replace(right, mapping), parameters)
         self.cofunctions = {self.inputs[originals.index(cofunction)]: sum(weight for other, weight in cofunctions if other is cofunction)
                             for cofunction, _ in cofunctions}
 
@@ -132,13 +140,15 @@ class LinearForms:
         Raises
         ------
         ValueError
-            Where the problem does not depend on it.
+            Where the problem does not depend on it, or depends on it by boundary values.
         """
+        name = name_of(original)
+        if any(original in coefficients_of(boundary_expression(condition)) for condition in self.problem_conditions):
+            raise ValueError(f"{type(original).__name__} '{name}' gives boundary values, which cannot be controls of a layer: "
+                             "differentiate by them on pyadjoint's tape")
         for index, entry in enumerate(self.inputs):
             if entry.original is original:
                 return index
-        name = getattr(original, "name", None)
-        name = name() if callable(name) else name
         known = ", ".join(f"{type(entry.original).__name__} '{entry.name}'" for entry in self.inputs) or "no coefficient at all"
         raise ValueError(f"the problem does not depend on {type(original).__name__} '{name}'; it depends on {known}")
 
@@ -161,6 +171,9 @@ def _split_residual(F) -> tuple[ufl.Form | None, list[tuple[Cofunction, float]]]
             component = component if weight == 1 else weight*component
             form = component if form is None else form + component
         elif isinstance(component, Cofunction):
+            if not isinstance(weight, Real):
+                raise TypeError(f"the weight of Cofunction '{component.name()}' in the right-hand side must be a number, found {weight!r}: "
+                                "put it into the form that the Cofunction is assembled from")
             cofunctions.append((component, -float(weight)))
         else:
             raise TypeError(f"the right-hand side must be made of UFL forms and Cofunctions, found a {type(component).__name__}: "
@@ -188,6 +201,25 @@ def _identity(integral) -> tuple:
     return form.signature(), form.coefficients(), tuple(coefficients_of(form))
 
 
+def _is_affine(form: ufl.Form, coefficient: Function) -> bool:
+    """Whether a form is affine in a coefficient, by its structure: derivatives do not tell, they vanish for sign(f), too."""
+    for integral in form.integrals():
+        for node in unique_pre_traversal(integral.integrand()):
+            if not isinstance(node, _LINEAR_OPERATORS) and not node._ufl_is_terminal_ and coefficient in extract_coefficients(node):
+                return False
+    return True
+
+
+_LINEAR_OPERATORS = (
+    classes.Sum, classes.Product, classes.Division, classes.Indexed, classes.IndexSum, classes.ComponentTensor, classes.ListTensor,
+    classes.Inner, classes.Dot, classes.Outer, classes.Cross, classes.Perp, classes.Trace, classes.Transposed, classes.Sym, classes.Skew,
+    classes.Deviatoric, classes.Derivative, classes.Restricted, classes.CellAvg, classes.FacetAvg, classes.Conj, classes.Real,
+    classes.Variable,
+)
+# These keep something of the values they were first set up with, such as the interpolation of algebraic multigrid.
+_PRECONDITIONERS_WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
+
+
 class LinearSystem:
     """The solve of a linear problem, and its derivatives, as functions of the inputs.
 
@@ -196,23 +228,27 @@ class LinearSystem:
     forms : LinearForms
     solver : firedrake.NonlinearVariationalSolver
         Made for ``forms.problem``: its KSP, options, nullspaces and operators are used.
+    make_adjoint_solver : callable
+        Makes such a solver, of the same options, for the adjoint of the problem.
     """
 
-    def __init__(self, forms: LinearForms, solver):
+    def __init__(self, forms: LinearForms, solver, make_adjoint_solver: Callable):
         self.forms = forms
         self.inputs = forms.inputs
         self.size = local_values(forms.solution).size
         self.statistics = Statistics()
         self._solver = solver
+        self._make_adjoint_solver = make_adjoint_solver
         self._space = forms.solution.function_space()
         self._comm = self._space.mesh().comm
         self._conditions = tuple(forms.problem.bcs)
         self._operator_is_current = False
         self._mesh_versions: tuple[int, ...] | None = None
-        self.meshes = list(ufl.domain.extract_domains(forms.a))
+        self.meshes = list(dict.fromkeys(mesh for form in (forms.a, forms.L) if form is not None for mesh in extract_domains(form)))
         ksp = solver.snes.getKSP()
         ksp.setOperators(*firedrake_internals.operators(solver))
-        self.krylov = Krylov(ksp, self._make_transposed_ksp)
+        self.krylov = Krylov(ksp, self._transposed_ksp)
+        self._adjoint_is_current = False
         with stop_annotating():
             self._lifting = Function(self._space)
             self._multiplier = Function(self._space)
@@ -238,11 +274,11 @@ class LinearSystem:
         """Find the inputs that b depends on by a matrix, and take their terms out of the form to be assembled."""
         for entry, weight in self.forms.cofunctions.items():
             self._terms[self.inputs.index(entry)] = _CofunctionTerm(weight, self.boundary_dofs)
-        if self._rest is None:
+        if self._rest is None or any(is_real(Function(space)) for space in self._space):
             return
         for index, entry in enumerate(self.inputs):
             copy = entry.copy
-            if entry.in_operator or entry.is_real or not isinstance(copy, Function) or copy not in self._rest.coefficients():
+            if entry.in_operator or entry.is_real or not isinstance(copy, Function) or not _is_affine(self._rest, copy):
                 continue
             part = expand_derivatives(derivative(self._rest, copy, TrialFunction(copy.function_space())))
             if part.empty() or part.coefficients() or len(part.arguments()) != 2:
@@ -268,27 +304,42 @@ class LinearSystem:
                 condition.zero(mask)
         return np.flatnonzero(local_values(mask) == 0.0)
 
-    def _make_transposed_ksp(self) -> PETSc.KSP:
-        """A KSP of the same options on the transposed matrices, for preconditioners without a transpose."""
-        forward = self.krylov.ksp
-        A, P = forward.getOperators()
-        AT = A.transpose(PETSc.Mat())
-        PT = AT if P.handle == A.handle else P.transpose(PETSc.Mat())
-        AT.setNullSpace(A.getTransposeNullSpace()), AT.setTransposeNullSpace(A.getNullSpace())
-        ksp = PETSc.KSP().create(comm=A.comm)
-        ksp.setOptionsPrefix(forward.getOptionsPrefix())
-        ksp.setOperators(AT, PT)
-        with firedrake_internals.solver_context(self._solver):
-            ksp.setFromOptions()
-            ksp.setUp()
-        return ksp
+    @cached_property
+    def _adjoint_solver(self):
+        """Firedrake's solver of the adjoint problem, for preconditioners that cannot be transposed."""
+        problem = self.forms.problem
+        multiplier, right = Function(self._space), Cofunction(self._space.dual())
+        adjoint_problem = LinearVariationalProblem(adjoint(problem.J), right, multiplier, bcs=[bc.reconstruct(g=0) for bc in problem.bcs],
+                                                   aP=None if problem.Jp is None else adjoint(problem.Jp),
+                                                   form_compiler_parameters=problem.form_compiler_parameters)
+        return self._make_adjoint_solver(adjoint_problem)
+
+    @contextmanager
+    def _transposed_ksp(self):
+        solver = self._adjoint_solver
+        with firedrake_internals.solver_context(solver):
+            if not self._adjoint_is_current:
+                self._set_up(solver)
+                self._adjoint_is_current = True
+            yield solver.snes.getKSP()
+
+    def _set_up(self, solver) -> None:
+        """Assemble the operators of a solver, and set its KSP up; inside its context."""
+        # The operator does not depend on the solution: any state serves.
+        firedrake_internals.assemble_operators(solver, self._zero)
+        ksp = solver.snes.getKSP()
+        if ksp.getPC().getType() in _PRECONDITIONERS_WITH_MEMORY:
+            ksp.getPC().reset()
+        ksp.setOperators(*firedrake_internals.operators(solver))
+        ksp.setUp()
 
     # What is done at each solve
 
     @contextmanager
     def _work_on(self, kind: str):
         """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
-        with stop_annotating(), self.statistics.timed(kind), _EVENTS[kind]:
+        # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
+        with stop_annotating(), self.statistics.timed(kind), _EVENTS[kind], firedrake_internals.solver_context(self._solver):
             yield
 
     def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
@@ -311,14 +362,15 @@ class LinearSystem:
     def _move_to(self, point: Point) -> None:
         """Bring all that is assembled up to date with the inputs of a point."""
         self._point = point
-        changed = {index for index, (entry, values) in enumerate(zip(self.inputs, point.values))
-                   if index not in self._terms and entry.write(values)}
+        changed = np.array([index not in self._terms and entry.differs(values)
+                            for index, (entry, values) in enumerate(zip(self.inputs, point.values))], dtype=np.intc)
         if self._comm.size > 1 and self._has_fields_to_assemble:
-            # A field may have changed on some ranks only, and assembly is collective.
-            flags = np.array([index in changed for index in range(len(self.inputs))], dtype=np.intc)
-            self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
-            changed = set(np.flatnonzero(flags))
-        versions = tuple(mesh.coordinates.dat.dat_version for mesh in self.meshes)
+            # A field may have changed on some ranks only, but halo exchanges and assembly are collective.
+            self._comm.Allreduce(MPI.IN_PLACE, changed, MPI.MAX)
+        changed = set(np.flatnonzero(changed))
+        for index in changed:
+            self.inputs[index].write(point.values[index])
+        versions = self.mesh_versions()
         moved = versions != self._mesh_versions
         if moved or any(self.inputs[index].in_operator for index in changed):
             self._operator_is_current = False
@@ -329,13 +381,14 @@ class LinearSystem:
                 term.forget()
         self._mesh_versions = versions
         if not self._operator_is_current:
-            # The operator does not depend on the solution: any state serves.
-            firedrake_internals.assemble_operators(self._solver, self._zero)
-            with firedrake_internals.solver_context(self._solver):
-                self.krylov.ksp.setUp()
+            self._set_up(self._solver)
             self.krylov.operator_changed()
             self.statistics.assemblies += 1
-            self._operator_is_current = True
+            self._operator_is_current, self._adjoint_is_current = True, False
+
+    def mesh_versions(self) -> tuple[int, ...]:
+        """Numbers that change when a mesh moves."""
+        return tuple(mesh.coordinates.dat.dat_version for mesh in self.meshes)
 
     def invalidate(self) -> None:
         """Have everything assembled again at the next solve."""
@@ -638,14 +691,16 @@ class _AffineTerm:
 
     def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
         """b = B m."""
+        matrix = self._assembled()
         self._vector.placeArray(values)
-        self._assembled().mult(self._vector, b)
+        matrix.mult(self._vector, b)
         self._vector.resetArray()
 
     def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
         """out = Bᵀ λ."""
+        matrix = self._assembled()
         self._vector.placeArray(out)
-        self._assembled().multTranspose(multiplier, self._vector)
+        matrix.multTranspose(multiplier, self._vector)
         self._vector.resetArray()
 
 

@@ -49,9 +49,13 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
     Attributes
     ----------
     statistics : prdp_fem.krylov.Statistics
-    refinement : Refinement or None
     problem : LinearVariationalProblem
         What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its own.)
+
+    Notes
+    -----
+    There is no SNES in a linear solve: its options and monitors have no effect, the KSP's have. Methods that count
+    several products as one iteration (bcgsl, ibcgs, …) may run past the budget, by their own way of counting.
 
     Raises
     ------
@@ -74,9 +78,6 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
             raise TypeError(f"expected a LinearVariationalProblem, found a {type(problem).__name__}")
         if differentiation not in _DIFFERENTIATIONS:
             raise ValueError(f"differentiation must be one of {', '.join(map(repr, _DIFFERENTIATIONS))}, found {differentiation!r}")
-        if refinement is not None and not isinstance(refinement, Refinement):
-            raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
-                            f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
         for name in ("post_function_callback", "marking_callback"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: a linear solve assembles no residual; put what it adds into the "
@@ -91,10 +92,27 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
         self.refinement = refinement
         self.differentiation = differentiation
         self.warm_start = bool(warm_start)
+
+        def make_adjoint_solver(adjoint_problem):
+            options = {**kwargs, "nullspace": kwargs.get("transpose_nullspace"), "transpose_nullspace": kwargs.get("nullspace")}
+            return firedrake.LinearVariationalSolver(adjoint_problem, **options)
+
+        self.system = LinearSystem(forms, self, make_adjoint_solver)
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """Whose setting is put on the KSP at each solve; it can be exchanged between solves."""
+        return self._refinement
+
+    @refinement.setter
+    def refinement(self, refinement: Refinement | None) -> None:
         if refinement is not None:
+            if not isinstance(refinement, Refinement):
+                raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
+                                f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
             _refuse_direct(self.snes.getKSP())
             cite()
-        self.system = LinearSystem(forms, self)
+        self._refinement = refinement
 
     @property
     def statistics(self) -> Statistics:
@@ -147,12 +165,6 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
             raise TypeError(f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}")
         u, setting = self.problem.u, self.setting
         with stop_annotating():
-            if self._callbacks:
-                state = vector_like(u)
-                with u.dat.vec_ro as vector:
-                    vector.copy(state)
-                for callback in self._callbacks:
-                    callback(state)
             point = self.point()
             solution = local_values(u)
             self.system.solve(point, setting, solution[None])
@@ -172,14 +184,24 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
         ----------
         without : sequence of int
             Inputs whose values are not read, because the caller puts in its own.
+
+        Notes
+        -----
+        The user's callbacks run first: they may change coefficients.
         """
+        if self._callbacks:
+            state = vector_like(self.problem.u)
+            with self.problem.u.dat.vec_ro as vector:
+                vector.copy(state)
+            for callback in self._callbacks:
+                callback(state)
         return Point(self.system.values(without), self.system.boundary_values(self.problem.bcs),
                      local_values(self.problem.u) if self.warm_start else None)
 
 
 def _refuse_direct(ksp: PETSc.KSP) -> None:
-    if ksp.getType() == PETSc.KSP.Type.PREONLY:
+    if ksp.getType() in (PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE):
         raise ValueError(
-            f"the solver is direct (ksp_type preonly with pc_type {ksp.getPC().getType()}), so there are no iterations to refine: choose "
-            'an iterative method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem '
+            f"the solver is direct (ksp_type {ksp.getType()} with pc_type {ksp.getPC().getType()}), so there are no iterations to refine: "
+            'choose an iterative method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem '
             'or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or leave refinement away')

@@ -36,7 +36,8 @@ class LinearSolveBlock(Block):
         super().__init__(ad_block_tag=ad_block_tag)
         self._system, self._problem, self._refinement, self._warm_start = system, problem, refinement, warm_start
         self._setting = None if refinement is None else refinement.setting
-        self._evaluation = get_working_tape().recompute_count
+        self._tape = get_working_tape()
+        self._evaluation = self._tape.recompute_count
         for entry in system.inputs:
             self.add_dependency(entry.original, no_duplicates=True)
         for condition in problem.bcs:
@@ -70,7 +71,7 @@ class LinearSolveBlock(Block):
 
     def recompute_component(self, inputs, block_variable, idx, prepared):
         # A checkpointing schedule solves again within the same evaluation of the functional: with the same setting.
-        count = get_working_tape().recompute_count
+        count = self._tape.recompute_count
         if count != self._evaluation:
             self._evaluation = count
             self._setting = None if self._refinement is None else self._refinement.setting
@@ -103,6 +104,8 @@ class LinearSolveBlock(Block):
 
     def _boundary_cotangent(self, condition: DirichletBC, values: np.ndarray) -> DirichletBC:
         cotangent = _with_values(Function(self._problem.u.function_space()), values)
+        for later in self._problem.bcs[self._problem.bcs.index(condition) + 1:]:
+            later.zero(cotangent)  # where conditions overlap, the last one has given the value
         return condition.reconstruct(g=extract_subfunction(cotangent, condition.function_space()))
 
     # Tangent linear

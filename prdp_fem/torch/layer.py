@@ -60,6 +60,14 @@ class SolverLayer(torch.nn.Module):
         self._inputs = [solver.system.inputs[index] for index in self._indices]
         self._size = solver.system.size
 
+    def __deepcopy__(self, memo) -> SolverLayer:
+        """A copy of a network has a layer of its own around the same solver: solves have no state."""
+        return SolverLayer(self.solver, self.controls)
+
+    def __reduce__(self):
+        raise TypeError("a SolverLayer holds PETSc objects, which cannot be pickled: save the network's state_dict(), in which the layer "
+                        "has no part, and make the layer again")
+
     def extra_repr(self) -> str:
         names = ", ".join(f"{entry.name}: {entry.size}" for entry in self._inputs)
         return f"({names}) -> {self.solver.problem.u.name()}: {self._size}, refinement={self.solver.refinement!r}"
@@ -120,6 +128,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx, layer: SolverLayer, batch: torch.Size, *tensors: torch.Tensor) -> torch.Tensor:
         system, solver = layer.solver.system, layer.solver
         ctx.layer, ctx.batch, ctx.setting, ctx.point = layer, batch, solver.setting, solver.point(without=layer._indices)
+        ctx.meshes = system.mesh_versions()
         ctx.save_for_backward(*tensors)
         point, varying = _place(layer, ctx.point, batch, tensors)
         solutions = np.empty((batch.numel(), system.size))
@@ -130,15 +139,27 @@ class _Solve(torch.autograd.Function):
         return torch.empty((*batch, system.size), dtype=dtype).copy_(torch.from_numpy(solutions).view(*batch, system.size))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, cotangent: torch.Tensor):
-        layer, system, tensors, rows = ctx.layer, ctx.layer.solver.system, ctx.saved_tensors, ctx.batch.numel()
-        gradients = {layer._indices[place]: np.empty((rows, tensors[place].shape[-1]))
-                     for place, needed in enumerate(ctx.needs_input_grad[2:]) if needed}
-        point, varying = _place(layer, ctx.point, ctx.batch, tensors)
-        system.solve_adjoint(point, ctx.setting, _rows(cotangent, ctx.batch), ctx.solutions, gradients, varying)
-        return None, None, *(_reduced(gradients[index], ctx.batch, tensor) if index in gradients else None
-                             for index, tensor in zip(layer._indices, tensors))
+        if ctx.meshes != ctx.layer.solver.system.mesh_versions():
+            raise RuntimeError("a mesh of the problem has moved between the forward and the backward pass: call backward before moving it")
+        return None, None, *_Gradient.apply(ctx, ctx.needs_input_grad[2:], cotangent, *ctx.saved_tensors)
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward pass as a function, so that differentiating it again raises."""
+
+    @staticmethod
+    def forward(ctx, call, needed: Sequence[bool], cotangent: torch.Tensor, *tensors: torch.Tensor):
+        layer, rows = call.layer, call.batch.numel()
+        gradients = {index: np.empty((rows, tensor.shape[-1])) for index, tensor, wanted in zip(layer._indices, tensors, needed) if wanted}
+        point, varying = _place(layer, call.point, call.batch, tensors)
+        layer.solver.system.solve_adjoint(point, call.setting, _rows(cotangent, call.batch), call.solutions, gradients, varying)
+        return tuple(_reduced(gradients[index], call.batch, tensor) if index in gradients else None
+                     for index, tensor in zip(layer._indices, tensors))
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("second derivatives through a SolverLayer are not available: call backward without create_graph=True")
 
 
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> np.ndarray:

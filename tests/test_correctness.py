@@ -1,0 +1,269 @@
+"""What would go wrong unseen: structure that derivatives do not show, quadrature, ranks that differ, preconditioners with memory."""
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from firedrake import *
+from firedrake.adjoint import *
+from problems import CG, CONVERGED, GMRES, AdvectionDiffusion, HeatStep, smooth
+
+import prdp_fem
+from prdp_fem import FixedRefinement, IterationLadder, Iterations, ScheduledRefinement
+from prdp_fem.torch import SolverLayer
+
+
+def solution_of_firedrake(problem, **kwargs):
+    before = problem.u.copy(deepcopy=True)
+    LinearVariationalSolver(problem, solver_parameters={**GMRES, **CONVERGED}, **kwargs).solve()
+    expected = problem.u.copy(deepcopy=True)
+    problem.u.assign(before)
+    return expected
+
+
+def step_function(f):
+    return conditional(gt(f, 0.5), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("source", [
+    lambda f, g: f + step_function(f), lambda f, g: f + sign(f - 0.5), lambda f, g: f + abs(f - 0.5), lambda f, g: f*g + f,
+    lambda f, g: max_value(f, g) + f, lambda f, g: step_function(g)*f, lambda f, g: f.dx(0) + 2*f/3 + g, lambda f, g: exp(g) + f,
+], ids=["conditional", "sign", "abs", "product", "maximum", "coefficient", "linear", "exp"])
+def test_right_hand_sides_that_look_affine_to_a_derivative(source):
+    mesh = UnitSquareMesh(5, 5)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    f, g = smooth(V, 1, "f"), smooth(V, 2, "g")
+    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, source(f, g)*v*dx + f*v*ds(1), u, bcs=[DirichletBC(V, 1.0, 2)])
+    expected = solution_of_firedrake(problem)
+    solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED})
+    solver.solve()
+    assert errornorm(expected, u) < 1e-11
+    f.assign(0.7*f + 0.1)
+    solver.solve()
+    assert errornorm(solution_of_firedrake(problem), u) < 1e-11
+
+
+@pytest.mark.parametrize("parameters", [None, {"quadrature_degree": 2}])
+def test_terms_are_integrated_as_the_whole_and_derivatives_as_what_they_derive(parameters):
+    mesh = UnitSquareMesh(3, 3)
+    V, P4 = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "CG", 4)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    f, g = smooth(P4, 1, "f"), smooth(V, 2, "g")
+    L = (f + exp(3*g))*v*dx
+    problem = LinearVariationalProblem(w*v*dx, L, u, form_compiler_parameters=parameters)
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}), [g])
+    layer.solver.solve()
+    b = assemble(L, form_compiler_parameters=parameters).dat.data_ro
+    A = assemble(w*v*dx, form_compiler_parameters=parameters).petscmat.convert("dense").getDenseArray()
+    np.testing.assert_allclose(A @ u.dat.data_ro, b, rtol=1e-12)
+    # Exact to rounding, not only up to quadrature errors: what gradcheck differences is what was differentiated.
+    start = torch.from_numpy(g.dat.data_ro.copy()).requires_grad_()
+    assert torch.autograd.gradcheck(layer, start, eps=1e-6, atol=1e-6, rtol=1e-8)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("name", ["u0", "source", "kappa", "squared"])
+def test_a_field_that_changes_on_one_rank_only(name):
+    """Halo exchanges and assembly are collective: all ranks must agree that something has changed."""
+    problem = HeatStep()
+    v = TestFunction(problem.V)
+    squared = smooth(problem.V, 3)
+    variational = LinearVariationalProblem(problem.a, problem.L + squared**2*v*dx, problem.u, bcs=problem.bcs)
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(variational, solver_parameters={**CG, **CONVERGED}), [problem.dt])
+    layer.solver.solve()
+    field = squared if name == "squared" else getattr(problem, name)
+    data = field.dat.data
+    if problem.mesh.comm.rank == 0 and data.size:
+        data[0] += 1.0
+    dt = torch.tensor([0.05], dtype=torch.float64, requires_grad=True)
+    weights = torch.ones(problem.u.dat.data_ro.size, dtype=torch.float64)
+    gradient, = torch.autograd.grad((weights*layer(dt)).sum(), dt)
+    layer.solver.solve()
+    assert errornorm(solution_of_firedrake(variational), problem.u) < 1e-11
+    values = []
+    for sign_ in (1, -1):
+        problem.dt.assign(0.05 + sign_*1e-5)
+        layer.solver.solve()
+        values.append(problem.mesh.comm.allreduce(problem.u.dat.data_ro.sum()))
+    assert abs((values[0] - values[1])/2e-5 - gradient.item()) < 1e-6*abs(gradient.item())
+
+
+@pytest.mark.parametrize("parameters", [
+    {"ksp_type": "cg", "pc_type": "gamg"}, {"ksp_type": "cg", "pc_type": "icc"}, {"ksp_type": "gmres", "pc_type": "sor"},
+    {"ksp_type": "chebyshev", "pc_type": "jacobi"}, {"ksp_type": "bcgs", "pc_type": "bjacobi"},
+])
+def test_operators_that_change_and_return_give_the_same_bits(parameters):
+    problem = HeatStep(cells=16)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(3)), solver_parameters=parameters)
+    first = solver.solve().dat.data_ro.copy()
+    kappa = problem.kappa.copy(deepcopy=True)
+    problem.kappa.interpolate(1 + 50*SpatialCoordinate(problem.mesh)[1])
+    solver.solve()
+    problem.kappa.assign(kappa)
+    assert np.array_equal(first, solver.solve().dat.data_ro)
+    problem.u0.dat.data[5] = np.nan
+    with pytest.raises(ConvergenceError):
+        solver.solve()
+    problem.u0.assign(smooth(problem.V, 1))
+    assert np.array_equal(first, solver.solve().dat.data_ro)
+
+
+def stokes():
+    mesh = UnitSquareMesh(4, 4)
+    W = VectorFunctionSpace(mesh, "CG", 2)*FunctionSpace(mesh, "CG", 1)
+    (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    force = smooth(W.sub(0).collapse(), 4, "force")
+    a = (inner(grad(w), grad(v)) - p*div(v) - q*div(w))*dx
+    return LinearVariationalProblem(a, inner(force, v)*dx, u, bcs=[DirichletBC(W.sub(0), 0, "on_boundary")]), force
+
+
+SCHUR = {"mat_type": "matfree", "ksp_type": "fgmres", "pc_type": "fieldsplit", "pc_fieldsplit_type": "schur",
+         "pc_fieldsplit_schur_fact_type": "full",
+         "fieldsplit_0": {"ksp_type": "preonly", "pc_type": "python", "pc_python_type": "firedrake.AssembledPC", "assembled_pc_type": "lu"},
+         "fieldsplit_1": {"ksp_type": "preonly", "pc_type": "python", "pc_python_type": "firedrake.MassInvPC"}}
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("kind", ["schur", "additive"])
+def test_preconditioners_of_firedrake_inside_a_fieldsplit(kind):
+    problem, force = stokes()
+    W = problem.u.function_space()
+    parameters = {**SCHUR, "pc_fieldsplit_type": kind, **CONVERGED, "ksp_rtol": 1e-11}
+    nullspace = MixedVectorSpaceBasis(W, [W.sub(0), VectorSpaceBasis(constant=True, comm=W.mesh().comm)])
+    solver = prdp_fem.LinearVariationalSolver(problem, nullspace=nullspace, transpose_nullspace=nullspace, solver_parameters=parameters)
+    solver.solve()
+    with stop_annotating():
+        assert norm(assemble(problem.F, bcs=problem.bcs, zero_bc_nodes=True).riesz_representation("l2")) < 1e-8
+    reduced = ReducedFunctional(assemble(inner(problem.u.sub(0), problem.u.sub(0))*dx), Control(force))
+    assert taylor_test(reduced, force.copy(deepcopy=True), smooth(force.function_space(), 5)) > 1.95
+
+
+def test_a_matrix_free_hybridised_problem_has_an_adjoint():
+    mesh = UnitSquareMesh(3, 3)
+    W = FunctionSpace(mesh, "RT", 1)*FunctionSpace(mesh, "DG", 0)
+    (s, p), (t, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    source = smooth(W.sub(1).collapse(), 6, "source")
+    problem = LinearVariationalProblem((inner(s, t) - p*div(t) + q*div(s) + p*q)*dx, source*q*dx, u)
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={
+        "mat_type": "matfree", "ksp_type": "preonly", "pc_type": "python", "pc_python_type": "firedrake.HybridizationPC",
+        "hybridization": {"ksp_type": "preonly", "pc_type": "lu"}}).solve()
+    reduced = ReducedFunctional(assemble(u.sub(1)**3*dx), Control(source))
+    assert taylor_test(reduced, source.copy(deepcopy=True), smooth(source.function_space(), 7)) > 1.95
+
+
+def test_warm_starts_from_far_away_and_users_tolerances():
+    problem = HeatStep()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, warm_start=True, solver_parameters={**CG, **CONVERGED})
+    problem.u.assign(1e9)
+    solver.solve()
+    assert errornorm(solution_of_firedrake(problem.problem), problem.u) < 1e-5
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(3)), solver_parameters=CG)
+    solver.solve()
+    solver.snes.ksp.setTolerances(max_it=9)
+    solver.solve()
+    assert solver.statistics.forward_iterations == 6  # the ladder decides, whatever was done in between
+    solver.refinement = None
+    solver.solve()
+    assert solver.statistics.forward_iterations > 6 + 9  # as the options say
+    with pytest.raises(TypeError, match="FixedRefinement"):
+        solver.refinement = 20
+
+
+def test_components_of_vector_functions_are_coefficients():
+    mesh = UnitSquareMesh(3, 3)
+    V, X = FunctionSpace(mesh, "CG", 1), VectorFunctionSpace(mesh, "CG", 1)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    wind = smooth(X, 8, "wind")
+    problem = LinearVariationalProblem((w*v + wind.sub(1)*w*v)*dx, wind.sub(0)*v*dx, u)
+    solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED})
+    with stop_annotating():  # pyadjoint cannot keep a component of a Function
+        for _ in range(2):
+            solver.solve()
+            assert errornorm(solution_of_firedrake(problem), u) < 1e-12
+            wind.assign(2*wind)
+
+
+def test_weights_of_cofunctions():
+    problem = HeatStep()
+    v = TestFunction(problem.V)
+    load = assemble(problem.source*v*dx)
+    variational = LinearVariationalProblem(problem.a, 2*load - 0.5*load, problem.u, bcs=problem.bcs)
+    prdp_fem.LinearVariationalSolver(variational, solver_parameters={**CG, **CONVERGED}).solve()
+    expected = Function(problem.V)
+    solve(problem.a == 1.5*problem.source*v*dx, expected, bcs=problem.bcs)
+    assert errornorm(expected, problem.u) < 1e-12
+    with pytest.raises(TypeError, match="weight of Cofunction.*must be a number"):
+        prdp_fem.LinearVariationalSolver(LinearVariationalProblem(problem.a, Constant(2.0)*load, problem.u, bcs=problem.bcs))
+
+
+def test_boundary_values_cannot_be_controls_of_a_layer():
+    mesh = UnitSquareMesh(3, 3)
+    g = smooth(FunctionSpace(mesh, "CG", 1), 9, "g")
+    problem = HeatStep(mesh=mesh, boundary=g)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem)
+    with pytest.raises(ValueError, match="Function 'g' gives boundary values"):
+        SolverLayer(solver, [g])
+    problem = HeatStep(mesh=mesh, boundary=sin(g))
+    with pytest.raises(ValueError, match="Function 'g' gives boundary values"):
+        SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem), [g])
+
+
+def test_where_conditions_overlap_the_last_one_is_differentiated():
+    mesh = UnitSquareMesh(4, 4)
+    V = FunctionSpace(mesh, "CG", 1)
+    g = [smooth(V, seed) for seed in (1, 2)]
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, smooth(V, 3)*v*dx, u,
+                                       bcs=[DirichletBC(V, g[0], 1), DirichletBC(V, g[1], (2, 3))])
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}).solve()
+    reduced = ReducedFunctional(assemble(u**4*dx), [Control(f) for f in g])
+    direction = [smooth(V, seed) for seed in (5, 6)]
+    assert taylor_test(reduced, [f.copy(deepcopy=True) for f in g], direction) > 1.95
+
+
+def test_a_functional_replays_outside_its_tape_at_the_setting_of_the_moment():
+    refinement = ScheduledRefinement(IterationLadder(2, 5), {1: 1})
+    with set_working_tape(Tape()):
+        problem = HeatStep()
+        solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement, solver_parameters=CG)
+        solver.solve()
+        reduced = ReducedFunctional(assemble(problem.u**2*dx), Control(problem.u0))
+    refinement.step(1.0)
+    reduced(problem.u0)
+    assert solver.statistics.forward_iterations == 2 + 7
+
+
+# The layer
+
+def test_second_derivatives_raise():
+    problem = HeatStep()
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG), [problem.kappa])
+    x = (1 + torch.rand(49, dtype=torch.float64)).requires_grad_()
+    gradient, = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        (gradient**2).sum().backward()
+    y = layer(x)
+    first, = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert torch.equal(first, torch.autograd.grad(y.sum(), x)[0])
+
+
+def test_a_mesh_that_moves_between_forward_and_backward_is_an_error():
+    problem = HeatStep()
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG), [problem.kappa])
+    x = torch.ones(49, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    problem.mesh.coordinates.dat.data[:] *= 1.1
+    with pytest.raises(RuntimeError, match="mesh .* has moved"):
+        y.sum().backward()
+
+
+def test_copies_share_the_solver_and_pickles_are_refused():
+    problem = AdvectionDiffusion()
+    network = torch.nn.Sequential(torch.nn.Linear(49, 49), SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem), [problem.source]))
+    copied = copy.deepcopy(network)
+    assert copied[1] is not network[1] and copied[1].solver is network[1].solver
+    assert copied[0].weight is not network[0].weight
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(network)
