@@ -227,7 +227,7 @@ venv() {
     if ! grep -q '^# prdp_fem' "$venv/bin/activate"; then
         cat >>"$venv/bin/activate" <<SETTINGS
 # prdp_fem: one thread a process, MPI as root and on more ranks than cores, compiled kernels shared by all checkouts
-export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1
+export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export PYOP2_CACHE_DIR=\${PYOP2_CACHE_DIR:-$kernels/pyop2} FIREDRAKE_TSFC_KERNEL_CACHE_DIR=\${FIREDRAKE_TSFC_KERNEL_CACHE_DIR:-$kernels/tsfc}
 SETTINGS
     fi

@@ -1,14 +1,14 @@
 // A unit-size plate with three holes of different size and shape.
-// Mesh it with:  gmsh -2 plate.geo -format msh41 -o plate.msh
+// Mesh it with:  gmsh -2 plate.geo -format msh41 -o plate.msh   (plate.msh is by Gmsh 4.15.2)
 SetFactory("OpenCASCADE");
 
 far = 0.036;   // mesh size in the open plate
 near = 0.022;  // mesh size at the holes
 
 Rectangle(1) = {0, 0, 0, 1, 1};
-Disk(2) = {0.30, 0.68, 0, 0.14};              // large hole
-Disk(3) = {0.74, 0.76, 0, 0.07};              // small hole
-Disk(4) = {0.62, 0.28, 0, 0.20, 0.08};          // long hole
+Disk(2) = {0.30, 0.68, 0, 0.14};            // large hole
+Disk(3) = {0.74, 0.76, 0, 0.07};            // small hole
+Disk(4) = {0.62, 0.28, 0, 0.20, 0.08};      // long hole
 BooleanDifference(5) = { Surface{1}; Delete; }{ Surface{2:4}; Delete; };
 
 // The curves of the plate's rim are those on the edges of the unit square; the others belong to holes.
