@@ -11,11 +11,13 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
+from prdp_fem.forms import LinearForms
 from prdp_fem.inputs import local_values, set_local_values, vector_like
 from prdp_fem.krylov import Statistics
 from prdp_fem.ladders import Setting
-from prdp_fem.linear import LinearForms, LinearSystem, Point
+from prdp_fem.linear import LinearSystem
 from prdp_fem.options import refinement_from_options
+from prdp_fem.point import Point
 from prdp_fem.refinement import Refinement
 from prdp_fem.tape import LinearSolveBlock
 

@@ -9,7 +9,8 @@ from ufl.formatting.ufl2unicode import ufl2unicode
 
 from prdp_fem.firedrake_internals import extract_subfunction, maybe_disk_checkpoint
 from prdp_fem.inputs import local_values, set_local_values
-from prdp_fem.linear import LinearSystem, Point
+from prdp_fem.linear import LinearSystem
+from prdp_fem.point import Point
 
 __all__ = ["LinearSolveBlock"]
 
@@ -42,7 +43,7 @@ class LinearSolveBlock(Block):
             self.add_dependency(entry.original, no_duplicates=True)
         for condition in problem.bcs:
             self.add_dependency(condition, no_duplicates=True)
-        for mesh in system.meshes:
+        for mesh in system.forms.meshes:
             self.add_dependency(mesh, no_duplicates=True)
         if warm_start:
             self.add_dependency(problem.u, no_duplicates=True)
@@ -84,19 +85,22 @@ class LinearSolveBlock(Block):
 
     def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
         relevant = [variable.output for _, variable in relevant_dependencies]
-        cotangent, solution = local_values(adj_inputs[0]), self._solution()
+        cotangent = local_values(adj_inputs[0])
         gradients = {index: np.empty((1, entry.size)) for index, entry in enumerate(self._system.inputs)
                      if any(entry.original is original for original in relevant)}
-        self._system.solve_adjoint(self._point(), self._setting, cotangent[None], solution[None], gradients)
-        return cotangent, solution, gradients
+        boundary = np.empty((1, cotangent.size)) if any(isinstance(original, DirichletBC) for original in relevant) else None
+        by_mesh = self._system.solve_adjoint(
+            self._point(), self._setting, cotangent[None], self._solution()[None], gradients, boundary=boundary,
+            meshes=[original for original in relevant if isinstance(original, firedrake.MeshGeometry)])
+        return gradients, boundary, by_mesh
 
     def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
-        cotangent, solution, gradients = prepared
+        gradients, boundary, by_mesh = prepared
         original = block_variable.output
         if isinstance(original, DirichletBC):
-            return [self._boundary_cotangent(original, self._system.boundary_derivative(solution, cotangent))]
+            return [self._boundary_cotangent(original, boundary[0])]
         if isinstance(original, firedrake.MeshGeometry):
-            return self._system.mesh_derivative(original, solution)
+            return by_mesh[original]
         for index, gradient in gradients.items():
             if self._system.inputs[index].original is original:
                 return _with_values(_dual_zero(original), gradient[0])

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from firedrake import Cofunction, Constant, Function
 
-from prdp_fem.linear import Point
+from prdp_fem.point import Point
 from prdp_fem.solvers import LinearVariationalSolver
 
 __all__ = ["SolverLayer"]
@@ -153,7 +153,7 @@ class _Gradient(torch.autograd.Function):
         layer, rows = call.layer, call.batch.numel()
         gradients = {index: np.empty((rows, tensor.shape[-1])) for index, tensor, wanted in zip(layer._indices, tensors, needed) if wanted}
         point, varying = _place(layer, call.point, call.batch, tensors)
-        layer.solver.system.solve_adjoint(point, call.setting, _rows(cotangent, call.batch), call.solutions, gradients, varying)
+        layer.solver.system.solve_adjoint(point, call.setting, _rows(cotangent, call.batch), call.solutions, gradients, varying=varying)
         return tuple(_reduced(gradients[index], call.batch, tensor) if index in gradients else None
                      for index, tensor in zip(layer._indices, tensors))
 

@@ -1,0 +1,225 @@
+"""The right-hand side of a linear problem as a function of its inputs.
+
+b = Σ B m + c - a(g, ·): for each input m that b is affine in, the matrix B is assembled once; c, the rest, when what it depends
+on has changed; the last term lifts boundary values g. Rows at boundary dofs are zero.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import ufl
+from firedrake import Cofunction, Function, TrialFunction, action, assemble, derivative
+from firedrake.petsc import PETSc
+from ufl import classes
+from ufl.algorithms import expand_derivatives, extract_coefficients
+from ufl.corealg.traversal import unique_pre_traversal
+
+from prdp_fem.forms import LinearForms
+from prdp_fem.inputs import Input, coefficients_of, is_real, set_local_values, vector_like
+from prdp_fem.point import Point
+
+__all__ = ["RightHandSide"]
+
+
+class RightHandSide:
+    """b of A w = b.
+
+    Parameters
+    ----------
+    forms : LinearForms
+
+    Attributes
+    ----------
+    terms : dict of int to AffineTerm or CofunctionTerm
+        By the inputs that enter b alone, and by a matrix.
+    """
+
+    def __init__(self, forms: LinearForms):
+        self._forms = forms
+        self.terms: dict[int, AffineTerm | CofunctionTerm] = {}
+        self._rest: ufl.Form | None = forms.L
+        self._split_off_terms()
+        self._rest_inputs = set() if self._rest is None else forms.indices(coefficients_of(self._rest))
+        self._rest_is_current = False
+        self._lifting = Function(forms.solution.function_space())
+        self._assembled = Cofunction(forms.solution.function_space().dual())
+        self._b, self._base, self._rest_values, self._product = (vector_like(forms.solution) for _ in range(4))
+        self._products = {index: self._b.duplicate() for index in self.terms}
+        self._has_base = False
+
+    def _split_off_terms(self) -> None:
+        """Find the inputs that b depends on by a matrix, and take their terms out of the form to be assembled."""
+        forms = self._forms
+        for entry, weight in forms.cofunctions.items():
+            self.terms[forms.inputs.index(entry)] = CofunctionTerm(weight, forms.boundary_dofs)
+        if self._rest is None or any(is_real(Function(space)) for space in forms.solution.function_space()):
+            return
+        for index, entry in enumerate(forms.inputs):
+            copy = entry.copy
+            if entry.in_operator or entry.is_real or not isinstance(copy, Function) or not _is_affine(self._rest, copy):
+                continue
+            part = expand_derivatives(derivative(self._rest, copy, TrialFunction(copy.function_space())))
+            if part.empty() or part.coefficients() or len(part.arguments()) != 2:
+                continue
+            self.terms[index] = AffineTerm(part, forms.indices(coefficients_of(part)), entry, forms.boundary_dofs)
+            rest = expand_derivatives(ufl.replace(self._rest, {copy: ufl.zero(copy.ufl_shape)}))
+            self._rest = None if rest.empty() else rest
+            if self._rest is None:
+                return
+
+    @cached_property
+    def _rest_assembler(self):
+        return self._forms.assembler(self._rest)
+
+    @cached_property
+    def _lift_assembler(self):
+        return self._forms.assembler(action(self._forms.a, self._lifting))
+
+    def forget(self, changed: set[int], moved: bool) -> None:
+        """Have assembled again what depends on inputs that have changed, or on a mesh that has moved."""
+        if moved or self._rest_inputs & changed:
+            self._rest_is_current = False
+        for term in self.terms.values():
+            if moved or term.parameters & changed:
+                term.forget()
+
+    def prepare(self, point: Point, varying: Mapping[int, np.ndarray]) -> None:
+        """Compute what the rows of a batch have in common.
+
+        Parameters
+        ----------
+        point : Point
+        varying : Mapping of int to numpy.ndarray
+            The inputs that differ from row to row.
+        """
+        self._has_base = self._rest is not None or point.boundary is not None
+        if self._has_base:
+            self._base.set(0.0)
+            if self._rest is not None:
+                if not self._rest_is_current:
+                    self._rest_assembler.assemble(tensor=self._assembled)
+                    with self._assembled.dat.vec_ro as vector:
+                        vector.copy(self._rest_values)
+                    self._rest_is_current = True
+                self._base.axpy(1.0, self._rest_values)
+            if point.boundary is not None:
+                self.lift(point.boundary, self._base)
+        for index, term in self.terms.items():
+            if index not in varying:
+                term.product(point.values[index], self._products[index])
+
+    def row(self, varying: Mapping[int, np.ndarray], row: int) -> PETSc.Vec:
+        """b of one row, after :meth:`prepare`. Terms are added in one order, so that no bit depends on which of them vary."""
+        b, started = self._b, self._has_base
+        if started:
+            self._base.copy(b)
+        for index, term in self.terms.items():
+            if index in varying:
+                product = self._product if started else b
+                term.product(varying[index][row], product)
+            else:
+                product = self._products[index]
+                if not started:
+                    product.copy(b)
+            if started:
+                b.axpy(1.0, product)
+            started = True
+        if not started:
+            b.set(0.0)
+        return b
+
+    def lift(self, boundary: np.ndarray, b: PETSc.Vec) -> None:
+        """b -= a(g, ·)."""
+        set_local_values(self._lifting, boundary)
+        self._lift_assembler.assemble(tensor=self._assembled)
+        with self._assembled.dat.vec_ro as vector:
+            b.axpy(-1.0, vector)
+
+
+class AffineTerm:
+    """B m of the right-hand side, with B assembled when it is first needed and when what it depends on changed.
+
+    Parameters
+    ----------
+    form : ufl.Form
+        The bilinear form of B, without Functions in it.
+    parameters : set of int
+        The inputs, all of them Constants, that B depends on.
+    entry : Input
+        m.
+    boundary_dofs : numpy.ndarray
+        Rank-local rows of B that are zero.
+    """
+
+    def __init__(self, form: ufl.Form, parameters: set[int], entry: Input, boundary_dofs: np.ndarray):
+        self.parameters = parameters
+        self._form, self._boundary_dofs = form, boundary_dofs
+        self._vector = vector_like(entry.copy)
+        self._matrix: PETSc.Mat | None = None
+
+    def forget(self) -> None:
+        """Have B assembled again."""
+        self._matrix = None
+
+    def _assembled(self) -> PETSc.Mat:
+        if self._matrix is None:
+            self._matrix = assemble(self._form, mat_type="aij").petscmat
+            rows = self._boundary_dofs + self._matrix.getOwnershipRange()[0]
+            self._matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
+        return self._matrix
+
+    def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
+        """b = B m."""
+        matrix = self._assembled()
+        self._vector.placeArray(values)
+        matrix.mult(self._vector, b)
+        self._vector.resetArray()
+
+    def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
+        """out = Bᵀ λ."""
+        matrix = self._assembled()
+        self._vector.placeArray(out)
+        matrix.multTranspose(multiplier, self._vector)
+        self._vector.resetArray()
+
+
+class CofunctionTerm:
+    """A Cofunction in the right-hand side, with its weight."""
+
+    parameters: frozenset[int] = frozenset()
+
+    def __init__(self, weight: float, boundary_dofs: np.ndarray):
+        self._weight, self._boundary_dofs = weight, boundary_dofs
+
+    def forget(self) -> None:
+        """Nothing is assembled."""
+
+    def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
+        """b = weight · m, zero at the boundary."""
+        array = b.array_w
+        np.multiply(values, self._weight, out=array)
+        array[self._boundary_dofs] = 0.0
+
+    def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
+        """out = weight · λ, zero at the boundary."""
+        np.multiply(multiplier.array_r, self._weight, out=out)
+        out[self._boundary_dofs] = 0.0
+
+
+def _is_affine(form: ufl.Form, coefficient: Function) -> bool:
+    """Whether a form is affine in a coefficient, by its structure: derivatives do not tell, they vanish for sign(f), too."""
+    for integral in form.integrals():
+        for node in unique_pre_traversal(integral.integrand()):
+            if not isinstance(node, _LINEAR_OPERATORS) and not node._ufl_is_terminal_ and coefficient in extract_coefficients(node):
+                return False
+    return True
+
+
+_LINEAR_OPERATORS = (
+    classes.Sum, classes.Product, classes.Division, classes.Indexed, classes.IndexSum, classes.ComponentTensor, classes.ListTensor,
+    classes.Inner, classes.Dot, classes.Outer, classes.Cross, classes.Perp, classes.Trace, classes.Transposed, classes.Sym, classes.Skew,
+    classes.Deviatoric, classes.Derivative, classes.Restricted, classes.CellAvg, classes.FacetAvg, classes.Conj, classes.Real,
+    classes.Variable,
+)
