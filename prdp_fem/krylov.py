@@ -188,25 +188,40 @@ class Krylov:
         return self._symmetric
 
     def _is_transposable(self) -> bool:
-        """Whether the preconditioner can be applied transposed, which PETSc tells only by trying."""
+        """Whether the preconditioner has a transpose, which PETSc tells only by trying."""
         if self._transposable is None:
-            x, y = self.ksp.getOperators()[0].createVecs()
-            x.set(0.0)
-            self.ksp.setUp()
+            A, P = self.ksp.getOperators()
+            pc = self.ksp.getPC()
+            x, y = _two_vectors(A)
+            z = x.duplicate()
             try:
-                self.ksp.getPC().applyTranspose(x, y)
-                self._transposable = True
+                pc.apply(x, z)
+                forward = z.dot(y)
+                pc.applyTranspose(y, z)
+                self._transposable = bool(abs(forward - z.dot(x)) <= 1e-6*abs(forward)) and pc.getFailedReason() == 0
             except (PETSc.Error, AttributeError, NotImplementedError):
                 self._transposable = False
+            if not self._transposable:
+                # A failed try leaves its mark on the preconditioners inside.
+                pc.reset()
+                self.ksp.setOperators(A, P)
+                self.ksp.setUp()
         return self._transposable
 
 
-def _looks_symmetric(A: PETSc.Mat) -> bool:
-    """Compare (A x, y) with (x, A y) for two fixed vectors: two products, where PETSc's own test compares matrices."""
+def _two_vectors(A: PETSc.Mat) -> tuple[PETSc.Vec, PETSc.Vec]:
+    """Two vectors without a pattern, the same at every call."""
     x, y = A.createVecs()
-    start, stop = x.getOwnershipRange()
-    index = np.arange(start, stop)
-    x.setArray(np.sin(1 + 1.3*index)), y.setArray(np.cos(2 + 0.7*index))
+    index = np.arange(*x.getOwnershipRange())
+    x.setArray(np.sin(1 + 1.3*index))
+    y.setArray(np.cos(2 + 0.7*index))
+    return x, y
+
+
+def _looks_symmetric(A: PETSc.Mat) -> bool:
+    """Compare (A x, y) with (x, A y) for two vectors: two products, where PETSc's own test compares matrices."""
+    x, y = _two_vectors(A)
     Ax, Ay = x.duplicate(), x.duplicate()
-    A.mult(x, Ax), A.mult(y, Ay)
+    A.mult(x, Ax)
+    A.mult(y, Ay)
     return abs(Ax.dot(y) - x.dot(Ay)) <= 1e-12*(Ax.norm()*y.norm() + x.norm()*Ay.norm())

@@ -100,6 +100,7 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
             return firedrake.LinearVariationalSolver(adjoint_problem, **options)
 
         self.system = LinearSystem(forms, self, make_adjoint_solver)
+        _collect_garbage(problem.u)
 
     @property
     def refinement(self) -> Refinement | None:
@@ -177,6 +178,7 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
             set_local_values(u, solution)
         if annotate:
             block.add_output(u.create_block_variable())
+        _collect_garbage(u)
         return u
 
     def point(self, without: Sequence[int] = ()) -> Point:
@@ -199,6 +201,13 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
                 callback(state)
         return Point(self.system.values(without), self.system.boundary_values(self.problem.bcs),
                      local_values(self.problem.u) if self.warm_start else None)
+
+
+def _collect_garbage(u: firedrake.Function) -> None:
+    """Destroy the PETSc objects that Python has dropped on all ranks, as Firedrake's solvers do after each solve."""
+    comm = u.function_space().mesh().comm
+    if comm.size > 1:
+        PETSc.garbage_cleanup(comm)
 
 
 def _refuse_direct(ksp: PETSc.KSP) -> None:

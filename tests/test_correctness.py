@@ -267,3 +267,22 @@ def test_copies_share_the_solver_and_pickles_are_refused():
     assert copied[0].weight is not network[0].weight
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(network)
+
+
+def test_real_spaces_beside_fields():
+    """Firedrake eliminates them by a Schur complement, whose fieldsplit PETSc cannot apply transposed."""
+    mesh = UnitSquareMesh(5, 5)
+    V, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "R", 0)
+    W = V*R
+    (w, r), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    source = smooth(V, 3, "source")
+    problem = LinearVariationalProblem((inner(grad(w), grad(v)) + 0.1*w*v + w*q + v*r)*dx, source*v*dx, u)
+    with stop_annotating():
+        LinearVariationalSolver(problem).solve()
+        expected = [part.dat.data_ro.copy() for part in u.subfunctions]
+        u.assign(0)
+    prdp_fem.LinearVariationalSolver(problem).solve()
+    for part, values in zip(u.subfunctions, expected):
+        np.testing.assert_allclose(part.dat.data_ro, values, atol=1e-12)
+    reduced = ReducedFunctional(assemble(u.sub(0)**3*dx), Control(source))
+    assert taylor_test(reduced, source.copy(deepcopy=True), smooth(V, 5)) > 1.95
