@@ -1,4 +1,4 @@
-"""A linear variational problem taken apart: its two sides, what they depend on, and where boundary values are prescribed."""
+"""A variational problem taken apart: its forms, what they depend on, and where boundary values are prescribed."""
 from __future__ import annotations
 
 from functools import cached_property
@@ -6,75 +6,80 @@ from numbers import Real
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, DirichletBC, Function, LinearVariationalProblem, action, adjoint
+from firedrake import Cofunction, Constant, DirichletBC, Function, LinearVariationalProblem, action, adjoint, derivative
 from firedrake.assemble import get_assembler
 from firedrake.matrix import MatrixBase
 from firedrake.slate.slate import TensorBase
 from firedrake.ufl_expr import extract_domains
 from pyadjoint.tape import stop_annotating
+from ufl.algorithms import expand_derivatives
 
-from prdp_fem.firedrake_internals import boundary_expression, pin_quadrature
+from prdp_fem.firedrake_internals import boundary_expression, extract_subfunction, pin_quadrature
 from prdp_fem.inputs import Input, coefficients_of, local_values, name_of
 
-__all__ = ["LinearForms"]
+__all__ = ["Forms", "LinearForms", "NonlinearForms", "derivative_of"]
 
 
-class LinearForms:
-    """The forms of a linear problem taken apart, over copies of its coefficients.
+class Forms:
+    """The forms of a problem taken apart, over copies of its coefficients.
 
     Parameters
     ----------
-    problem : LinearVariationalProblem
+    problem : NonlinearVariationalProblem
         The user's.
+    right : ufl.Form or None
+        What of the residual depends on coefficients.
+    cofunctions : list of (Cofunction, float)
+        What else was subtracted from it, with weights.
+    operators : sequence of ufl.Form
+        The operator of linear solves, and what it is preconditioned by.
 
     Attributes
     ----------
     inputs : list of Input
-        All that the solution depends on, boundary values and the mesh apart.
+        All that the solution depends on, boundary values, the guess and the mesh apart.
     problem : NonlinearVariationalProblem
         The same problem over the copies, for Firedrake's solver.
-    a, L : ufl.Form
-        The two sides over the copies; ``L`` is None where it is empty. Neither contains the solution.
+    solution : Function
+        The state, in forms that depend on it.
+    boundary : Function
+        Where the Dirichlet conditions of ``problem`` have their values from.
+    residual : ufl.Form or None
+        F(u; v) over the copies and ``solution``, Cofunctions left out.
+    jacobian : ufl.Form
+        Its derivative by the solution.
+    operator_depends_on_solution : bool
     cofunctions : dict of Input to float
         The Cofunctions in the right-hand side, with their weights.
     """
 
-    def __init__(self, problem: LinearVariationalProblem):
-        if not problem.is_linear:
-            raise TypeError("LinearVariationalSolver solves a LinearVariationalProblem (a == L), found a nonlinear one (F == 0): "
-                            "state it as LinearVariationalProblem(a, L, u, bcs)")
-        if isinstance(problem.J, (TensorBase, MatrixBase)) or not isinstance(problem.J, ufl.Form):
-            raise TypeError(f"the bilinear form must be a UFL form, found a {type(problem.J).__name__}: prdp_fem differentiates "
-                            "forms, and cannot look into assembled matrices or Slate tensors")
-        if problem.restrict:
-            raise ValueError("restrict=True is not needed here, and not supported: boundary rows are folded out of the system "
-                             "already; leave it away")
-        for condition in problem.bcs:
-            if not isinstance(condition, DirichletBC):
-                raise TypeError(f"boundary conditions must be DirichletBCs, found a {type(condition).__name__}: "
-                                "put other conditions into the forms")
+    residual: ufl.Form | None
+    jacobian: ufl.Form
+    operator_depends_on_solution: bool
+
+    def __init__(self, problem, form: ufl.Form | None, cofunctions: list, operators: list, *, unknown: Function | None = None):
         self.problem_conditions = list(problem.bcs)
-        form, cofunctions = _split_residual(problem.F)
-        right = _right_hand_side(form, problem)
         mesh = problem.u.function_space().mesh().unique()
-        operator = coefficients_of(problem.J, problem.Jp)
-        if problem.u in operator:
-            raise TypeError(f"the bilinear form depends on the solution '{problem.u.name()}', so the problem is not linear: keep a lagged "
-                            "value in a Function of its own, or state a NonlinearVariationalProblem")
-        originals = coefficients_of(right, problem.J, problem.Jp)
+        in_operator = coefficients_of(*operators)
+        originals = [original for original in coefficients_of(form, *operators) if original is not unknown]
         originals += [cofunction for cofunction, _ in cofunctions if cofunction not in originals]
         self.inputs = [Input(original, mesh) for original in originals]
-        mapping = {entry.original: entry.copy for entry in self.inputs}
+        self._copies = {entry.original: entry.copy for entry in self.inputs}
         for entry in self.inputs:
-            entry.in_operator = entry.original in operator
-        with stop_annotating():
-            self.solution = Function(problem.u.function_space(), name=problem.u.name())
-            self.problem = problem.rediscretise(u=self.solution, coefficient_mapping=mapping)
-            parameters = problem.form_compiler_parameters
-            self.a = pin_quadrature(self.problem.J, parameters)
-            self.L = None if right is None else pin_quadrature(ufl.replace(right, mapping), parameters)
+            entry.in_operator = entry.original in in_operator
         self.cofunctions = {self.inputs[originals.index(cofunction)]: sum(weight for other, weight in cofunctions if other is cofunction)
                             for cofunction, _ in cofunctions}
+        with stop_annotating():
+            space = problem.u.function_space()
+            self.solution = Function(space, name=problem.u.name())
+            self.boundary = Function(space)
+            conditions = [condition.reconstruct(g=extract_subfunction(self.boundary, condition.function_space()))
+                          for condition in problem.bcs]
+            self.problem = problem.rediscretise(u=self.solution, bcs=conditions, coefficient_mapping=self._copies)
+
+    def depends_on(self, original) -> bool:
+        """Whether a user's coefficient is among the inputs."""
+        return any(entry.original is original for entry in self.inputs)
 
     def find(self, original) -> int:
         """The place of a user's coefficient among the inputs.
@@ -82,22 +87,26 @@ class LinearForms:
         Raises
         ------
         ValueError
-            Where the problem does not depend on it, or depends on it by boundary values.
+            Where the problem does not depend on it, or depends on it by the mesh.
         """
-        name = name_of(original)
-        if any(original in coefficients_of(boundary_expression(condition)) for condition in self.problem_conditions):
-            raise ValueError(f"{type(original).__name__} '{name}' gives boundary values, which cannot be controls of a layer: "
-                             "differentiate by them on pyadjoint's tape")
+        name = f"{type(original).__name__} '{name_of(original)}'"
         for index, entry in enumerate(self.inputs):
             if entry.original is original:
                 return index
-        known = ", ".join(f"{type(entry.original).__name__} '{entry.name}'" for entry in self.inputs) or "no coefficient at all"
-        raise ValueError(f"the problem does not depend on {type(original).__name__} '{name}'; it depends on {known}")
+        for mesh in {*self.meshes, *(mesh for entry in self.inputs for mesh in meshes_of(entry.original))}:
+            if original is mesh.coordinates or getattr(original, "dat", None) is mesh.coordinates.dat:
+                raise ValueError(f"{name} holds the coordinates of a mesh of the problem, which cannot be controls of a layer: "
+                                 "differentiate by them on pyadjoint's tape")
+        in_boundary = [coefficient for coefficient in coefficients_of(*map(boundary_expression, self.problem_conditions))
+                       if not self.depends_on(coefficient)]
+        known = ", ".join(f"{type(coefficient).__name__} '{name_of(coefficient)}'"
+                          for coefficient in [*(entry.original for entry in self.inputs), *in_boundary]) or "no coefficient at all"
+        raise ValueError(f"the problem does not depend on {name}; it depends on {known}")
 
     @cached_property
     def meshes(self) -> list:
         """The meshes that are integrated over."""
-        return list(dict.fromkeys(mesh for form in (self.a, self.L) if form is not None for mesh in extract_domains(form)))
+        return list(dict.fromkeys(mesh for form in (self.jacobian, self.residual) if form is not None for mesh in extract_domains(form)))
 
     @cached_property
     def boundary_dofs(self) -> np.ndarray:
@@ -121,23 +130,139 @@ class LinearForms:
         return get_assembler(form, bcs=self._homogeneous_conditions(), zero_bc_nodes=True,
                              form_compiler_parameters=self.problem.form_compiler_parameters)
 
+    def linearised_problem(self) -> LinearVariationalProblem:
+        """The problem of a step from the state, over the same copies."""
+        return self._linear_problem(self.jacobian, self.problem.Jp)
+
     def adjoint_problem(self) -> LinearVariationalProblem:
         """The problem of the adjoint operator, over the same copies."""
+        return self._linear_problem(adjoint(self.jacobian), None if self.problem.Jp is None else adjoint(self.problem.Jp))
+
+    def _linear_problem(self, a, aP) -> LinearVariationalProblem:
         space = self.solution.function_space()
-        return LinearVariationalProblem(adjoint(self.problem.J), Cofunction(space.dual()), Function(space),
-                                        bcs=self._homogeneous_conditions(),
-                                        aP=None if self.problem.Jp is None else adjoint(self.problem.Jp),
+        return LinearVariationalProblem(a, Cofunction(space.dual()), Function(space), bcs=self._homogeneous_conditions(), aP=aP,
                                         form_compiler_parameters=self.problem.form_compiler_parameters)
 
     def _homogeneous_conditions(self) -> list[DirichletBC]:
         return [condition.reconstruct(g=0) for condition in self.problem.bcs]
 
+    def over_copies(self, form: ufl.Form) -> ufl.Form:
+        """A form over the user's coefficients, with the quadrature that assembling it would choose, over the copies."""
+        return pin_quadrature(ufl.replace(form, self._copies), self.problem.form_compiler_parameters)
+
     def copy_of(self, value):
         """The copy that stands for a user's coefficient; any other object is its own."""
-        for entry in self.inputs:
-            if entry.original is value:
-                return entry.copy
-        return value
+        try:
+            return self._copies.get(value, value)
+        except TypeError:  # what cannot be hashed is no coefficient
+            return value
+
+
+class LinearForms(Forms):
+    """The forms of a(u, v) = L(v).
+
+    Parameters
+    ----------
+    problem : LinearVariationalProblem
+        The user's.
+
+    Attributes
+    ----------
+    a, L : ufl.Form
+        The two sides over the copies; ``L`` is None where it is empty. Neither contains the solution.
+    """
+
+    operator_depends_on_solution = False
+
+    def __init__(self, problem: LinearVariationalProblem):
+        if not problem.is_linear:
+            raise TypeError("LinearVariationalSolver solves a LinearVariationalProblem (a == L), found a nonlinear one (F == 0): "
+                            "state it as LinearVariationalProblem(a, L, u, bcs), or use a NonlinearVariationalSolver")
+        _refuse_what_is_no_form(problem.J)
+        _check_conditions(problem)
+        form, cofunctions = _split_residual(problem.F)
+        right = _right_hand_side(form, problem)
+        if problem.u in coefficients_of(problem.J, problem.Jp):
+            raise TypeError(f"the bilinear form depends on the solution '{problem.u.name()}', so the problem is not linear: keep a lagged "
+                            "value in a Function of its own, or state a NonlinearVariationalProblem")
+        super().__init__(problem, right, cofunctions, [problem.J, problem.Jp])
+        with stop_annotating():
+            self.a = pin_quadrature(self.problem.J, problem.form_compiler_parameters)
+            self.L = None if right is None else self.over_copies(right)
+
+    @property
+    def jacobian(self) -> ufl.Form:
+        return self.a
+
+    @cached_property
+    def residual(self) -> ufl.Form:
+        F = action(self.a, self.solution)
+        return F if self.L is None else F - self.L
+
+
+class NonlinearForms(Forms):
+    """The forms of F(u; v) = 0.
+
+    Parameters
+    ----------
+    problem : NonlinearVariationalProblem
+        The user's.
+
+    Raises
+    ------
+    TypeError
+        Where UFL cannot differentiate the residual by the solution.
+    """
+
+    operator_depends_on_solution = True
+
+    def __init__(self, problem):
+        for form in (problem.J, problem.F):
+            _refuse_what_is_no_form(form)
+        _check_conditions(problem)
+        form, cofunctions = _split_residual(problem.F)
+        if form is None:
+            raise TypeError("the residual of the problem has no form in it, only Cofunctions: there is nothing to solve")
+        super().__init__(problem, form, cofunctions, [problem.J, problem.Jp], unknown=problem.u)
+        with stop_annotating():
+            self.residual = ufl.replace(self.over_copies(form), {problem.u: self.solution})
+            self.jacobian = derivative_of(self.residual, self.solution)
+
+
+def derivative_of(form: ufl.Form, coefficient, *direction) -> ufl.Form:
+    """The Gâteaux derivative of a form, expanded.
+
+    Raises
+    ------
+    TypeError
+        Where UFL cannot take it, with the coefficient's name.
+    """
+    try:
+        return expand_derivatives(derivative(form, coefficient, *direction))
+    except Exception as error:  # UFL raises what it likes
+        raise TypeError(f"UFL cannot differentiate the problem by '{name_of(coefficient)}', so no derivative of its solution can be taken: "
+                        f"{error}") from error
+
+
+def meshes_of(coefficient) -> list:
+    """The meshes that a coefficient lives on; none for a Constant."""
+    return [] if isinstance(coefficient, Constant) else list(coefficient.function_space().mesh())
+
+
+def _check_conditions(problem) -> None:
+    if problem.restrict:
+        raise ValueError("restrict=True is not needed here, and not supported: boundary rows are folded out of the system "
+                         "already; leave it away")
+    for condition in problem.bcs:
+        if not isinstance(condition, DirichletBC):
+            raise TypeError(f"boundary conditions must be DirichletBCs, found a {type(condition).__name__}: "
+                            "put other conditions into the forms")
+
+
+def _refuse_what_is_no_form(form) -> None:
+    if isinstance(form, (TensorBase, MatrixBase)) or not isinstance(form, ufl.BaseForm):
+        raise TypeError(f"a problem must be stated in UFL forms, found a {type(form).__name__}: prdp_fem differentiates "
+                        "forms, and cannot look into assembled matrices or Slate tensors")
 
 
 def _split_residual(F) -> tuple[ufl.Form | None, list[tuple[Cofunction, float]]]:

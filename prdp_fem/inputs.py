@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import numpy as np
 import ufl
-from firedrake import Constant, Function, FunctionSpace
+from firedrake import Cofunction, Constant, Function, FunctionSpace
 from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms.analysis import extract_coefficients, extract_type
 
-__all__ = ["Input", "coefficients_of", "local_values"]
+__all__ = ["Input", "coefficients_of", "deep_copy", "is_real", "local_values", "name_of", "same_bits", "set_local_values", "vector_like"]
 
 
 def is_real(coefficient) -> bool:
@@ -55,6 +55,11 @@ def set_local_values(coefficient, values: np.ndarray) -> None:
         start += data.size
 
 
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays of float64 are equal to the bit: NaN equals itself, and -0.0 is not 0.0."""
+    return one is other or bool((one.view(np.uint64) == other.view(np.uint64)).all())
+
+
 def coefficients_of(*forms) -> list:
     """All Functions and Constants in forms and expressions, each once, in a fixed order."""
     found = {}
@@ -68,16 +73,20 @@ def coefficients_of(*forms) -> list:
     return list(found)
 
 
-def _deep_copy(coefficient):
-    space = coefficient.function_space()
-    if space.component is not None:
-        # f.sub(i) of a vector-valued f views every d-th value: its copy has a space of its own.
-        copied = Function(space.collapse())
-        set_local_values(copied, local_values(coefficient))
-    else:
-        copied = coefficient.copy(deepcopy=True)
-    copied.rename(coefficient.name())
-    return copied
+def deep_copy(coefficient):
+    """A coefficient of the same name and values, independent of the original and of the tape."""
+    with stop_annotating():
+        if isinstance(coefficient, Constant):
+            return Constant(np.array(coefficient.dat.data_ro).reshape(coefficient.ufl_shape), name=coefficient.name)
+        space = coefficient.function_space()
+        if space.component is not None:
+            # f.sub(i) of a vector-valued f views every d-th value: its copy has a space of its own.
+            copied = Function(space.collapse())
+            set_local_values(copied, local_values(coefficient))
+        else:
+            copied = coefficient.copy(deepcopy=True)
+        copied.rename(coefficient.name())
+        return copied
 
 
 class Input:
@@ -105,16 +114,24 @@ class Input:
     def __init__(self, original, mesh):
         self.original = original
         self.in_operator = False
+        self.copy = deep_copy(original)
         with stop_annotating():
             if isinstance(original, Constant):
-                self.copy = Constant(np.array(original.dat.data_ro).reshape(original.ufl_shape), name=original.name)
                 real = FunctionSpace(mesh, "R", 0)
                 self.variables = [Function(real) for _ in range(self.copy.dat.data_ro.size)]
             else:
-                self.copy = _deep_copy(original)
                 self.variables = [self.copy]
         self._values = local_values(self.copy)
         self._set_variables()
+        self._dual_space = None if isinstance(original, Constant) else original.function_space().dual()
+
+    def dual(self, values: np.ndarray):
+        """A derivative by the original, of the type that pyadjoint has for it, with rank-local values."""
+        if isinstance(self.original, Constant):
+            return Constant(values.reshape(self.original.ufl_shape))
+        dual = Function(self._dual_space) if isinstance(self.original, Cofunction) else Cofunction(self._dual_space)
+        set_local_values(dual, values)
+        return dual
 
     @property
     def name(self) -> str:
@@ -133,8 +150,7 @@ class Input:
 
     def differs(self, values: np.ndarray) -> bool:
         """Whether any rank-local value differs, to the bit, from those that the copy has."""
-        bits = f"u{self._values.itemsize}"
-        return not np.array_equal(values.view(bits), self._values.view(bits))
+        return not same_bits(values, self._values)
 
     def write(self, values: np.ndarray) -> None:
         """Set the copy. Collective: a write is what makes Firedrake exchange halos, so all ranks write or none does."""

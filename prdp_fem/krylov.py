@@ -1,18 +1,18 @@
 """A setting put on a PETSc KSP, its solves, and the account of what they cost."""
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
+from prdp_fem import nested
 from prdp_fem.ladders import Setting
 
-__all__ = ["Krylov", "Statistics"]
+__all__ = ["Krylov", "RefinedKSP", "Statistics"]
 
 # Methods defined for symmetric operators and preconditioners only: for them a transposed solve is a solve.
 _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
@@ -38,11 +38,13 @@ class Statistics:
     Attributes
     ----------
     solves, adjoint_solves, tangent_solves : int
-        Linear systems solved.
+        Problems solved, and linear systems for their derivatives.
     forward_iterations, adjoint_iterations, tangent_iterations : int
         KSP iterations spent in them.
+    newton_steps : int
+        Steps of nonlinear solves.
     assemblies : int
-        How often the operator was assembled, and its preconditioner set up.
+        How often the operator was assembled, and its preconditioner set up; outside nonlinear solves.
     forward_seconds, adjoint_seconds, tangent_seconds : float
         Wall-clock time of whole solves on this rank: right-hand sides, assembly and KSP.
     """
@@ -53,6 +55,7 @@ class Statistics:
     forward_iterations: int = 0
     adjoint_iterations: int = 0
     tangent_iterations: int = 0
+    newton_steps: int = 0
     assemblies: int = 0
     forward_seconds: float = 0.0
     adjoint_seconds: float = 0.0
@@ -73,21 +76,149 @@ class Statistics:
         for field in fields(self):
             setattr(self, field.name, field.default)
 
-    @contextmanager
-    def timed(self, kind: str):
-        """Add the time inside to ``forward_seconds``, ``adjoint_seconds`` or ``tangent_seconds``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            name = f"{kind}_seconds"
-            setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+    def add_seconds(self, kind: str, seconds: float) -> None:
+        """Add to ``forward_seconds``, ``adjoint_seconds`` or ``tangent_seconds``."""
+        name = f"{kind}_seconds"
+        setattr(self, name, getattr(self, name) + seconds)
+
+
+class RefinedKSP:
+    """A KSP with the one that settings are put on: itself, or one inside its preconditioner.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+        With its operators and options.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+    in_snes : bool
+        Whether a SNES calls its solves.
+    """
+
+    def __init__(self, ksp: PETSc.KSP, name: str, prefix: str | None, *, in_snes: bool = False):
+        self.ksp = ksp
+        self._name, self._prefix, self._in_snes = name, prefix, in_snes
+        self._refined: PETSc.KSP | None = None
+        # What options had said, before a setting was put on it, of the KSP that one is on.
+        self._options: dict[int, tuple] = {}
+        self._is_budget = False
+        self._hidden_iterations = 0
+        self._hidden_failure: str | None = None
+
+    @property
+    def is_found(self) -> bool:
+        """Whether it is known which KSP settings are put on, without anything set up."""
+        return self._refined is not None
+
+    def find(self) -> None:
+        """Find the KSP that settings are put on; once the preconditioner is set up where that may have one inside."""
+        refined = nested.find_iterative(self.ksp, self._prefix)
+        if refined.handle == self.ksp.handle:
+            refined = self.ksp
+        if refined is not self.ksp or self._in_snes:
+            refined.setPostSolve(self._after_hidden_solve)
+        self._refined = refined
+
+    def find_without_setup(self) -> None:
+        """Find it where that takes no preconditioner that is set up."""
+        if not nested.needs_set_up(self.ksp, self._prefix):
+            self.find()
+
+    def set_up(self) -> None:
+        """To be called where the preconditioner was set up anew: KSPs inside may be others now."""
+        if self._refined is not None and self._refined is not self.ksp:
+            self.find()
+
+    def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        self._hidden_iterations += ksp.getIterationNumber()
+        reason = ksp.getConvergedReason()
+        if reason < 0 and not (self._is_budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
+            self._hidden_failure = _failure(ksp)
+
+    def apply(self, setting: Setting | None, guess: bool) -> None:
+        """Put a setting on the KSP; None, or a setting of None, for what its options say.
+
+        Parameters
+        ----------
+        setting : Setting or None
+        guess : bool
+            Whether solves start from what is in the solution vector.
+        """
+        if setting is not None and setting.max_it is None:
+            setting = None
+        if setting is not None and self._refined is None:
+            self.find()
+        self._is_budget = setting is not None and setting.budget
+        self._hidden_iterations, self._hidden_failure = 0, None
+        refined = self.ksp if self._refined is None else self._refined
+        if guess and refined is not self.ksp:
+            self._put(self.ksp, None, True)
+        self._put(refined, setting, guess and refined is self.ksp)
+        self.ksp.setInitialGuessNonzero(guess)
+
+    def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
+        if setting is None and not guess:
+            if ksp.handle in self._options:
+                _, (rtol, atol, divtol, max_it), error_if_not_converged = self._options.pop(ksp.handle)
+                ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+                ksp.setErrorIfNotConverged(error_if_not_converged)
+            return
+        if ksp.handle not in self._options:
+            self._options[ksp.handle] = ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged()
+        _, (rtol, atol, divtol, max_it), error_if_not_converged = self._options[ksp.handle]
+        if setting is not None:
+            rtol, max_it = setting.rtol, setting.max_it
+            # PETSc would take a used-up budget for an error; what is one is decided in iterations_of.
+            error_if_not_converged = False
+        if guess:
+            divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
+        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+        ksp.setErrorIfNotConverged(error_if_not_converged)
+
+    def checked_iterations(self, kind: str) -> int:
+        """The iterations that the last solve has spent, on the KSP that settings are put on.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where it failed.
+        """
+        ksp = self.ksp
+        reason = ksp.getConvergedReason()
+        is_nested = self._refined is not None and self._refined is not ksp
+        if reason < 0 and not (reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self._is_budget and not is_nested):
+            raise ConvergenceError(f"the {kind} solve for '{self._name}' {self.failure()}")
+        return self._account() if is_nested else ksp.getIterationNumber()
+
+    def checked_newton_iterations(self, iterations: int) -> int:
+        """The iterations that the steps of a SNES have spent, where they were those of ``ksp``: see :meth:`checked_iterations`."""
+        return iterations if self._refined is None else self._account()
+
+    def _account(self) -> int:
+        if self._hidden_failure is not None:
+            raise ConvergenceError(f"a linear solve inside that for '{self._name}' {self._hidden_failure}")
+        iterations, self._hidden_iterations = self._hidden_iterations, 0
+        return iterations
+
+    def failure(self) -> str:
+        """What went wrong in the last solve."""
+        return self._hidden_failure or _failure(self.ksp)
+
+
+def _failure(ksp: PETSc.KSP) -> str:
+    reason = ksp.getConvergedReason()
+    name = _REASONS.get(reason, str(reason))
+    remedy = _REMEDIES.get(name)
+    return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after {ksp.getIterationNumber()} "
+            f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {remedy}" if remedy else ""))
 
 
 class Krylov:
-    """A KSP that is told at each solve how far to go.
+    """The solves of a linear system and its transpose, each told how far to go.
 
-    Solves depend on nothing but their arguments: each starts from zero, or from the guess that it is given.
+    They depend on nothing but their arguments: each starts from zero, or from the guess that it is given.
 
     Parameters
     ----------
@@ -96,91 +227,70 @@ class Krylov:
     transposed : callable
         A context manager with a KSP for the transposed operator, set up for its present values; used only where the
         preconditioner cannot be transposed.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
     """
 
-    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]]):
+    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None):
+        self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
+        self._name, self._prefix = name, prefix
+        self._refined_transposed: RefinedKSP | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
-        # Where a setting is put on a KSP, what its options had said is kept, by the KSP's handle.
-        self._options: dict[int, tuple] = {}
 
     def operator_changed(self) -> None:
         """Forget what was known of the operator's values."""
         self._symmetric = None
+        self.refined.set_up()
 
-    def solve(self, b: PETSc.Vec, x: PETSc.Vec, setting: Setting | None, *, guess: bool = False) -> int:
-        """Solve A x = b.
+    def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+        """A function that solves A x = b for b and x, and returns the iterations spent.
+
+        It holds until another is asked for.
 
         Parameters
         ----------
-        b : PETSc.Vec
-        x : PETSc.Vec
-            The solution; with ``guess``, also where to start from.
         setting : Setting or None
             How far to go; None for what the KSP's options say.
         guess : bool
             Start from ``x`` instead of zero.
+        kind : str
+            What messages call the solve.
 
-        Returns
-        -------
-        int
-            The iterations spent.
-
-        Raises
-        ------
-        firedrake.exceptions.ConvergenceError
-            On NaN, breakdown or divergence, and where a tolerance is not reached; not for a used-up budget.
+        Notes
+        -----
+        The function raises :class:`firedrake.exceptions.ConvergenceError` on NaN, breakdown or divergence, and where a tolerance
+        is not reached; not for a used-up budget.
         """
-        self._apply(self.ksp, setting, guess)
-        self.ksp.setInitialGuessNonzero(guess)
-        self.ksp.solve(b, x)
-        return self._checked(self.ksp, setting, "forward")
+        return self._solver(self.refined, self.ksp.solve, setting, guess, kind)
 
-    def solve_transposed(self, b: PETSc.Vec, x: PETSc.Vec, setting: Setting | None) -> int:
-        """Solve Aᵀ x = b from zero; see :meth:`solve`."""
+    def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+        """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
         if self._is_symmetric():
-            return self._solve_from_zero(self.ksp, self.ksp.solve, b, x, setting)
+            return self._solver(self.refined, self.ksp.solve, setting, False, "adjoint")
         if self._is_transposable():
-            return self._solve_from_zero(self.ksp, self.ksp.solveTranspose, b, x, setting)
-        with self._transposed() as ksp:
-            return self._solve_from_zero(ksp, ksp.solve, b, x, setting)
+            return self._solver(self.refined, self.ksp.solveTranspose, setting, False, "adjoint")
 
-    def _solve_from_zero(self, ksp: PETSc.KSP, solve: Callable, b: PETSc.Vec, x: PETSc.Vec, setting: Setting | None) -> int:
-        self._apply(ksp, setting, False)
-        ksp.setInitialGuessNonzero(False)
-        solve(b, x)
-        return self._checked(ksp, setting, "adjoint")
+        def solve(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            with self._transposed() as ksp:
+                if self._refined_transposed is None:
+                    self._refined_transposed = RefinedKSP(ksp, self._name, self._prefix)
+                self._refined_transposed.set_up()
+                return self._solver(self._refined_transposed, ksp.solve, setting, False, "adjoint")(b, x)
+        return solve
 
-    def _apply(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
-        if setting is None and not guess:
-            if ksp.handle in self._options:
-                (rtol, atol, divtol, max_it), error_if_not_converged = self._options.pop(ksp.handle)
-                ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
-                ksp.setErrorIfNotConverged(error_if_not_converged)
-            return
-        if ksp.handle not in self._options:
-            self._options[ksp.handle] = ksp.getTolerances(), ksp.getErrorIfNotConverged()
-        (rtol, atol, divtol, max_it), error_if_not_converged = self._options[ksp.handle]
-        if setting is not None:
-            rtol, max_it = setting.rtol, setting.max_it
-            # PETSc would take a used-up budget for an error; what is one is decided in _checked.
-            error_if_not_converged = False
-        if guess:
-            divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
-        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
-        ksp.setErrorIfNotConverged(error_if_not_converged)
+    @staticmethod
+    def _solver(refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool, kind: str) -> Callable:
+        refined.apply(setting, guess)
 
-    def _checked(self, ksp: PETSc.KSP, setting: Setting | None, kind: str) -> int:
-        reason, iterations = ksp.getConvergedReason(), ksp.getIterationNumber()
-        if reason < 0 and not (setting is not None and setting.budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
-            name = _REASONS.get(reason, str(reason))
-            remedy = _REMEDIES.get(name)
-            raise ConvergenceError(
-                f"the {kind} solve with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after "
-                f"{iterations} iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {remedy}" if remedy else ""))
-        return iterations
+        def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            solve(b, x)
+            return refined.checked_iterations(kind)
+        return solve_and_check
 
     def _is_symmetric(self) -> bool:
         if self._symmetric is None:
@@ -206,6 +316,7 @@ class Krylov:
                 pc.reset()
                 self.ksp.setOperators(A, P)
                 self.ksp.setUp()
+                self.refined.set_up()
         return self._transposable
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Protocol, runtime_checkable
 
-__all__ = ["Setting", "Iterations", "Tolerance", "IterationLadder", "ToleranceLadder"]
+__all__ = ["Setting", "Iterations", "Tolerance", "NewtonSteps", "IterationLadder", "ToleranceLadder", "NewtonLadder"]
 
 
 @runtime_checkable
 class Setting(Protocol):
-    """What is put on a Krylov solver.
+    """What is put on a Krylov solver. Where all three are None, its own options stand.
 
     Attributes
     ----------
@@ -38,6 +38,10 @@ class Setting(Protocol):
 
     @property
     def budget(self) -> bool: ...
+
+
+# Ladders with more levels than this are those without an end.
+_ENDLESS = 10**9
 
 
 def _count(name: str, value) -> int:
@@ -114,6 +118,46 @@ class Tolerance:
 
     def __str__(self) -> str:
         return f"relative tolerance {self.rtol:g}"
+
+
+@dataclass(frozen=True)
+class NewtonSteps:
+    """At most so many Newton (or Picard) steps, each with a linear solve of its own setting.
+
+    A step that the nonlinear solver's own tolerances (``snes_rtol`` and so on) make needless is not made. Solvers of linear
+    problems take the setting of the linear solves.
+
+    Parameters
+    ----------
+    steps : int
+        The number of steps, at least 1.
+    linear : Setting or None
+        What is put on the KSP of each step, and on the adjoint's; None for what its options say.
+    """
+
+    steps: int
+    linear: Setting | None = None
+
+    def __post_init__(self):
+        _count("steps", self.steps)
+        if isinstance(self.linear, (NewtonSteps, type)) or not isinstance(self.linear, (Setting, type(None))):
+            raise TypeError(f"linear must be the setting of a linear solve, such as Iterations(20), or None, found {self.linear!r}")
+
+    @property
+    def rtol(self) -> float | None:
+        return None if self.linear is None else self.linear.rtol
+
+    @property
+    def max_it(self) -> int | None:
+        return None if self.linear is None else self.linear.max_it
+
+    @property
+    def budget(self) -> bool | None:
+        return None if self.linear is None else self.linear.budget
+
+    def __str__(self) -> str:
+        text = f"{self.steps} Newton step{'s' if self.steps > 1 else ''}"
+        return text if self.linear is None else f"{text} of {self.linear}"
 
 
 class IterationLadder(Sequence):
@@ -216,3 +260,64 @@ class ToleranceLadder(Sequence):
 
     def __hash__(self) -> int:
         return hash((self.start, self.factor, self.stop, self.max_it))
+
+
+class NewtonLadder(Sequence):
+    """Newton (or Picard) steps ``start, start + step, …`` up to and including ``stop``, alone or together with their linear solves.
+
+    Parameters
+    ----------
+    start : int
+        Steps at level 0, at least 1.
+    step : int
+        Steps that each level adds, at least 1.
+    stop : int or None
+        No level has more steps than this; None for a ladder without an end.
+    linear : Setting, Sequence of Setting or None
+        What is put on the KSP of each step: one setting for all levels, a ladder that is gone up in step with this one, or None
+        for what the KSP's options say. Where one of the two ladders ends first, it stays at its last level.
+
+    Examples
+    --------
+    >>> ladder = NewtonLadder(start=1, step=1, stop=2, linear=IterationLadder(start=2, step=2, stop=6))
+    >>> [str(setting) for setting in ladder]
+    ['1 Newton step of 2 iterations', '2 Newton steps of 4 iterations', '2 Newton steps of 6 iterations']
+    """
+
+    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, linear: Setting | Sequence[Setting] | None = None):
+        self.start, self.step = _count("start", start), _count("step", step)
+        self.stop = None if stop is None else _count("stop", stop)
+        if self.stop is not None and self.start > self.stop:
+            raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
+        if isinstance(linear, Sequence) and not isinstance(linear, str):
+            if len(linear) == 0:
+                raise ValueError("the ladder of the linear solves is empty")
+            self._linear = linear
+        else:
+            self._linear = (linear,)
+        self.linear = linear
+        self._counts = range(self.start, sys.maxsize if self.stop is None else self.stop + 1, self.step)
+        NewtonSteps(self.start, self._linear[0])  # refuses what is no setting
+
+    def __len__(self) -> int:
+        return max(len(self._counts), len(self._linear))
+
+    def __getitem__(self, level):
+        levels = range(len(self))[level]
+        if isinstance(levels, range):
+            if level.stop is None and len(levels) > _ENDLESS:
+                raise ValueError(f"{self!r} has no end: give the slice one, as in ladder[:10]")
+            return [self[index] for index in levels]
+        return NewtonSteps(self._counts[min(levels, len(self._counts) - 1)], self._linear[min(levels, len(self._linear) - 1)])
+
+    def __repr__(self) -> str:
+        linear = "" if self.linear is None else f", linear={self.linear!r}"
+        return f"NewtonLadder(start={self.start}, step={self.step}, stop={self.stop}{linear})"
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, NewtonLadder):
+            return NotImplemented
+        return (self._counts, self.linear) == (other._counts, other.linear)
+
+    def __hash__(self) -> int:
+        return hash(self._counts)

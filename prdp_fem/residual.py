@@ -4,6 +4,7 @@ Assemblers are built at their first use, and kept.
 """
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import cached_property
 
 import numpy as np
@@ -11,98 +12,183 @@ import ufl
 from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, action, assemble, derivative
 from ufl.algorithms import expand_derivatives
 
-from prdp_fem.forms import LinearForms
+from prdp_fem.forms import Forms, derivative_of
 from prdp_fem.inputs import coefficients_of, local_values, set_local_values
-from prdp_fem.point import Point
+from prdp_fem.point import Direction, Point
 
 __all__ = ["ResidualDerivatives"]
 
 
 class ResidualDerivatives:
-    """The derivatives of F(u, m; v) = a(u, v) - L(v), Cofunctions in the right-hand side left out.
+    """The derivatives of F(u, m; v), Cofunctions in the right-hand side left out.
 
-    All methods ask for :meth:`at` first.
+    All methods ask for :meth:`at` first, and those of second derivatives for :meth:`toward`.
 
     Parameters
     ----------
-    forms : LinearForms
+    forms : Forms
     """
 
-    def __init__(self, forms: LinearForms):
+    def __init__(self, forms: Forms):
         self._forms = forms
         space = forms.solution.function_space()
-        self._multiplier = Function(space)
+        self._multiplier, self._tangent = Function(space), Function(space)
         self._assembled = Cofunction(space.dual())
-        self._by_input: dict[int, list[tuple]] = {}
-        self._in_direction: dict[int, tuple] = {}
-
-    @cached_property
-    def _residual(self) -> ufl.Form:
-        F = action(self._forms.a, self._forms.solution)
-        return F if self._forms.L is None else F - self._forms.L
+        self._assemblers: dict[Hashable, list[tuple]] = {}
+        self._directions: dict[int, list[Function]] = {}
+        self._direction = Direction({})
 
     @cached_property
     def _weighted(self) -> ufl.Form:
-        """-F(λ), a number."""
-        return -1*action(self._residual, self._multiplier)
+        """-F(λ), a number, with components of Constants as variables."""
+        form = -1*action(self._forms.residual, self._multiplier)
+        for entry in self._forms.inputs:
+            form = entry.in_variables(form)
+        return form
 
     @cached_property
     def inputs(self) -> set[int]:
         """The inputs that the forms depend on."""
-        return self._forms.indices(coefficients_of(self._residual))
+        return self._forms.indices(coefficients_of(self._forms.residual))
 
     def at(self, point: Point, solution: np.ndarray, multiplier: np.ndarray | None = None) -> None:
-        """Set where derivatives are taken, and for :meth:`by_input`, :meth:`by_boundary` and :meth:`by_mesh` the weight λ."""
+        """Set where derivatives are taken, and for all but those in a direction the weight λ."""
         for index in self.inputs:
             self._forms.inputs[index].write(point.values[index])
         set_local_values(self._forms.solution, solution)
         if multiplier is not None:
             set_local_values(self._multiplier, multiplier)
 
+    # First derivatives, weighted
+
     def by_input(self, index: int) -> np.ndarray:
         """-(∂F/∂m)ᵀ λ, rank-local; for a Constant or a Real space the sum over all ranks."""
-        if index not in self._by_input:
-            entry = self._forms.inputs[index]
-            form = entry.in_variables(self._weighted)
-            self._by_input[index] = [self._derivative_assembler(form, variable) for variable in entry.variables]
-        return np.concatenate([_assembled_values(*pair) for pair in self._by_input[index]])
+        if index not in self._assemblers:
+            self._assemblers[index] = [self._dual_assembler(self._by_variable(variable), variable)
+                                       for variable in self._forms.inputs[index].variables]
+        return _joined(self._assemblers[index])
 
-    def by_boundary(self) -> np.ndarray:
+    def by_solution(self) -> np.ndarray:
         """-(∂F/∂u)ᵀ λ, rank-local, entries at boundary dofs included."""
-        return _assembled_values(*self._by_solution)
-
-    @cached_property
-    def _by_solution(self) -> tuple:
-        return self._derivative_assembler(self._weighted, self._forms.solution)
+        solution = self._forms.solution
+        if "solution" not in self._assemblers:
+            self._assemblers["solution"] = [self._dual_assembler(self._by_variable(solution), solution)]
+        return _joined(self._assemblers["solution"])
 
     def by_mesh(self, mesh) -> Cofunction:
         """The derivative of -F(λ) by the coordinates of a mesh."""
-        return assemble(derivative(self._weighted, SpatialCoordinate(mesh), TestFunction(mesh.coordinates.function_space())))
+        return _assembled_cofunction(self._by_coordinates(mesh), mesh)
+
+    def check(self, index: int) -> None:
+        """Raise a TypeError where UFL cannot differentiate by an input."""
+        for variable in self._forms.inputs[index].variables:
+            self._by_variable(variable)
+
+    def _by_variable(self, variable: Function) -> ufl.Form:
+        try:
+            return derivative_of(self._weighted, variable)
+        except TypeError as error:
+            raise TypeError(str(error).replace(f"'{variable.name()}'", f"'{self._name(variable)}'")) from error
+
+    def _name(self, variable: Function) -> str:
+        return next((entry.name for entry in self._forms.inputs if any(variable is other for other in entry.variables)), variable.name())
+
+    def _by_coordinates(self, mesh) -> ufl.Form:
+        return derivative(self._weighted, SpatialCoordinate(mesh), TestFunction(mesh.coordinates.function_space()))
+
+    # First derivatives in a direction
 
     def in_direction(self, index: int, tangent: np.ndarray) -> np.ndarray:
         """-(∂F/∂m) ṁ, rank-local; entries at boundary dofs are zero."""
-        entry = self._forms.inputs[index]
-        if index not in self._in_direction:
-            directions = [Function(variable.function_space()) for variable in entry.variables]
-            form = entry.in_variables(-1*self._residual)
-            parts = [derivative(form, *pair) for pair in zip(entry.variables, directions)]
-            self._in_direction[index] = self._forms.assembler(expand_derivatives(sum(parts[1:], parts[0]))), directions
-        assembler, directions = self._in_direction[index]
-        for direction, values in zip(directions, np.split(tangent, len(directions))):
-            set_local_values(direction, values)
-        return _assembled_values(assembler, self._assembled)
+        key = "direction", index
+        if key not in self._assemblers:
+            entry = self._forms.inputs[index]
+            form = entry.in_variables(-1*self._forms.residual)
+            parts = [derivative(form, *pair) for pair in zip(entry.variables, self._direction_functions(index))]
+            form = expand_derivatives(sum(parts[1:], parts[0]))
+            self._assemblers[key] = [(None if form.empty() else self._forms.assembler(form), self._assembled)]
+        self._set_direction(index, tangent)
+        return _joined(self._assemblers[key])
 
     def in_mesh_direction(self, mesh, tangent: Function) -> np.ndarray:
         """-(∂F/∂X) Ẋ, rank-local, for a direction Ẋ of the coordinates of a mesh."""
-        return local_values(assemble(derivative(-1*self._residual, SpatialCoordinate(mesh), tangent)))
+        return local_values(assemble(derivative(-1*self._forms.residual, SpatialCoordinate(mesh), tangent)))
 
-    def _derivative_assembler(self, form: ufl.Form, variable: Function) -> tuple:
-        form = expand_derivatives(derivative(form, variable))
+    # Second derivatives: the first ones, weighted, differentiated in a direction
+
+    def toward(self, direction: Direction, tangent: np.ndarray) -> None:
+        """Set the direction of second derivatives.
+
+        Parameters
+        ----------
+        direction : Direction
+            Of inputs and meshes.
+        tangent : numpy.ndarray
+            Of the solution.
+        """
+        self._direction = direction
+        set_local_values(self._tangent, tangent)
+        for index in direction.inputs.keys() & self.inputs:
+            self._set_direction(index, direction.inputs[index])
+
+    def second_by_input(self, index: int) -> np.ndarray:
+        """The derivative of :meth:`by_input` in the direction, λ fixed."""
+        return self._second(index, self._forms.inputs[index].variables)
+
+    def second_by_solution(self) -> np.ndarray:
+        """The derivative of :meth:`by_solution` in the direction, λ fixed."""
+        return self._second("solution", [self._forms.solution])
+
+    def second_by_mesh(self, mesh) -> Cofunction:
+        """The derivative of :meth:`by_mesh` in the direction, λ fixed."""
+        return _assembled_cofunction(self._toward(self._by_coordinates(mesh)), mesh)
+
+    def _second(self, what: Hashable, variables: list[Function]) -> np.ndarray:
+        key = "second", what, frozenset(self._direction.inputs)
+        if self._direction.meshes:
+            # Directions of meshes come as Functions that differ from call to call: nothing is kept.
+            return _joined([self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables])
+        if key not in self._assemblers:
+            self._assemblers[key] = [self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables]
+        return _joined(self._assemblers[key])
+
+    def _toward(self, form: ufl.Form) -> ufl.Form:
+        if form.empty():
+            return form
+        pairs = [(self._forms.solution, self._tangent)]
+        for index in sorted(self._direction.inputs.keys() & self.inputs):
+            pairs += zip(self._forms.inputs[index].variables, self._direction_functions(index))
+        pairs += [(SpatialCoordinate(mesh), tangent) for mesh, tangent in self._direction.meshes.items()]
+        parts = [derivative(form, *pair) for pair in pairs]
+        return expand_derivatives(sum(parts[1:], parts[0]))
+
+    def _direction_functions(self, index: int) -> list[Function]:
+        if index not in self._directions:
+            self._directions[index] = [Function(variable.function_space()) for variable in self._forms.inputs[index].variables]
+        return self._directions[index]
+
+    def _set_direction(self, index: int, tangent: np.ndarray) -> None:
+        directions = self._direction_functions(index)
+        for direction, values in zip(directions, np.split(tangent, len(directions))):
+            set_local_values(direction, values)
+
+    def _dual_assembler(self, form: ufl.Form, variable: Function) -> tuple:
         tensor = Cofunction(variable.function_space().dual())
         return (None if form.empty() else self._forms.assembler(form, tested_by_solution_space=False)), tensor
 
 
-def _assembled_values(assembler, tensor: Cofunction) -> np.ndarray:
-    if assembler is not None:
-        assembler.assemble(tensor=tensor)
-    return local_values(tensor)
+def _joined(pairs: list[tuple]) -> np.ndarray:
+    """The values of assembled forms, one after the other; zeros where there is nothing to assemble."""
+    values = []
+    for assembler, tensor in pairs:
+        if assembler is not None:
+            assembler.assemble(tensor=tensor)
+            values.append(local_values(tensor))
+        else:
+            values.append(np.zeros_like(local_values(tensor)))
+    return values[0] if len(values) == 1 else np.concatenate(values)
+
+
+def _assembled_cofunction(form: ufl.Form, mesh) -> Cofunction:
+    form = expand_derivatives(form)
+    return Cofunction(mesh.coordinates.function_space().dual()) if form.empty() else assemble(form)

@@ -10,14 +10,16 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Function, TrialFunction, action, assemble, derivative
+from firedrake import Cofunction, Function, TrialFunction, assemble, derivative
 from firedrake.petsc import PETSc
 from ufl import classes
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.corealg.traversal import unique_pre_traversal
 
+from prdp_fem.block import Block, BlockStore
 from prdp_fem.forms import LinearForms
-from prdp_fem.inputs import Input, coefficients_of, is_real, set_local_values, vector_like
+from prdp_fem.inputs import Input, coefficients_of, is_real, vector_like
+from prdp_fem.lifting import Lifting
 from prdp_fem.point import Point
 
 __all__ = ["RightHandSide"]
@@ -43,11 +45,12 @@ class RightHandSide:
         self._split_off_terms()
         self._rest_inputs = set() if self._rest is None else forms.indices(coefficients_of(self._rest))
         self._rest_is_current = False
-        self._lifting = Function(forms.solution.function_space())
+        self._lifting = Lifting(forms)
         self._assembled = Cofunction(forms.solution.function_space().dual())
-        self._b, self._base, self._rest_values, self._product = (vector_like(forms.solution) for _ in range(4))
-        self._products = {index: self._b.duplicate() for index in self.terms}
+        self._base, self._rest_values = vector_like(forms.solution), vector_like(forms.solution)
+        self._rows, self._products = BlockStore(self._base), BlockStore(self._base)
         self._has_base = False
+        self._shared: dict[int, np.ndarray] = {}
 
     def _split_off_terms(self) -> None:
         """Find the inputs that b depends on by a matrix, and take their terms out of the form to be assembled."""
@@ -73,17 +76,10 @@ class RightHandSide:
     def _rest_assembler(self):
         return self._forms.assembler(self._rest)
 
-    @cached_property
-    def _lift_assembler(self):
-        return self._forms.assembler(action(self._forms.a, self._lifting))
-
     def forget(self, changed: set[int], moved: bool) -> None:
-        """Have assembled again what depends on inputs that have changed, or on a mesh that has moved."""
+        """Have the rest assembled again where it depends on inputs that have changed, or on a mesh that has moved."""
         if moved or self._rest_inputs & changed:
             self._rest_is_current = False
-        for term in self.terms.values():
-            if moved or term.parameters & changed:
-                term.forget()
 
     def prepare(self, point: Point, varying: Mapping[int, np.ndarray]) -> None:
         """Compute what the rows of a batch have in common.
@@ -105,37 +101,36 @@ class RightHandSide:
                     self._rest_is_current = True
                 self._base.axpy(1.0, self._rest_values)
             if point.boundary is not None:
-                self.lift(point.boundary, self._base)
+                self._lifting.subtract(point.boundary, self._base)
+        self._shared = {index: term.products(point.values[index][None], self._products(1)).array.copy()
+                        for index, term in self.terms.items() if index not in varying}
+
+    def rows(self, varying: Mapping[int, np.ndarray], rows: slice) -> Block:
+        """b of some rows, after :meth:`prepare`; until it is called again.
+
+        Terms are added in one order, so that no bit depends on which of them vary.
+        """
+        b, started = self._rows(rows.stop - rows.start), self._has_base
+        if started:
+            b.array[...] = self._base.array_r
         for index, term in self.terms.items():
             if index not in varying:
-                term.product(point.values[index], self._products[index])
-
-    def row(self, varying: Mapping[int, np.ndarray], row: int) -> PETSc.Vec:
-        """b of one row, after :meth:`prepare`. Terms are added in one order, so that no bit depends on which of them vary."""
-        b, started = self._b, self._has_base
-        if started:
-            self._base.copy(b)
-        for index, term in self.terms.items():
-            if index in varying:
-                product = self._product if started else b
-                term.product(varying[index][row], product)
+                products = self._shared[index]
+            elif started:
+                products = term.products(varying[index][rows], self._products(len(b.array))).array
             else:
-                product = self._products[index]
-                if not started:
-                    product.copy(b)
+                term.products(varying[index][rows], b)
+                started = True
+                continue
             if started:
-                b.axpy(1.0, product)
+                b.array += products
+            else:
+                b.array[...] = products
             started = True
         if not started:
-            b.set(0.0)
+            b.array[...] = 0.0
+        b.changed()
         return b
-
-    def lift(self, boundary: np.ndarray, b: PETSc.Vec) -> None:
-        """b -= a(g, ·)."""
-        set_local_values(self._lifting, boundary)
-        self._lift_assembler.assemble(tensor=self._assembled)
-        with self._assembled.dat.vec_ro as vector:
-            b.axpy(-1.0, vector)
 
 
 class AffineTerm:
@@ -156,33 +151,45 @@ class AffineTerm:
     def __init__(self, form: ufl.Form, parameters: set[int], entry: Input, boundary_dofs: np.ndarray):
         self.parameters = parameters
         self._form, self._boundary_dofs = form, boundary_dofs
-        self._vector = vector_like(entry.copy)
+        self._inputs = BlockStore(vector_like(entry.copy))
         self._matrix: PETSc.Mat | None = None
+        self._transpose: PETSc.Mat | None = None
 
     def forget(self) -> None:
         """Have B assembled again."""
-        self._matrix = None
+        self._matrix = self._transpose = None
 
     def _assembled(self) -> PETSc.Mat:
         if self._matrix is None:
             self._matrix = assemble(self._form, mat_type="aij").petscmat
             rows = self._boundary_dofs + self._matrix.getOwnershipRange()[0]
             self._matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
+            # Products with one vector then add up in the order in which those with several do: equal to the bit.
+            self._matrix.setOption(PETSc.Mat.Option.USE_INODES, False)
         return self._matrix
 
-    def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
-        """b = B m."""
-        matrix = self._assembled()
-        self._vector.placeArray(values)
-        matrix.mult(self._vector, b)
-        self._vector.resetArray()
+    def products(self, values: np.ndarray, b: Block) -> Block:
+        """b = B m for the rows m of an array."""
+        matrix, m = self._assembled(), self._inputs(len(values))
+        m.fill(values)
+        if len(values) > 1 and matrix.comm.size == 1:
+            matrix.matMult(m.matrix, b.matrix)
+        else:
+            for one, product in zip(m.vectors, b.vectors):
+                matrix.mult(one, product)
+        return b
 
-    def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
-        """out = Bᵀ λ."""
-        matrix = self._assembled()
-        self._vector.placeArray(out)
-        matrix.multTranspose(multiplier, self._vector)
-        self._vector.resetArray()
+    def transposed_products(self, multipliers: Block, out: np.ndarray) -> None:
+        """out = Bᵀ λ for the rows λ of a block."""
+        matrix, m = self._assembled(), self._inputs(len(out))
+        if len(out) > 1 and matrix.comm.size == 1:
+            if self._transpose is None:
+                self._transpose = matrix.transpose(PETSc.Mat())
+            self._transpose.matMult(multipliers.matrix, m.matrix)
+        else:
+            for multiplier, product in zip(multipliers.vectors, m.vectors):
+                matrix.multTranspose(multiplier, product)
+        out[...] = m.array
 
 
 class CofunctionTerm:
@@ -196,16 +203,17 @@ class CofunctionTerm:
     def forget(self) -> None:
         """Nothing is assembled."""
 
-    def product(self, values: np.ndarray, b: PETSc.Vec) -> None:
-        """b = weight · m, zero at the boundary."""
-        array = b.array_w
-        np.multiply(values, self._weight, out=array)
-        array[self._boundary_dofs] = 0.0
+    def products(self, values: np.ndarray, b: Block) -> Block:
+        """b = weight · m, zero at the boundary, for the rows m of an array."""
+        np.multiply(values, self._weight, out=b.array)
+        b.array[:, self._boundary_dofs] = 0.0
+        b.changed()
+        return b
 
-    def transposed_product(self, multiplier: PETSc.Vec, out: np.ndarray) -> None:
-        """out = weight · λ, zero at the boundary."""
-        np.multiply(multiplier.array_r, self._weight, out=out)
-        out[self._boundary_dofs] = 0.0
+    def transposed_products(self, multipliers: Block, out: np.ndarray) -> None:
+        """out = weight · λ, zero at the boundary, for the rows λ of a block."""
+        np.multiply(multipliers.array, self._weight, out=out)
+        out[:, self._boundary_dofs] = 0.0
 
 
 def _is_affine(form: ufl.Form, coefficient: Function) -> bool:

@@ -1,32 +1,192 @@
 """Drop-in variational solvers whose KSP follows a refinement."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import firedrake
-from firedrake import LinearVariationalProblem
+import ufl
+from firedrake import LinearVariationalProblem, NonlinearVariationalProblem
 from firedrake.petsc import PETSc
 from firedrake.utils import complex_mode
 from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
-from prdp_fem.forms import LinearForms
-from prdp_fem.inputs import local_values, set_local_values, vector_like
+from prdp_fem.firedrake_internals import attach_callbacks, constructor_arguments, forget_set_up, problem_of
+from prdp_fem.forms import Forms, LinearForms, NonlinearForms
+from prdp_fem.inputs import coefficients_of, deep_copy, local_values, set_local_values, vector_like
 from prdp_fem.krylov import Statistics
 from prdp_fem.ladders import Setting
 from prdp_fem.linear import LinearSystem
+from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.options import refinement_from_options
 from prdp_fem.point import Point
 from prdp_fem.refinement import Refinement
-from prdp_fem.tape import LinearSolveBlock
+from prdp_fem.system import System
+from prdp_fem.tape import SolveBlock
 
-__all__ = ["LinearVariationalSolver", "refinement_from_options"]
+__all__ = ["LinearVariationalSolver", "NonlinearVariationalSolver", "RefinedSolver", "control", "refinement_from_options"]
 
 _DIFFERENTIATIONS = ("implicit",)
 
 
-class LinearVariationalSolver(firedrake.LinearVariationalSolver):
+class RefinedSolver:
+    """What the linear and the nonlinear solver have in common; in front of Firedrake's class among their bases."""
+
+    _problem_type: type
+    # Firedrake calls these with the state at hand, and what they change is part of the problem.
+    _refused_callbacks: dict[str, str]
+    # The SNES that a solver had before it came under control.
+    _adopted_snes: PETSc.SNES | None = None
+
+    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None, differentiation: str = "implicit",
+                 warm_start: bool = False, ksp_prefix: str | None = None, **kwargs):
+        if complex_mode:
+            raise ValueError("this PETSc was configured for complex scalars, and prdp_fem differentiates real solves only: use an "
+                             "installation with real scalars")
+        if not isinstance(problem, NonlinearVariationalProblem):
+            raise TypeError(f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}")
+        if differentiation not in _DIFFERENTIATIONS:
+            raise ValueError(f"differentiation must be one of {', '.join(map(repr, _DIFFERENTIATIONS))}, found {differentiation!r}")
+        for name, remedy in self._refused_callbacks.items():
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} is not supported: {remedy}")
+        forms = self._take_apart(problem)
+        self._callbacks = self._take_callbacks(kwargs)
+        if kwargs.get("appctx"):
+            kwargs["appctx"] = {key: forms.copy_of(value) for key, value in kwargs["appctx"].items()}
+        super().__init__(forms.problem, **kwargs)
+        if self._adopted_snes is not None:
+            self.snes = self._adopted_snes
+            self.snes.getKSP().reset()
+            attach_callbacks(self)
+        self.problem = problem
+        self.differentiation = differentiation
+        self.warm_start = bool(warm_start)
+        self._ksp_prefix = ksp_prefix
+
+        def make_linear_solver(problem, *, is_adjoint=False):
+            options = {name: value for name, value in kwargs.items() if name not in ("post_jacobian_callback", "pre_apply_bcs")}
+            if is_adjoint:
+                options["nullspace"], options["transpose_nullspace"] = kwargs.get("transpose_nullspace"), kwargs.get("nullspace")
+            return firedrake.LinearVariationalSolver(problem, **options)
+
+        self.system = self._make_system(forms, make_linear_solver)
+        self.refinement = refinement
+        _collect_garbage(problem.u)
+
+    @staticmethod
+    @abstractmethod
+    def _take_apart(problem) -> Forms: ...
+
+    @abstractmethod
+    def _make_system(self, forms: Forms, make_linear_solver: Callable) -> System: ...
+
+    @staticmethod
+    def _take_callbacks(kwargs: dict) -> list[Callable]:
+        """Callbacks to be run before a solve, taken out of the keyword arguments."""
+        return []
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """Whose setting is put on the KSP at each solve; it can be exchanged between solves."""
+        return self._refinement
+
+    @refinement.setter
+    def refinement(self, refinement: Refinement | None) -> None:
+        if refinement is not None:
+            if not isinstance(refinement, Refinement):
+                raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
+                                f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
+            self.system.check_setting(refinement.setting)
+            cite()
+        self._refinement = refinement
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the solver has done: solves, iterations and seconds, forward and adjoint."""
+        return self.system.statistics
+
+    @property
+    def setting(self) -> Setting | None:
+        """What the next solve puts on the KSP."""
+        return None if self.refinement is None else self.refinement.setting
+
+    def get_solution(self) -> firedrake.Function:
+        """The user's solution Function."""
+        return self.problem.u
+
+    def solve(self, bounds=None, **kwargs) -> firedrake.Function:
+        """Solve with the setting of the moment, and annotate the solve on the working tape.
+
+        Parameters
+        ----------
+        bounds
+            Not supported: variational inequalities are not differentiable.
+        annotate : bool
+            False keeps the solve off the tape.
+        ad_block_tag : str
+            Overrides that of the constructor.
+
+        Returns
+        -------
+        Function
+            The solution.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            On NaN, breakdown or divergence, and where a tolerance is not reached. The solution is left as it was, and
+            nothing is put on the tape.
+        """
+        if bounds is not None:
+            raise ValueError(f"the problem for '{self.problem.u.name()}' with bounds is a variational inequality, and not differentiable: "
+                             "solve it with Firedrake's NonlinearVariationalSolver")
+        annotate = annotate_tape(kwargs)
+        tag = kwargs.pop("ad_block_tag", self.ad_block_tag)
+        if kwargs:
+            raise TypeError(f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}")
+        u, setting = self.problem.u, self.setting
+        with stop_annotating():
+            point = self.point()
+            solution = local_values(u)
+            self.system.solve(point, setting, solution[None])
+        if annotate:
+            block = SolveBlock(self.system, self.problem, self.refinement, warm_start=self.warm_start, ad_block_tag=tag)
+            get_working_tape().add_block(block)
+        with stop_annotating():
+            set_local_values(u, solution)
+        if annotate:
+            block.add_output(u.create_block_variable())
+        _collect_garbage(u)
+        return u
+
+    def point(self, without: Sequence[int] = (), *, has_boundary: bool = True) -> Point:
+        """Where the next solve is made: the present values of the user's coefficients, boundary values and guess.
+
+        Parameters
+        ----------
+        without : sequence of int
+            Inputs whose values are not read, because the caller puts in its own.
+        has_boundary : bool
+            Whether boundary values are read; False where the caller puts in its own, too.
+
+        Notes
+        -----
+        The user's callbacks run first: they may change coefficients.
+        """
+        if self._callbacks:
+            state = vector_like(self.problem.u)
+            with self.problem.u.dat.vec_ro as vector:
+                vector.copy(state)
+            for callback in self._callbacks:
+                callback(state)
+        return Point(self.system.values(without), self.system.boundary_values(self.problem.bcs) if has_boundary else None,
+                     local_values(self.problem.u) if self.warm_start else None)
+
+
+class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     """Firedrake's :class:`firedrake.LinearVariationalSolver`, with its KSP under a refinement.
 
     A solve is a function of the problem's coefficients and boundary values: it starts from zero, unless ``warm_start``, and
@@ -43,6 +203,9 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
         ``"implicit"``.
     warm_start : bool
         Start from the values of the solution Function instead of zero.
+    ksp_prefix : str or None
+        Options prefix of the KSP that follows the refinement, without that of the solver: ``""`` for the outermost,
+        ``"fieldsplit_1_"`` or ``"ksp_"`` for one inside the preconditioner. None where only one iterates.
     **kwargs
         As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``, ``transpose_nullspace``,
         ``near_nullspace``, ``appctx``, ``pre_jacobian_callback``, ``post_jacobian_callback``, ``pre_function_callback``,
@@ -63,7 +226,7 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
     ------
     TypeError, ValueError
         For a problem that is not linear, conditions or forms that cannot be differentiated, an unknown ``differentiation``,
-        a direct solver under a refinement, and complex PETSc.
+        a direct solver under a refinement, one with several iterative KSPs of which none is named, and complex PETSc.
 
     Examples
     --------
@@ -71,136 +234,162 @@ class LinearVariationalSolver(firedrake.LinearVariationalSolver):
     ...                                  solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"})  # doctest: +SKIP
     """
 
-    def __init__(self, problem: LinearVariationalProblem, *, refinement: Refinement | None = None, differentiation: str = "implicit",
-                 warm_start: bool = False, **kwargs):
-        if complex_mode:
-            raise ValueError("this PETSc was configured for complex scalars, and prdp_fem differentiates real solves only: use an "
-                             "installation with real scalars")
-        if not isinstance(problem, firedrake.NonlinearVariationalProblem):
-            raise TypeError(f"expected a LinearVariationalProblem, found a {type(problem).__name__}")
-        if differentiation not in _DIFFERENTIATIONS:
-            raise ValueError(f"differentiation must be one of {', '.join(map(repr, _DIFFERENTIATIONS))}, found {differentiation!r}")
-        for name in ("post_function_callback", "marking_callback"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported: a linear solve assembles no residual; put what it adds into the "
-                                 "right-hand side, as a Cofunction")
-        self._callbacks = [callback for name in ("pre_function_callback", "pre_jacobian_callback")
-                           if (callback := kwargs.pop(name, None)) is not None]
-        forms = LinearForms(problem)
-        if kwargs.get("appctx"):
-            kwargs["appctx"] = {key: forms.copy_of(value) for key, value in kwargs["appctx"].items()}
-        super().__init__(forms.problem, **kwargs)
-        self.problem = problem
-        self.refinement = refinement
-        self.differentiation = differentiation
-        self.warm_start = bool(warm_start)
+    _problem_type = LinearVariationalProblem
+    _take_apart = staticmethod(LinearForms)
+    _refused_callbacks = dict.fromkeys(
+        ("post_function_callback", "marking_callback"),
+        "a linear solve assembles no residual; put what it adds into the right-hand side, as a Cofunction")
 
-        def make_adjoint_solver(adjoint_problem):
-            options = {**kwargs, "nullspace": kwargs.get("transpose_nullspace"), "transpose_nullspace": kwargs.get("nullspace")}
-            return firedrake.LinearVariationalSolver(adjoint_problem, **options)
+    def _make_system(self, forms: LinearForms, make_linear_solver: Callable) -> LinearSystem:
+        return LinearSystem(forms, self, make_linear_solver, self._ksp_prefix)
 
-        self.system = LinearSystem(forms, self, make_adjoint_solver)
-        _collect_garbage(problem.u)
-
-    @property
-    def refinement(self) -> Refinement | None:
-        """Whose setting is put on the KSP at each solve; it can be exchanged between solves."""
-        return self._refinement
-
-    @refinement.setter
-    def refinement(self, refinement: Refinement | None) -> None:
-        if refinement is not None:
-            if not isinstance(refinement, Refinement):
-                raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
-                                f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
-            _refuse_direct(self.snes.getKSP())
-            cite()
-        self._refinement = refinement
-
-    @property
-    def statistics(self) -> Statistics:
-        """What the solver has done: solves, iterations and seconds, forward and adjoint."""
-        return self.system.statistics
-
-    @property
-    def setting(self) -> Setting | None:
-        """What the next solve puts on the KSP."""
-        return None if self.refinement is None else self.refinement.setting
-
-    def get_solution(self) -> firedrake.Function:
-        """The user's solution Function."""
-        return self.problem.u
+    @staticmethod
+    def _take_callbacks(kwargs: dict) -> list[Callable]:
+        return [callback for name in ("pre_function_callback", "pre_jacobian_callback") if (callback := kwargs.pop(name, None)) is not None]
 
     def invalidate_jacobian(self) -> None:
         """Have the operator assembled again at the next solve, even if nothing it depends on seems to have changed."""
         self.system.invalidate()
 
-    @PETSc.Log.EventDecorator()
-    def solve(self, bounds=None, **kwargs) -> firedrake.Function:
-        """Solve with the setting of the moment, and annotate the solve on the working tape.
 
-        Parameters
-        ----------
-        bounds
-            Not supported: variational inequalities are not linear.
-        annotate : bool
-            False keeps the solve off the tape.
-        ad_block_tag : str
-            Overrides that of the constructor.
+class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSolver):
+    """Firedrake's :class:`firedrake.NonlinearVariationalSolver`, with its SNES and KSP under a refinement.
 
-        Returns
-        -------
-        Function
-            The solution.
+    A setting of a linear solve (:class:`~prdp_fem.Iterations`, :class:`~prdp_fem.Tolerance`) is put on the KSP of each Newton
+    step; :class:`~prdp_fem.NewtonSteps` limits the steps, too. A solve is a function of the problem's coefficients, boundary values
+    and guess. It stands on pyadjoint's tape as one block, and is differentiated implicitly, at the state reached: by the exact derivative
+    of the residual (also where steps are made with another Jacobian, as Picard's are), and with the setting of the forward solve.
 
-        Raises
-        ------
-        firedrake.exceptions.ConvergenceError
-            On NaN, breakdown or divergence, and where a tolerance is not reached. The solution is left as it was, and
-            nothing is put on the tape.
-        """
-        if bounds is not None:
-            raise ValueError("a problem with bounds is a variational inequality, and not differentiable: solve it with Firedrake's "
-                             "NonlinearVariationalSolver")
-        annotate = annotate_tape(kwargs)
-        tag = kwargs.pop("ad_block_tag", self.ad_block_tag)
-        if kwargs:
-            raise TypeError(f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}")
-        u, setting = self.problem.u, self.setting
-        with stop_annotating():
-            point = self.point()
-            solution = local_values(u)
-            self.system.solve(point, setting, solution[None])
-        if annotate:
-            block = LinearSolveBlock(self.system, self.problem, self.refinement, warm_start=self.warm_start, ad_block_tag=tag)
-            get_working_tape().add_block(block)
-        with stop_annotating():
-            set_local_values(u, solution)
-        if annotate:
-            block.add_output(u.create_block_variable())
-        _collect_garbage(u)
-        return u
+    Parameters
+    ----------
+    problem : NonlinearVariationalProblem
+    refinement : Refinement or None
+        Whose ``setting`` is put on SNES and KSP at each solve; None solves as far as the options say.
+    differentiation : str
+        ``"implicit"``.
+    warm_start : bool
+        Start from the values of the solution Function, as Firedrake does; False starts from zero.
+    ksp_prefix : str or None
+        As in :class:`LinearVariationalSolver`.
+    **kwargs
+        As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``, ``transpose_nullspace``,
+        ``near_nullspace``, ``appctx``, ``post_jacobian_callback``, ``pre_apply_bcs``, ``ad_block_tag``.
 
-    def point(self, without: Sequence[int] = ()) -> Point:
-        """Where the next solve is made: the present values of the user's coefficients, boundary values and guess.
+    Attributes
+    ----------
+    statistics : prdp_fem.krylov.Statistics
+    problem : NonlinearVariationalProblem
+        What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its own.)
 
-        Parameters
-        ----------
-        without : sequence of int
-            Inputs whose values are not read, because the caller puts in its own.
+    Raises
+    ------
+    TypeError, ValueError
+        For a residual that UFL cannot differentiate, a variational inequality, and as :class:`LinearVariationalSolver`.
 
-        Notes
-        -----
-        The user's callbacks run first: they may change coefficients.
-        """
-        if self._callbacks:
-            state = vector_like(self.problem.u)
-            with self.problem.u.dat.vec_ro as vector:
-                vector.copy(state)
-            for callback in self._callbacks:
-                callback(state)
-        return Point(self.system.values(without), self.system.boundary_values(self.problem.bcs),
-                     local_values(self.problem.u) if self.warm_start else None)
+    Examples
+    --------
+    >>> ladder = NewtonLadder(start=1, step=1, stop=5, linear=IterationLadder(start=4, step=4, stop=40))  # doctest: +SKIP
+    >>> solver = NonlinearVariationalSolver(problem, refinement=ProgressiveRefinement(ladder),
+    ...                                     solver_parameters={"ksp_type": "gmres", "pc_type": "jacobi"})  # doctest: +SKIP
+    """
+
+    _problem_type = NonlinearVariationalProblem
+    _take_apart = staticmethod(NonlinearForms)
+    _refused_callbacks = dict.fromkeys(
+        ("pre_function_callback", "post_function_callback", "pre_jacobian_callback", "marking_callback"),
+        "what it changes during a solve is no part of the residual that is differentiated; state it in the forms")
+
+    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None, differentiation: str = "implicit",
+                 warm_start: bool = True, ksp_prefix: str | None = None, **kwargs):
+        super().__init__(problem, refinement=refinement, differentiation=differentiation, warm_start=warm_start, ksp_prefix=ksp_prefix,
+                         **kwargs)
+        if self.snes.getType().startswith("vi"):
+            raise ValueError(f"snes_type {self.snes.getType()} solves variational inequalities, which are not differentiable: the problem "
+                             f"for '{problem.u.name()}' needs Firedrake's own NonlinearVariationalSolver")
+
+    def _make_system(self, forms: NonlinearForms, make_linear_solver: Callable) -> NonlinearSystem:
+        return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix)
+
+
+class _LinearSolver(firedrake.LinearSolver, LinearVariationalSolver):
+    """Firedrake's solver of assembled systems, once it is under control: its ``solve(x, b)`` calls that of the other class."""
+
+
+_CONTROLLED = {firedrake.LinearVariationalSolver: LinearVariationalSolver, firedrake.NonlinearVariationalSolver: NonlinearVariationalSolver,
+               firedrake.LinearSolver: _LinearSolver}
+
+
+def control(solver, refinement: Refinement | None, **options):
+    """Put a solver that is already there under a refinement.
+
+    The solver stays the object that it is, with its SNES and KSP and what was set on them by hand, but becomes one of this package: its
+    solves, and all that its blocks on the tape do from now on (replay, adjoint, tangent linear, Hessian), follow the refinement, start from
+    zero and do not depend on what was solved before. Solves that are on a tape already stay as they were.
+
+    Parameters
+    ----------
+    solver : firedrake.LinearVariationalSolver, firedrake.NonlinearVariationalSolver or firedrake.LinearSolver
+        Or a solver of this package, whose refinement is exchanged. Several solvers may share one refinement.
+    refinement : Refinement or None
+    **options
+        ``differentiation``, ``warm_start`` and ``ksp_prefix``, see :class:`LinearVariationalSolver`.
+
+    Returns
+    -------
+    solver
+        The same object.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another object, and for what the solvers of this package refuse. The solver is left as it was.
+
+    Examples
+    --------
+    >>> prdp_fem.control(solver, ProgressiveRefinement(IterationLadder(start=2)))  # doctest: +SKIP
+    """
+    if isinstance(solver, RefinedSolver):
+        for name, value in options.items():
+            if name not in ("differentiation", "warm_start") or value != getattr(solver, name):
+                raise ValueError(f"the solver is one of prdp_fem already, whose {name} is chosen when it is made")
+        solver.refinement = refinement
+        return solver
+    if type(solver) not in _CONTROLLED:
+        raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
+                        f"{type(solver).__module__}.{type(solver).__qualname__}")
+    before, arguments = dict(vars(solver)), constructor_arguments(solver)
+    is_assembled = isinstance(solver, firedrake.LinearSolver)
+    problem = _assembled_problem(solver.A, solver.P, solver.x, solver.b) if is_assembled else problem_of(solver)
+    original_type, solver.__class__ = type(solver), _CONTROLLED[type(solver)]
+    try:
+        solver._adopted_snes = solver.snes
+        forget_set_up(solver)
+        refined_type = NonlinearVariationalSolver if isinstance(solver, NonlinearVariationalSolver) else LinearVariationalSolver
+        refined_type.__init__(solver, problem, refinement=refinement, **{**arguments, **options})
+    except BaseException:
+        solver.__class__ = original_type
+        vars(solver).clear()
+        vars(solver).update(before)
+        raise
+    return solver
+
+
+def _assembled_problem(A, P, x: firedrake.Function, b: firedrake.Cofunction) -> LinearVariationalProblem:
+    """The problem that an assembled system states, with the values that its operators were assembled with."""
+    forms = []
+    for matrix in (A, P):
+        if not isinstance(matrix.a, ufl.Form):
+            raise TypeError("the LinearSolver was made for a matrix without a form, which cannot be differentiated: assemble a form")
+        frozen = {coefficient: deep_copy(coefficient) for coefficient in coefficients_of(matrix.a)}
+        forms.append(ufl.replace(matrix.a, frozen))
+        if not isinstance(matrix, firedrake.matrix.ImplicitMatrix):
+            difference = firedrake.assemble(forms[-1], bcs=matrix.bcs, mat_type=matrix.mat_type).petscmat
+            difference.axpy(-1.0, matrix.petscmat)
+            if difference.norm() > 1e-12*matrix.petscmat.norm():
+                raise ValueError("the coefficients of the LinearSolver's matrix have changed since it was assembled: assemble it again, "
+                                 "and make the solver anew")
+    return LinearVariationalProblem(forms[0], b, x, bcs=A.bcs, aP=None if P is A else forms[1],
+                                    form_compiler_parameters=A.form_compiler_parameters)
 
 
 def _collect_garbage(u: firedrake.Function) -> None:
@@ -208,11 +397,3 @@ def _collect_garbage(u: firedrake.Function) -> None:
     comm = u.function_space().mesh().comm
     if comm.size > 1:
         PETSc.garbage_cleanup(comm)
-
-
-def _refuse_direct(ksp: PETSc.KSP) -> None:
-    if ksp.getType() in (PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE):
-        raise ValueError(
-            f"the solver is direct (ksp_type {ksp.getType()} with pc_type {ksp.getPC().getType()}), so there are no iterations to refine: "
-            'choose an iterative method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem '
-            'or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or leave refinement away')

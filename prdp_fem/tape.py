@@ -1,30 +1,35 @@
 """The block by which a solve stands on pyadjoint's tape."""
 from __future__ import annotations
 
-import firedrake
+import sys
+from collections.abc import Iterator
+
 import numpy as np
-from firedrake import Cofunction, Constant, DirichletBC, Function
+from firedrake import DirichletBC, Function
 from pyadjoint import Block, get_working_tape
 from ufl.formatting.ufl2unicode import ufl2unicode
 
-from prdp_fem.firedrake_internals import extract_subfunction, maybe_disk_checkpoint
+from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, maybe_disk_checkpoint
 from prdp_fem.inputs import local_values, set_local_values
-from prdp_fem.linear import LinearSystem
-from prdp_fem.point import Point
+from prdp_fem.point import Direction, Point
+from prdp_fem.system import System
 
-__all__ = ["LinearSolveBlock"]
+__all__ = ["SolveBlock"]
+
+# References to a checkpoint while it is looked at: the block variable's, the local name, and the argument of sys.getrefcount.
+_OURS_ALONE = 3
 
 
-class LinearSolveBlock(Block):
-    """One solve of a linear variational problem.
+class SolveBlock(Block):
+    """One solve of a variational problem.
 
     Its dependencies are the inputs of the system, the boundary conditions, the meshes and, where the solve starts from
-    one, the guess. Replay, adjoint and tangent use the system's KSP with the setting of the last evaluation.
+    one, the guess. Replay, adjoint, tangent and Hessian use the system's KSP with the setting of the last evaluation.
 
     Parameters
     ----------
-    system : LinearSystem
-    problem : LinearVariationalProblem
+    system : System
+    problem : NonlinearVariationalProblem
         The user's.
     refinement : Refinement or None
         Asked for the setting at each evaluation of the functional.
@@ -33,78 +38,137 @@ class LinearSolveBlock(Block):
     ad_block_tag : str or None
     """
 
-    def __init__(self, system: LinearSystem, problem, refinement, *, warm_start: bool = False, ad_block_tag: str | None = None):
+    def __init__(self, system: System, problem, refinement, *, warm_start: bool = False, ad_block_tag: str | None = None):
         super().__init__(ad_block_tag=ad_block_tag)
-        self._system, self._problem, self._refinement, self._warm_start = system, problem, refinement, warm_start
+        self._system, self._problem, self._refinement = system, problem, refinement
         self._setting = None if refinement is None else refinement.setting
         self._tape = get_working_tape()
         self._evaluation = self._tape.recompute_count
-        for entry in system.inputs:
-            self.add_dependency(entry.original, no_duplicates=True)
-        for condition in problem.bcs:
-            self.add_dependency(condition, no_duplicates=True)
-        for mesh in system.forms.meshes:
-            self.add_dependency(mesh, no_duplicates=True)
-        if warm_start:
-            self.add_dependency(problem.u, no_duplicates=True)
+        self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
+        self._conditions = [self._depend_on(condition) for condition in problem.bcs]
+        self._meshes = [self._depend_on(mesh) for mesh in system.forms.meshes]
+        self._guess = self._depend_on(problem.u) if warm_start else None
+        self._duals: dict = {}
+
+    def _depend_on(self, original):
+        self.add_dependency(original, no_duplicates=True)
+        return next(variable for variable in self.get_dependencies() if variable.output is original)
 
     def __str__(self) -> str:
         return f"solve({ufl2unicode(self._problem.F)} = 0)"
 
-    def _saved(self, original):
-        for variable in self.get_dependencies():
-            if variable.output is original:
-                return variable.saved_output
-        raise KeyError(original)
-
     def _point(self) -> Point:
         """Where this block is evaluated, from what the tape saved."""
+        for variable in self._meshes:
+            self._system.restore_mesh(variable)
         return Point(
-            [local_values(self._saved(entry.original)) for entry in self._system.inputs],
-            self._system.boundary_values([self._saved(condition) for condition in self._problem.bcs]),
-            local_values(self._saved(self._problem.u)) if self._warm_start else None,
+            [_saved_values(variable) for variable in self._inputs],
+            self._system.boundary_values([variable.saved_output for variable in self._conditions]),
+            None if self._guess is None else local_values(self._guess.saved_output),
         )
 
     def _solution(self) -> np.ndarray:
         return local_values(self.get_outputs()[0].saved_output)
 
-    # Replay
+    # pyadjoint's own versions of the four methods that follow restore all that the block depends on first, the mesh, too.
 
-    def recompute_component(self, inputs, block_variable, idx, prepared):
+    def recompute(self, markings: bool = False) -> None:
+        """Solve again, and save the solution."""
+        output, = self.get_outputs()
+        if output.is_control or (markings and not output.is_control_dependent):
+            return
         # A checkpointing schedule solves again within the same evaluation of the functional: with the same setting.
         count = self._tape.recompute_count
         if count != self._evaluation:
             self._evaluation = count
             self._setting = None if self._refinement is None else self._refinement.setting
-        solution = Function(self._problem.u.function_space())
-        values = local_values(solution)
+        values = np.empty(self._system.size)
         self._system.solve(self._point(), self._setting, values[None])
-        return maybe_disk_checkpoint(_with_values(solution, values))
+        # Making a Function costs as much as a small solve: where nobody else has the old one, it is used again.
+        solution = output.checkpoint
+        if type(solution) is not Function or sys.getrefcount(solution) > _OURS_ALONE:
+            solution = Function(self._problem.u.function_space())
+        output.checkpoint = maybe_disk_checkpoint(_with_values(solution, values))
 
-    # Adjoint
+    def evaluate_adj(self, markings: bool = False) -> None:
+        """Add the adjoint's values to the dependencies'."""
+        output, = self.get_outputs()
+        relevant = self._relevant(markings)
+        if output.adj_value is None or not relevant:
+            return
+        gradients, boundary, meshes = self._wanted(relevant)
+        point = self._point()
+        by_mesh = self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], self._solution()[None],
+                                             gradients, boundary=boundary, meshes=meshes)
+        for variable, value in self._components(relevant, gradients, boundary, by_mesh):
+            self._source(variable, markings).add_adj_output(value)
 
-    def prepare_evaluate_adj(self, inputs, adj_inputs, relevant_dependencies):
-        relevant = [variable.output for _, variable in relevant_dependencies]
-        cotangent = local_values(adj_inputs[0])
-        gradients = {index: np.empty((1, entry.size)) for index, entry in enumerate(self._system.inputs)
-                     if any(entry.original is original for original in relevant)}
-        boundary = np.empty((1, cotangent.size)) if any(isinstance(original, DirichletBC) for original in relevant) else None
-        by_mesh = self._system.solve_adjoint(
-            self._point(), self._setting, cotangent[None], self._solution()[None], gradients, boundary=boundary,
-            meshes=[original for original in relevant if isinstance(original, firedrake.MeshGeometry)])
-        return gradients, boundary, by_mesh
+    def _source(self, variable, markings: bool):
+        """Where a derivative by a variable belongs: to what it was assigned from, which spares the adjoint of the assignment."""
+        if markings and self._tape._checkpoint_manager is None:
+            while not variable.is_control and (source := assigned_from(variable)) is not None and source.is_control_dependent:
+                variable = source
+        return variable
 
-    def evaluate_adj_component(self, inputs, adj_inputs, block_variable, idx, prepared=None):
-        gradients, boundary, by_mesh = prepared
-        original = block_variable.output
-        if isinstance(original, DirichletBC):
-            return [self._boundary_cotangent(original, boundary[0])]
-        if isinstance(original, firedrake.MeshGeometry):
-            return by_mesh[original]
+    def evaluate_tlm(self, markings: bool = False) -> None:
+        """Add the tangent of the solution to the output's."""
+        output, = self.get_outputs()
+        if (markings and not output.is_control_dependent) or all(variable.tlm_value is None for variable in self.get_dependencies()):
+            return
+        values = np.empty(self._system.size)
+        point = self._point()
+        self._system.solve_tangent(point, self._setting, self._solution(), self._direction(), values)
+        output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
+
+    def evaluate_hessian(self, markings: bool = False) -> None:
+        """Add the derivatives of the adjoint's values, in the direction of the tangents, to the dependencies'."""
+        output, = self.get_outputs()
+        relevant = self._relevant(markings)
+        if output.hessian_value is None or not relevant:
+            return
+        # Where there is no cotangent, or no tangent of the solution, it is zero.
+        cotangent, second, tangent = (np.zeros(self._system.size) if value is None else local_values(value)
+                                      for value in (output.adj_value, output.hessian_value, output.tlm_value))
+        gradients, boundary, meshes = self._wanted(relevant)
+        point = self._point()
+        by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), cotangent, second, self._direction(),
+                                                    tangent, gradients, boundary=boundary, meshes=meshes)
+        for variable, value in self._components(relevant, gradients, boundary, by_mesh):
+            variable.add_hessian_output(value)
+
+    def _relevant(self, markings: bool) -> list:
+        """The dependencies that derivatives are wanted by."""
+        return [variable for variable in self.get_dependencies() if variable.is_control_dependent or not markings]
+
+    def _wanted(self, relevant: list) -> tuple:
+        """What is differentiated by: room for gradients by inputs and by boundary values, and meshes."""
+        gradients = {index: np.empty((1, entry.size)) for index, (entry, variable) in enumerate(zip(self._system.inputs, self._inputs))
+                     if variable in relevant}
+        has_boundary = any(variable in relevant for variable in self._conditions)
+        return (gradients, np.empty((1, self._system.size)) if has_boundary else None,
+                [variable.output for variable in self._meshes if variable in relevant])
+
+    def _components(self, relevant: list, gradients, boundary, by_mesh) -> Iterator[tuple]:
+        """The derivatives by dependencies, with their variables; none by the guess: an implicit derivative does not depend on it."""
         for index, gradient in gradients.items():
-            if self._system.inputs[index].original is original:
-                return _with_values(_dual_zero(original), gradient[0])
-        return None  # the guess: the solution of an implicit derivative does not depend on it
+            yield self._inputs[index], self._dual(index, gradient[0])
+        for variable in self._conditions:
+            if variable in relevant:
+                yield variable, [self._boundary_cotangent(variable.output, boundary[0])]
+        for variable in self._meshes:
+            if variable in relevant:
+                yield variable, by_mesh[variable.output]
+
+    def _dual(self, index: int, values: np.ndarray):
+        """A derivative by an input; in an object of the last evaluation where nobody else has that any more."""
+        dual = self._duals.get(index)
+        if dual is not None and sys.getrefcount(dual) <= _OURS_ALONE:
+            set_local_values(dual, values)
+            return dual
+        dual = self._system.inputs[index].dual(values)
+        if self._tape._checkpoint_manager is None:
+            self._duals[index] = dual
+        return dual
 
     def _boundary_cotangent(self, condition: DirichletBC, values: np.ndarray) -> DirichletBC:
         cotangent = _with_values(Function(self._problem.u.function_space()), values)
@@ -112,36 +176,23 @@ class LinearSolveBlock(Block):
             later.zero(cotangent)  # where conditions overlap, the last one has given the value
         return condition.reconstruct(g=extract_subfunction(cotangent, condition.function_space()))
 
-    # Tangent linear
+    def _direction(self) -> Direction:
+        """The direction that the tangents of the dependencies make."""
+        conditions = [variable.output.reconstruct(g=0) if variable.tlm_value is None else variable.tlm_value
+                      for variable in self._conditions]
+        return Direction(
+            {index: local_values(variable.tlm_value) for index, variable in enumerate(self._inputs) if variable.tlm_value is not None},
+            {variable.output: variable.tlm_value for variable in self._meshes if variable.tlm_value is not None},
+            self._system.boundary_values(conditions))
 
-    def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
-        system, tangents, meshes, conditions = self._system, {}, {}, []
-        for variable in self.get_dependencies():
-            original, tangent = variable.output, variable.tlm_value
-            if isinstance(original, DirichletBC):
-                conditions.append(original.reconstruct(g=0) if tangent is None else tangent)
-            elif tangent is None:
-                continue
-            elif isinstance(original, firedrake.MeshGeometry):
-                meshes[original] = tangent
-            else:
-                tangents.update((index, local_values(tangent)) for index, entry in enumerate(system.inputs) if entry.original is original)
-        boundary = system.boundary_values(conditions)
-        out = Function(self._problem.u.function_space())
-        values = local_values(out)
-        system.solve_tangent(self._point(), self._setting, self._solution(), tangents, meshes, boundary, values)
-        return _with_values(out, values)
+
+def _saved_values(variable) -> np.ndarray:
+    """Rank-local values that the tape has saved; of what a variable is a copy of, rather than of another copy made for the purpose."""
+    while (source := assigned_from(variable)) is not None:
+        variable = source
+    return local_values(variable.saved_output)
 
 
 def _with_values(coefficient, values: np.ndarray):
     set_local_values(coefficient, values)
     return coefficient
-
-
-def _dual_zero(original):
-    """Zero of the type that a derivative by a coefficient has."""
-    if isinstance(original, Constant):
-        return Constant(np.zeros(original.ufl_shape))
-    if isinstance(original, Cofunction):
-        return Function(original.function_space().dual())
-    return Cofunction(original.function_space().dual())

@@ -198,18 +198,6 @@ def test_weights_of_cofunctions():
         prdp_fem.LinearVariationalSolver(LinearVariationalProblem(problem.a, Constant(2.0)*load, problem.u, bcs=problem.bcs))
 
 
-def test_boundary_values_cannot_be_controls_of_a_layer():
-    mesh = UnitSquareMesh(3, 3)
-    g = smooth(FunctionSpace(mesh, "CG", 1), 9, "g")
-    problem = HeatStep(mesh=mesh, boundary=g)
-    solver = prdp_fem.LinearVariationalSolver(problem.problem)
-    with pytest.raises(ValueError, match="Function 'g' gives boundary values"):
-        SolverLayer(solver, [g])
-    problem = HeatStep(mesh=mesh, boundary=sin(g))
-    with pytest.raises(ValueError, match="Function 'g' gives boundary values"):
-        SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem), [g])
-
-
 def test_where_conditions_overlap_the_last_one_is_differentiated():
     mesh = UnitSquareMesh(4, 4)
     V = FunctionSpace(mesh, "CG", 1)

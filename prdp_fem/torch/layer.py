@@ -1,14 +1,18 @@
 """A variational solver as a layer of a network."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import ufl
 from firedrake import Cofunction, Constant, Function
 
-from prdp_fem.point import Point
-from prdp_fem.solvers import LinearVariationalSolver
+from prdp_fem.boundary import BoundaryData
+from prdp_fem.functional import Functional
+from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
+from prdp_fem.solvers import RefinedSolver
+from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
 
 __all__ = ["SolverLayer"]
 
@@ -17,33 +21,39 @@ class SolverLayer(torch.nn.Module):
     """The map from controls of a variational problem to its solution, with its derivative.
 
     Called with one tensor per control, in their order, it solves with the setting of the moment, and returns the solution's
-    dofs. Each call keeps what its own backward pass needs, its setting included: however many calls, ``step``s of the
-    refinement or changes to other coefficients come in between, each is differentiated where and as it was made. The user's
-    Functions are neither read for the controls nor written to. In parallel every rank makes the same calls.
+    dofs, or what ``output`` asks for. Each call keeps what its own backward pass needs, its setting included: however many calls,
+    ``step``s of the refinement or changes to other coefficients come in between, each is differentiated where and as it was made. The
+    user's Functions are neither read for the controls nor written to. In parallel every rank makes the same calls.
 
     Parameters
     ----------
-    solver : prdp_fem.LinearVariationalSolver
+    solver : prdp_fem.LinearVariationalSolver or prdp_fem.NonlinearVariationalSolver
     controls : sequence of Function, Constant or Cofunction
-        Coefficients of the problem, each once.
+        Coefficients of the problem, each once: in its forms, or in expressions of its boundary values. With a solver that
+        starts from a guess, the solution Function itself stands for that; an implicit derivative by it is zero.
+    output : None, Function, ufl.Form, or a sequence of these
+        What to return: the solution (None, or its Function); a component of it, as ``u.sub(1)``; a functional of it, a form without
+        arguments, which may contain controls and other coefficients, too; for a sequence, a tuple of tensors.
 
     Raises
     ------
     TypeError
-        For another solver, or controls of another kind.
+        For another solver, or controls or outputs of another kind, and where UFL cannot differentiate by a control.
     ValueError
-        For no control, one given twice, or one that the problem does not depend on.
+        For no control, one given twice, one that the problem does not depend on, or one that holds a mesh's coordinates.
 
     Examples
     --------
     >>> physics = SolverLayer(solver, controls=[u0])  # doctest: +SKIP
     >>> physics(torch.randn(25, n, dtype=torch.float64))  # a batch of 25  # doctest: +SKIP
+    >>> drag = SolverLayer(solver, [viscosity], output=dot(stress(u), n)[0]*ds(5))  # doctest: +SKIP
     """
 
-    def __init__(self, solver: LinearVariationalSolver, controls: Sequence[Function | Constant | Cofunction]):
+    def __init__(self, solver: RefinedSolver, controls: Sequence[Function | Constant | Cofunction], output=None):
         super().__init__()
-        if not isinstance(solver, LinearVariationalSolver):
-            raise TypeError(f"expected a prdp_fem.LinearVariationalSolver, found a {type(solver).__module__}.{type(solver).__name__}")
+        if not isinstance(solver, RefinedSolver):
+            raise TypeError("expected a prdp_fem.LinearVariationalSolver or NonlinearVariationalSolver, found a "
+                            f"{type(solver).__module__}.{type(solver).__name__}")
         if isinstance(controls, (Function, Constant, Cofunction)):
             raise TypeError("controls must be a sequence, found a single one: write controls=[…]")
         controls = list(controls)
@@ -52,27 +62,58 @@ class SolverLayer(torch.nn.Module):
         for control in controls:
             if not isinstance(control, (Function, Constant, Cofunction)):
                 raise TypeError(f"a control must be a Function, Constant or Cofunction, found a {type(control).__name__}")
+        if len({id(control) for control in controls}) < len(controls):
+            raise ValueError("controls must be named once each")
         self.solver = solver
         self.controls = controls
-        self._indices = [solver.system.forms.find(control) for control in controls]
-        if len(set(self._indices)) < len(self._indices):
-            raise ValueError("controls must be named once each")
-        self._inputs = [solver.system.inputs[index] for index in self._indices]
-        self._size = solver.system.size
+        self.output = output
+        system, solution = solver.system, solver.problem.u
+        self._sizes = [local_values(control).size for control in controls]
+        self._boundary = BoundaryData(system.forms, controls)
+        self._guess = next((place for place, control in enumerate(controls) if control is solution), None) if solver.warm_start else None
+        self._places, self._indices = [], []
+        for place, control in enumerate(controls):
+            if place == self._guess or (place in self._boundary.inputs and not system.forms.depends_on(control)):
+                continue
+            index = system.forms.find(control)
+            system.check_derivative(index)
+            self._places.append(place)
+            self._indices.append(index)
+        self._functionals: list[Functional] = []
+        self._outputs = ([self._make_output(part) for part in output] if isinstance(output, (list, tuple))
+                         else self._make_output(output))
+
+    def _make_output(self, output) -> Callable:
+        """A function from the solution's tensor, the batch axes and all tensors to an output."""
+        solution = self.solver.problem.u
+        if output is None or output is solution:
+            return lambda dofs, batch, tensors: dofs
+        if isinstance(output, ufl.Form):
+            functional = Functional(output, solution)
+            self._functionals.append(functional)
+            found = {functional.find(control): place for place, control in enumerate(self.controls)
+                     if functional.find(control) is not None}
+            places = list(found)
+            return lambda dofs, batch, tensors: FunctionalValue.apply(functional, batch, places, dofs, *(tensors[found[p]] for p in places))
+        if isinstance(output, Function):
+            dofs = torch.from_numpy(_dofs_of_component(solution, output))
+            return lambda solution, batch, tensors: solution[..., dofs]
+        raise TypeError(f"an output must be the solution, a component of it as u.sub(1), or a form without arguments, found a "
+                        f"{type(output).__name__}")
 
     def __deepcopy__(self, memo) -> SolverLayer:
         """A copy of a network has a layer of its own around the same solver: solves have no state."""
-        return SolverLayer(self.solver, self.controls)
+        return SolverLayer(self.solver, self.controls, self.output)
 
     def __reduce__(self):
         raise TypeError("a SolverLayer holds PETSc objects, which cannot be pickled: save the network's state_dict(), in which the layer "
                         "has no part, and make the layer again")
 
     def extra_repr(self) -> str:
-        names = ", ".join(f"{entry.name}: {entry.size}" for entry in self._inputs)
-        return f"({names}) -> {self.solver.problem.u.name()}: {self._size}, refinement={self.solver.refinement!r}"
+        names = ", ".join(f"{name_of(control)}: {size}" for control, size in zip(self.controls, self._sizes))
+        return f"({names}) -> {self.solver.problem.u.name()}: {self.solver.system.size}, refinement={self.solver.refinement!r}"
 
-    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, *tensors: torch.Tensor):
         """Solve for each sample.
 
         Parameters
@@ -84,9 +125,9 @@ class SolverLayer(torch.nn.Module):
 
         Returns
         -------
-        torch.Tensor
-            Shape (..., m) with m the dofs of the solution that this rank owns; float64 if any tensor is. Its gradients are
-            by dofs, without a mass matrix in between.
+        torch.Tensor or tuple of torch.Tensor
+            Shape (..., m) with m the dofs of the solution, or of its component, that this rank owns, and (...) for a functional,
+            the same on all ranks; float64 if any tensor is. Gradients are by dofs, without a mass matrix in between.
 
         Raises
         ------
@@ -95,90 +136,69 @@ class SolverLayer(torch.nn.Module):
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
         """
-        if len(tensors) != len(self._inputs):
-            raise TypeError(f"expected {len(self._inputs)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
-        for tensor, entry in zip(tensors, self._inputs):
-            self._check(tensor, entry)
+        if len(tensors) != len(self.controls):
+            raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
+        for tensor, control, size in zip(tensors, self.controls, self._sizes):
+            _check(tensor, control, size)
         try:
-            batch = torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
+            batch = _batch_axes(tensors)
         except RuntimeError:
             raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
                              f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
-        return _Solve.apply(self, batch, *tensors)
+        boundary = guess = None
+        if self._boundary.inputs:
+            given = [tensors[place] for place in self._boundary.inputs]
+            boundary = BoundaryValues.apply(self._boundary, _batch_axes(given), *given)
+        if self._guess is not None:
+            guess = tensors[self._guess].detach()
+        dofs = Solve.apply(self.solver, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
+        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        if isinstance(self._outputs, list):
+            return tuple(output(dofs, batch, tensors).to(dtype) for output in self._outputs)
+        return self._outputs(dofs, batch, tensors).to(dtype)
 
     def _names(self) -> str:
-        return ", ".join(f"'{entry.name}'" for entry in self._inputs)
-
-    def _check(self, tensor, entry) -> None:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"expected a tensor for '{entry.name}', found a {type(tensor).__name__}")
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"expected float32 or float64 for '{entry.name}', found {tensor.dtype}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"expected a tensor on the CPU for '{entry.name}', found one on {tensor.device}: call .cpu() first")
-        if tensor.ndim == 0 or tensor.shape[-1] != entry.size:
-            reminder = "the components of the Constant" if entry.is_real else "the dofs that this rank owns, not all ranks together"
-            raise ValueError(f"expected a last axis of {entry.size} for '{entry.name}' ({reminder}), found shape {tuple(tensor.shape)}")
+        return ", ".join(f"'{name_of(control)}'" for control in self.controls)
 
 
-class _Solve(torch.autograd.Function):
-    """The solve of a batch, sample by sample: each gives the same bits, whatever stands beside it in the batch."""
-
-    @staticmethod
-    def forward(ctx, layer: SolverLayer, batch: torch.Size, *tensors: torch.Tensor) -> torch.Tensor:
-        system, solver = layer.solver.system, layer.solver
-        ctx.layer, ctx.batch, ctx.setting, ctx.point = layer, batch, solver.setting, solver.point(without=layer._indices)
-        ctx.meshes = system.mesh_versions()
-        ctx.save_for_backward(*tensors)
-        point, varying = _place(layer, ctx.point, batch, tensors)
-        solutions = np.empty((batch.numel(), system.size))
-        system.solve(point, ctx.setting, solutions, varying)
-        ctx.solutions = solutions
-        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-        # A copy: the caller may change what it gets in place, and the backward pass must not see it.
-        return torch.empty((*batch, system.size), dtype=dtype).copy_(torch.from_numpy(solutions).view(*batch, system.size))
-
-    @staticmethod
-    def backward(ctx, cotangent: torch.Tensor):
-        if ctx.meshes != ctx.layer.solver.system.mesh_versions():
-            raise RuntimeError("a mesh of the problem has moved between the forward and the backward pass: call backward before moving it")
-        return None, None, *_Gradient.apply(ctx, ctx.needs_input_grad[2:], cotangent, *ctx.saved_tensors)
+def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
+    shapes = {tensor.shape[:-1] for tensor in tensors}
+    return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
 
 
-class _Gradient(torch.autograd.Function):
-    """The backward pass as a function, so that differentiating it again raises."""
-
-    @staticmethod
-    def forward(ctx, call, needed: Sequence[bool], cotangent: torch.Tensor, *tensors: torch.Tensor):
-        layer, rows = call.layer, call.batch.numel()
-        gradients = {index: np.empty((rows, tensor.shape[-1])) for index, tensor, wanted in zip(layer._indices, tensors, needed) if wanted}
-        point, varying = _place(layer, call.point, call.batch, tensors)
-        layer.solver.system.solve_adjoint(point, call.setting, _rows(cotangent, call.batch), call.solutions, gradients, varying=varying)
-        return tuple(_reduced(gradients[index], call.batch, tensor) if index in gradients else None
-                     for index, tensor in zip(layer._indices, tensors))
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("second derivatives through a SolverLayer are not available: call backward without create_graph=True")
+def _check(tensor, control, size: int) -> None:
+    name = name_of(control)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"expected a tensor for '{name}', found a {type(tensor).__name__}")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"expected float32 or float64 for '{name}', found {tensor.dtype}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"expected a tensor on the CPU for '{name}', found one on {tensor.device}: call .cpu() first")
+    if tensor.ndim == 0 or tensor.shape[-1] != size:
+        reminder = "the components of the Constant" if is_real(control) else "the dofs that this rank owns, not all ranks together"
+        raise ValueError(f"expected a last axis of {size} for '{name}' ({reminder}), found shape {tuple(tensor.shape)}")
 
 
-def _rows(tensor: torch.Tensor, batch: torch.Size) -> np.ndarray:
-    """A tensor as float64 rows, one a sample; without a copy where it is that already."""
-    values = tensor.detach().to(torch.float64)
-    return values.expand(*batch, values.shape[-1]).reshape(batch.numel(), values.shape[-1]).contiguous().numpy()
+def _dofs_of_component(solution: Function, component: Function) -> np.ndarray:
+    """The rank-local dofs of the solution that are those of a component of it."""
+    path = _path_to(solution, component)
+    if path is None:
+        raise ValueError(f"Function '{component.name()}' is no component of the solution '{solution.name()}': name one as u.sub(1), or put "
+                         "what else you want into a functional")
+    numbered = Function(solution.function_space())
+    set_local_values(numbered, np.arange(local_values(numbered).size, dtype=float))
+    for index in path:
+        numbered = numbered.sub(index)
+    return local_values(numbered).astype(np.int64)
 
 
-def _place(layer: SolverLayer, point: Point, batch: torch.Size, tensors: Sequence[torch.Tensor]) -> tuple[Point, dict[int, np.ndarray]]:
-    """Put the controls where they belong: into the point, or, those with batch axes, among what varies."""
-    values, varying = list(point.values), {}
-    for index, tensor in zip(layer._indices, tensors):
-        if tensor.ndim == 1:
-            values[index] = _rows(tensor, torch.Size())[0]
-        else:
-            varying[index] = _rows(tensor, batch)
-    return Point(values, point.boundary, point.guess), varying
-
-
-def _reduced(gradient: np.ndarray, batch: torch.Size, tensor: torch.Tensor) -> torch.Tensor:
-    """A gradient by samples, summed over the batch axes that a control was shared by."""
-    return torch.from_numpy(gradient).reshape(*batch, tensor.shape[-1]).sum_to_size(tensor.shape).to(tensor.dtype)
+def _path_to(function: Function, component: Function) -> list[int] | None:
+    if function is component:
+        return []
+    space = function.function_space()
+    parts = len(space) if len(space) > 1 else space.block_size
+    for index in range(parts if parts > 1 else 0):
+        path = _path_to(function.sub(index), component)
+        if path is not None:
+            return [index, *path]
+    return None

@@ -1,0 +1,84 @@
+"""The vectors of a batch in one piece of memory."""
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from firedrake.petsc import PETSc
+
+__all__ = ["Block", "BlockStore", "chunks"]
+
+# Rows are worked through in chunks that fit into a processor's cache, so that blocks stay small whatever the batch.
+_CHUNK_SIZE = 2**18
+
+
+def chunks(rows: int, size: int) -> list[slice]:
+    """A batch of rows cut into parts."""
+    step = max(1, _CHUNK_SIZE//max(size, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class Block:
+    """A batch of vectors: the rows of an array, which PETSc sees as vectors and as the columns of a dense matrix.
+
+    Parameters
+    ----------
+    rows : int
+    like : PETSc.Vec
+        Of the layout of each.
+
+    Attributes
+    ----------
+    array : numpy.ndarray
+        Shape (rows, n), rank-local.
+    vectors : list of PETSc.Vec
+        On the memory of its rows.
+    """
+
+    def __init__(self, rows: int, like: PETSc.Vec):
+        self.array = np.zeros((rows, like.getLocalSize()))
+        self.vectors = [PETSc.Vec().createWithArray(row, size=like.getSizes(), comm=like.comm) for row in self.array]
+
+    @cached_property
+    def matrix(self) -> PETSc.Mat:
+        """The rows as columns; on one rank only."""
+        rows, size = self.array.shape
+        matrix = PETSc.Mat().createDense((size, rows), array=self.array.reshape(-1), comm=self.vectors[0].comm)
+        matrix.assemble()
+        return matrix
+
+    def fill(self, values: np.ndarray) -> None:
+        """Copy values into the array."""
+        self.array[...] = values
+        self.changed()
+
+    def changed(self) -> None:
+        """To be called where the array was written to, and not through its vectors: they keep norms of their values."""
+        for vector in self.vectors:
+            vector.stateIncrease()
+
+
+class BlockStore:
+    """Blocks of one layout, kept by their number of rows.
+
+    Parameters
+    ----------
+    like : PETSc.Vec
+    """
+
+    def __init__(self, like: PETSc.Vec):
+        self._like = like
+        self._blocks: dict[int, Block] = {}
+
+    def __call__(self, rows: int) -> Block:
+        """The block of so many rows; its values are those of its last use."""
+        block = self._blocks.get(rows)
+        if block is None:
+            if len(self._blocks) >= _KEPT:
+                del self._blocks[next(iter(self._blocks))]
+            block = self._blocks[rows] = Block(rows, self._like)
+        return block
+
+
+# Training, validation and the last, smaller batch of each come in turns.
+_KEPT = 6

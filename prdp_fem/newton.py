@@ -1,0 +1,101 @@
+"""A setting put on a PETSc SNES and its KSP."""
+from __future__ import annotations
+
+from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
+
+from prdp_fem.krylov import RefinedKSP
+from prdp_fem.ladders import NewtonSteps, Setting
+
+__all__ = ["Newton"]
+
+# Those that make each step by a linear solve.
+_WITH_LINEAR_SOLVES = frozenset({"newtonls", "newtontr", "newtontrdc", "newtonal", "ksponly"})
+_MANY = 2**30
+_REASONS = {value: name for name, value in vars(PETSc.SNES.ConvergedReason).items()
+            if not name.startswith("_") and isinstance(value, int)}
+_REMEDIES = {
+    "DIVERGED_MAX_IT": "allow more steps (snes_max_it), looser tolerances (snes_rtol, snes_atol), or a number of steps that is meant to "
+                       "be used up (a NewtonLadder); with truncated linear solves Newton's method needs more steps",
+    "DIVERGED_LINE_SEARCH": "truncated linear solves may give no direction of descent: use snes_linesearch_type basic, or more iterations",
+    "DIVERGED_LINEAR_SOLVE": "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type",
+    "DIVERGED_FNORM_NAN": "look for NaN or infinity in the controls, coefficients and the guess",
+    "DIVERGED_DTOL": "the steps lead away from a solution: try a better guess or a line search (snes_linesearch_type bt)",
+}
+
+
+class Newton:
+    """A SNES that is told at each solve how many steps to make, and how far to go in each.
+
+    Parameters
+    ----------
+    snes : PETSc.SNES
+        With its callbacks and options.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+    """
+
+    def __init__(self, snes: PETSc.SNES, name: str, prefix: str | None):
+        self.snes = snes
+        self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
+        self._name = name
+        # What options had said, while a setting is put on.
+        self._options: tuple | None = None
+
+    @property
+    def solves_linear_systems(self) -> bool:
+        """Whether there is a KSP to put settings on."""
+        return self.snes.getType() in _WITH_LINEAR_SOLVES
+
+    def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
+        """Solve from what is in x.
+
+        Parameters
+        ----------
+        x : PETSc.Vec
+            The guess, with boundary values, and then the solution.
+        setting : Setting, NewtonSteps or None
+            How far to go; None for what the options say.
+
+        Returns
+        -------
+        tuple of int
+            Newton steps, and KSP iterations.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the options' tolerances are not reached, unless the steps were a budget.
+        """
+        snes = self.snes
+        steps = setting.steps if isinstance(setting, NewtonSteps) else None
+        self._apply(steps, setting)
+        snes.solve(None, x)
+        reason = snes.getConvergedReason()
+        if reason < 0 and not (steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT):
+            self._raise(reason)
+        return snes.getIterationNumber(), self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
+
+    def _apply(self, steps: int | None, setting: Setting | None) -> None:
+        if self.solves_linear_systems:
+            self.refined.apply(setting, False)
+        if self._options is None:
+            if setting is None:
+                return
+            self._options = self.snes.getTolerances(), self.snes.getMaxKSPFailures()
+        (rtol, atol, stol, max_it), failures = self._options
+        self.snes.setTolerances(rtol=rtol, atol=atol, stol=stol, max_it=max_it if steps is None else steps)
+        # SNES would take a used-up budget of iterations for an error.
+        self.snes.setMaxKSPFailures(_MANY if setting is not None and setting.budget else failures)
+        if setting is None:
+            self._options = None
+
+    def _raise(self, reason: int) -> None:
+        name = _REASONS.get(reason, str(reason))
+        inside = f" (a linear solve {self.refined.failure()})" if name == "DIVERGED_LINEAR_SOLVE" else ""
+        remedy = _REMEDIES.get(name)
+        raise ConvergenceError(f"the nonlinear solve for '{self._name}' with snes_type {self.snes.getType()} failed: {name} after "
+                               f"{self.snes.getIterationNumber()} steps, residual norm {self.snes.getFunctionNorm():.3e}{inside}"
+                               + (f"; {remedy}" if remedy else ""))

@@ -1,0 +1,454 @@
+"""A variational problem as a function of its inputs, and its derivatives, at PETSc's level.
+
+With g the boundary values, continued by zero, a solution is u = g + w, where w is zero at boundary dofs; rows and columns of all
+operators there are those of the identity. Derivatives are implicit: J λ̂ = … with J the derivative of the residual by the
+solution, at the state that the solve has reached.
+"""
+from __future__ import annotations
+
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+
+import numpy as np
+import ufl
+from firedrake import Function
+from firedrake.petsc import PETSc
+from mpi4py import MPI
+from pyadjoint.tape import stop_annotating
+
+from prdp_fem.block import Block, BlockStore, chunks
+from prdp_fem.firedrake_internals import SolverContext, assemble_operators, operators
+from prdp_fem.forms import Forms
+from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
+from prdp_fem.krylov import Krylov, Statistics
+from prdp_fem.ladders import Setting
+from prdp_fem.lifting import Lifting
+from prdp_fem.point import Direction, Point
+from prdp_fem.residual import ResidualDerivatives
+
+__all__ = ["PRECONDITIONERS_WITH_MEMORY", "System"]
+
+
+class _Work:
+    """A context manager of what each solve enters; plain, since a small solve takes no longer than a few generators."""
+
+    def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None):
+        self._kind, self._statistics = kind, statistics
+        self._annotation = stop_annotating()
+        self._context = nullcontext() if context is None else context()
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+        self._annotation.__enter__()
+        _EVENTS[self._kind].begin()
+        try:
+            self._context.__enter__()
+        except BaseException:
+            _EVENTS[self._kind].end()
+            self._annotation.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, *error) -> None:
+        try:
+            self._context.__exit__(*error)
+        finally:
+            _EVENTS[self._kind].end()
+            self._annotation.__exit__(*error)
+            self._statistics.add_seconds(self._kind, time.perf_counter() - self._start)
+
+
+class System(ABC):
+    """The solve of a problem, and its derivatives, as functions of the inputs.
+
+    Parameters
+    ----------
+    forms : Forms
+    linear_solver : firedrake.NonlinearVariationalSolver
+        Of the problem linearised at a state: its KSP, options, nullspaces and operators are used for all derivatives.
+    make_adjoint_solver : callable
+        Makes such a solver, of the same options, for the adjoint of a problem.
+    terms : Mapping of int to AffineTerm or CofunctionTerm
+        The inputs that enter the residual by a matrix: nothing is assembled when their values change.
+    ksp_prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+
+    Attributes
+    ----------
+    forms : Forms
+    inputs : list of Input
+    size : int
+        Rank-local number of dofs of the solution.
+    statistics : Statistics
+    """
+
+    def __init__(self, forms: Forms, linear_solver, make_adjoint_solver: Callable, terms: Mapping, ksp_prefix: str | None):
+        self.forms = forms
+        self.inputs = forms.inputs
+        self.size = local_values(forms.solution).size
+        self.statistics = Statistics()
+        self._terms = terms
+        self._comm = forms.solution.function_space().mesh().comm
+        self._linear_solver = linear_solver
+        self._make_adjoint_solver = make_adjoint_solver
+        ksp = linear_solver.snes.getKSP()
+        ksp.setOperators(*operators(linear_solver))
+        self._context = SolverContext(linear_solver)
+        self._needs_context = True
+        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix)
+        self._operator_is_current = self._adjoint_is_current = False
+        coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
+        self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
+        self._mesh_versions: tuple[int, ...] = ()
+        self._mesh_stamp, self._assembled_stamp = 0, None
+        self._restored: dict = {}
+        with stop_annotating():
+            self._boundary = Function(forms.solution.function_space())
+            self._derivatives = ResidualDerivatives(forms)
+            self._lifting = Lifting(forms)
+        self._zero = vector_like(forms.solution)
+        # States or tangents, right-hand sides of adjoint and tangent solves, and multipliers.
+        self._states, self._cotangents, self._multipliers = (BlockStore(self._zero) for _ in range(3))
+        self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if index not in terms]
+        self._has_fields_to_assemble = forms.operator_depends_on_solution or any(not entry.is_real for _, entry in self._assembled_inputs)
+        # Where J was last assembled.
+        self._state = local_values(forms.solution) if forms.operator_depends_on_solution else None
+
+    @cached_property
+    def _adjoint_solver(self):
+        """Firedrake's solver of the adjoint problem, for preconditioners that cannot be transposed."""
+        return self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
+
+    @cached_property
+    def _adjoint_context(self) -> SolverContext:
+        return SolverContext(self._adjoint_solver)
+
+    @contextmanager
+    def _transposed_ksp(self):
+        solver = self._adjoint_solver
+        with self._adjoint_context():
+            if not self._adjoint_is_current:
+                self._set_up(solver)
+                self._adjoint_is_current = True
+            yield solver.snes.getKSP()
+
+    def _set_up(self, solver) -> None:
+        """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
+        # The state that operators depend on is in the forms' own Function: the solver's may be any.
+        assemble_operators(solver, self._zero)
+        ksp = solver.snes.getKSP()
+        if ksp.getPC().getType() in PRECONDITIONERS_WITH_MEMORY:
+            ksp.getPC().reset()
+        ksp.setOperators(*operators(solver))
+        ksp.setUp()
+        ksp.setUpOnBlocks()
+
+    def check_setting(self, setting: Setting) -> None:
+        """Find the KSP that settings are put on, which may be inside a preconditioner that only exists once it is set up.
+
+        Raises
+        ------
+        ValueError
+            Where there is none, or more than one and none was named.
+        """
+        refined = self._krylov.refined
+        refined.find_without_setup()
+        if not refined.is_found:
+            with stop_annotating(), self._context():
+                self._linearise(Point(self.values()), local_values(self.forms.solution))
+                refined.find()
+
+    def check_derivative(self, index: int) -> None:
+        """Raise a TypeError where UFL cannot differentiate the problem by an input."""
+        if index not in self._terms and index in self._derivatives.inputs:
+            self._derivatives.check(index)
+
+    # What is done at each solve
+
+    def _work_on(self, kind: str, context: SolverContext | None = None) -> _Work:
+        """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
+        # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
+        return _Work(kind, self.statistics, context or (self._context if self._needs_context else None))
+
+    def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
+        """Rank-local values of the user's coefficients as they are now; empty for those left out."""
+        return [_NO_VALUES if index in without else local_values(entry.original) for index, entry in enumerate(self.inputs)]
+
+    def boundary_values(self, conditions) -> np.ndarray | None:
+        """Rank-local values of boundary conditions, zero elsewhere; None where they are zero on all ranks."""
+        if all(isinstance(condition.function_arg, ufl.classes.Zero) for condition in conditions):
+            return None
+        with stop_annotating():
+            self._boundary.dat.zero()
+            for condition in conditions:
+                condition.apply(self._boundary)
+        with self._boundary.dat.vec_ro as vector:
+            if vector.norm(PETSc.NormType.NORM_INFINITY) == 0:
+                return None
+        return local_values(self._boundary)
+
+    def mesh_stamp(self) -> int:
+        """A number that changes when a mesh has moved. Collective."""
+        versions = tuple(coordinates.dat_version for coordinates, _ in self._coordinates)
+        if versions != self._mesh_versions:
+            # pyadjoint writes the same coordinates again at each replay: only other values count.
+            moved = [not same_bits(coordinates.data_ro, before) for coordinates, before in self._coordinates]
+            if self._agreed(any(moved)):
+                for coordinates, before in self._coordinates:
+                    before[...] = coordinates.data_ro
+                self._mesh_stamp += 1
+            self._mesh_versions = versions
+        return self._mesh_stamp
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether a flag is true on any rank."""
+        return flag if self._comm.size == 1 else self._comm.allreduce(flag, MPI.LOR)
+
+    def restore_mesh(self, variable) -> None:
+        """Move a mesh to where a block variable on the tape has it. Collective."""
+        mesh, checkpoint = variable.output, variable.checkpoint
+        if checkpoint is None:
+            return
+        coordinates = mesh.coordinates.dat
+        # Restoring costs more than a small solve, and hardly ever changes anything.
+        if self._restored.get(mesh) != (id(checkpoint), coordinates.dat_version):
+            saved = variable.checkpoint.restore() if hasattr(checkpoint, "restore") else checkpoint
+            if self._agreed(not same_bits(saved.dat.data_ro, coordinates.data_ro)):
+                coordinates.data_wo[...] = saved.dat.data_ro
+            self._restored[mesh] = id(checkpoint), coordinates.dat_version
+
+    def invalidate(self) -> None:
+        """Have everything assembled again at the next solve."""
+        self._assembled_stamp = None
+
+    def _write_inputs(self, point: Point, solution: np.ndarray | None = None) -> bool:
+        """Bring the copies that forms read up to date; whether the state is another than where J was assembled."""
+        changed = [entry.differs(point.values[index]) for index, entry in self._assembled_inputs]
+        state_changed = solution is not None and self._state is not None and not same_bits(solution, self._state)
+        if self._comm.size > 1 and self._has_fields_to_assemble:
+            # A field may have changed on some ranks only, but halo exchanges and assembly are collective.
+            flags = np.array([*changed, state_changed], dtype=np.intc)
+            self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
+            *changed, state_changed = flags.tolist()
+        stamp = self.mesh_stamp()
+        moved = stamp != self._assembled_stamp
+        if moved or any(changed):
+            indices = {index for (index, _), is_changed in zip(self._assembled_inputs, changed) if is_changed}
+            for index in indices:
+                self.inputs[index].write(point.values[index])
+            if moved or any(self.inputs[index].in_operator for index in indices):
+                self._operator_is_current = False
+            self._forget(indices, moved)
+            self._assembled_stamp = stamp
+        return bool(state_changed)
+
+    def _forget(self, changed: set[int], moved: bool) -> None:
+        """Have assembled again what depends on inputs that have changed, or on a mesh that has moved."""
+        for term in self._terms.values():
+            if moved or term.parameters & changed:
+                term.forget()
+
+    def _linearise(self, point: Point, solution: np.ndarray | None = None) -> None:
+        """Bring all that is assembled up to date with the inputs of a point and, where it depends on that, a solution."""
+        if self._write_inputs(point, solution):
+            self._operator_is_current = False
+        if not self._operator_is_current:
+            if self._state is not None:
+                self._state[:] = solution
+                set_local_values(self.forms.solution, solution)
+            with nullcontext() if self._needs_context else self._context():
+                self._set_up(self._linear_solver)
+            self._needs_context = self._context.is_needed
+            self._krylov.operator_changed()
+            self.statistics.assemblies += 1
+            self._operator_is_current, self._adjoint_is_current = True, False
+
+    def _only_enters_terms(self, varying: Mapping[int, np.ndarray]) -> bool:
+        """Whether what varies enters the residual by a matrix only: then nothing is assembled between rows."""
+        return varying.keys() <= self._terms.keys()
+
+    def needs_solutions(self, indices: Iterable[int]) -> bool:
+        """Whether derivatives by inputs depend on the solution."""
+        return self._state is not None or not self._terms.keys() >= set(indices)
+
+    # The solve
+
+    @abstractmethod
+    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> None:
+        """Solve at a point, or at a batch of them.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+            How far the KSP goes; None for what its options say.
+        solutions : numpy.ndarray
+            Shape (batch, n), written to: rank-local dofs.
+        varying : Mapping of int to numpy.ndarray
+            Inputs that differ from row to row, shape (batch, size), instead of their values in the point.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the solve fails.
+        """
+
+    # Its derivatives
+
+    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None,
+                      gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
+                      boundary: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+        """Solve Jᵀ λ = ∂E/∂u at a point, or at a batch of them, and take the derivatives of E by what u depends on.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+        cotangents : numpy.ndarray
+            Shape (batch, n): rank-local ∂E/∂u. Boundary entries are left out of the system: a truncated iteration would see
+            them.
+        solutions : numpy.ndarray or None
+            Shape (batch, n): what :meth:`solve` gave; None where :meth:`needs_solutions` says so, and nothing else is asked for.
+        gradients : Mapping of int to numpy.ndarray
+            By inputs, shape (batch, size), written to: -(∂F/∂m)ᵀ λ, by dofs (no mass matrix in between). For a Constant or a
+            Real space the sum over all ranks, on every rank.
+        varying : Mapping of int to numpy.ndarray
+            As in :meth:`solve`.
+        boundary : numpy.ndarray or None
+            Shape (batch, n), written to where given: the derivative by the boundary values, zero at other dofs.
+        meshes : iterable of MeshGeometry
+            Meshes whose coordinates to differentiate by.
+
+        Returns
+        -------
+        dict of MeshGeometry to Cofunction
+            The derivatives by coordinates, of the last row.
+        """
+        varying = {} if varying is None else varying
+        dofs, by_mesh = self.forms.boundary_dofs, {}
+        by_form = boundary is not None or bool(meshes) or not gradients.keys() <= self._terms.keys()
+        moves = by_form or self._state is not None or not self._only_enters_terms(varying)
+        with self._work_on("adjoint"):
+            for rows in chunks(len(cotangents), self._chunk_size(moves)):
+                row = rows.start
+                if row == 0 or moves:
+                    at = point.at(varying, row)
+                    self._linearise(at, None if solutions is None else solutions[row])
+                    solve = self._krylov.transposed_solver(setting)
+                multipliers = self._solve_transposed(solve, cotangents[rows])
+                if by_form:
+                    self._derivatives.at(at, solutions[row], multipliers.array[0])
+                for index, gradient in gradients.items():
+                    self._gradient(index, multipliers, gradient[rows])
+                if boundary is not None:
+                    boundary[row] = 0.0
+                    boundary[row, dofs] = cotangents[row, dofs] + self._derivatives.by_solution()[dofs]
+                by_mesh = {mesh: self._derivatives.by_mesh(mesh) for mesh in meshes}
+        return by_mesh
+
+    def _chunk_size(self, moves: bool) -> int:
+        """What :func:`chunks` is told of the size of a row: all of a chunk where operators differ from row to row."""
+        return sys.maxsize if moves else self.size
+
+    def _solve_transposed(self, solve: Callable, cotangents: np.ndarray) -> Block:
+        """The rows λ from those of an array."""
+        inner, multipliers = self._cotangents(len(cotangents)), self._multipliers(len(cotangents))
+        inner.array[...] = cotangents
+        inner.array[:, self.forms.boundary_dofs] = 0.0
+        inner.changed()
+        for cotangent, multiplier in zip(inner.vectors, multipliers.vectors):
+            self.statistics.adjoint_iterations += solve(cotangent, multiplier)
+        self.statistics.adjoint_solves += len(cotangents)
+        return multipliers
+
+    def _gradient(self, index: int, multipliers: Block, out: np.ndarray) -> None:
+        """-(∂F/∂m)ᵀ λ for some rows; where it is assembled for one, at which the derivatives are."""
+        if index in self._terms:
+            self._terms[index].transposed_products(multipliers, out)
+        else:
+            out[0] = self._derivatives.by_input(index)
+
+    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, direction: Direction, out: np.ndarray) -> None:
+        """The tangent linear solve: the derivative of the solution in a direction of what it depends on.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+        solution : numpy.ndarray
+            What :meth:`solve` gave at the point.
+        direction : Direction
+        out : numpy.ndarray
+            Rank-local, written to.
+        """
+        dofs, b, tangent = self.forms.boundary_dofs, self._cotangents(1), self._states(1)
+        with self._work_on("tangent"):
+            self._linearise(point, solution)
+            self._derivatives.at(point, solution)
+            total = np.zeros(self.size)
+            for index, values in direction.inputs.items():
+                total += (self._terms[index].products(values[None], tangent).array[0] if index in self._terms
+                          else self._derivatives.in_direction(index, values))
+            for mesh, values in direction.meshes.items():
+                total += self._derivatives.in_mesh_direction(mesh, values)
+            total[dofs] = 0.0
+            b.fill(total)
+            if direction.boundary is not None:
+                self._lifting.subtract(direction.boundary, b.vectors[0])
+            iterations = self._krylov.solver(setting, kind="tangent")(b.vectors[0], tangent.vectors[0])
+            out[:] = tangent.array[0]
+            out[dofs] = 0.0
+            if direction.boundary is not None:
+                out += direction.boundary
+        self.statistics.tangent_solves += 1
+        self.statistics.tangent_iterations += iterations
+
+    def solve_second_adjoint(self, point: Point, setting: Setting | None, solution: np.ndarray, cotangent: np.ndarray,
+                             second_cotangent: np.ndarray, direction: Direction, tangent: np.ndarray, gradients: Mapping[int, np.ndarray],
+                             *, boundary: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+        """The derivative of what :meth:`solve_adjoint` gives, in a direction: the action of a Hessian.
+
+        Parameters
+        ----------
+        point : Point
+        setting : Setting or None
+        solution : numpy.ndarray
+            What :meth:`solve` gave at the point.
+        cotangent, second_cotangent : numpy.ndarray
+            Rank-local ∂E/∂u, and its derivative in the direction.
+        direction : Direction
+        tangent : numpy.ndarray
+            What :meth:`solve_tangent` gave in the direction.
+        gradients, boundary, meshes
+            As in :meth:`solve_adjoint`, of one row, and written to.
+        """
+        dofs, derivatives = self.forms.boundary_dofs, self._derivatives
+        with self._work_on("adjoint"):
+            self._linearise(point, solution)
+            solve = self._krylov.transposed_solver(setting)
+            multipliers = self._solve_transposed(solve, cotangent[None])
+            derivatives.at(point, solution, multipliers.array[0])
+            derivatives.toward(direction, tangent)
+            second = second_cotangent + derivatives.second_by_solution()
+            seconds = {index: derivatives.second_by_input(index) for index in gradients}
+            by_mesh = {mesh: derivatives.second_by_mesh(mesh) for mesh in meshes}
+            multipliers = self._solve_transposed(solve, second[None])
+            derivatives.at(point, solution, multipliers.array[0])
+            for index, gradient in gradients.items():
+                self._gradient(index, multipliers, gradient)
+                gradient[0] += seconds[index]
+            if boundary is not None:
+                boundary[0] = 0.0
+                boundary[0, dofs] = second[dofs] + derivatives.by_solution()[dofs]
+            for mesh, cofunction in by_mesh.items():
+                cofunction += derivatives.by_mesh(mesh)
+        return by_mesh
+
+
+# These keep something of the values they were first set up with, such as the interpolation of algebraic multigrid.
+PRECONDITIONERS_WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
+_NO_VALUES = np.empty(0)
+_EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}
