@@ -229,7 +229,7 @@ class NonlinearForms(Forms):
             self.jacobian = derivative_of(self.residual, self.solution)
 
 
-def derivative_of(form: ufl.Form, coefficient, *direction) -> ufl.Form:
+def derivative_of(form: ufl.Form, coefficient, *direction, what: str = "problem") -> ufl.Form:
     """The Gâteaux derivative of a form, expanded.
 
     Raises
@@ -240,8 +240,7 @@ def derivative_of(form: ufl.Form, coefficient, *direction) -> ufl.Form:
     try:
         return expand_derivatives(derivative(form, coefficient, *direction))
     except Exception as error:  # UFL raises what it likes
-        raise TypeError(f"UFL cannot differentiate the problem by '{name_of(coefficient)}', so no derivative of its solution can be taken: "
-                        f"{error}") from error
+        raise TypeError(f"UFL cannot differentiate the {what} by '{name_of(coefficient)}': {error}") from error
 
 
 def meshes_of(coefficient) -> list:

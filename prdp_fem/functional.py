@@ -59,7 +59,7 @@ class Functional:
         return next((index for index, entry in enumerate(self.inputs) if entry.original is original), None)
 
     def _derivative_assembler(self, variable: Function) -> tuple:
-        form = derivative_of(self._form, variable)
+        form = derivative_of(self._form, variable, what="functional")
         return None if form.empty() else get_assembler(form), Cofunction(variable.function_space().dual())
 
     def _at(self, solution: np.ndarray, values: Mapping[int, np.ndarray]) -> None:

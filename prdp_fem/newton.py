@@ -19,7 +19,7 @@ _REMEDIES = {
                        "be used up (a NewtonLadder); with truncated linear solves Newton's method needs more steps",
     "DIVERGED_LINE_SEARCH": "truncated linear solves may give no direction of descent: use snes_linesearch_type basic, or more iterations",
     "DIVERGED_LINEAR_SOLVE": "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type",
-    "DIVERGED_FNORM_NAN": "look for NaN or infinity in the controls, coefficients and the guess",
+    "DIVERGED_FUNCTION_NANORINF": "look for NaN or infinity in the controls, coefficients and the guess",
     "DIVERGED_DTOL": "the steps lead away from a solution: try a better guess or a line search (snes_linesearch_type bt)",
 }
 

@@ -5,6 +5,8 @@ import torch
 from firedrake import *
 from mpi4py import MPI
 from problems import CG, CONVERGED, GMRES, HeatStep, smooth
+from ufl.core.ufl_type import ufl_type
+from ufl.mathfunctions import MathFunction
 
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations
@@ -198,10 +200,23 @@ def test_what_cannot_be_an_output_or_a_control_is_refused():
         SolverLayer(solver, [Function(V, name="other")])
 
 
-def test_controls_that_ufl_cannot_differentiate_by_are_named():
+@ufl_type(is_scalar=True, num_ops=1)
+class LogGamma(MathFunction):
+    """A function that UFL has no derivative of."""
+
+    __slots__ = ()
+
+    def __init__(self, argument):
+        MathFunction.__init__(self, "lgamma", argument)
+
+
+def test_what_ufl_cannot_differentiate_by_is_named():
     mesh, V = mesh_and_space()
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
-    order = Function(FunctionSpace(mesh, "R", 0), name="order").assign(1.0)
-    problem = LinearVariationalProblem(w*v*dx, bessel_J(order, SpatialCoordinate(mesh)[0])*v*dx, u)
-    with pytest.raises(TypeError, match="UFL cannot differentiate the problem by 'order'"):
-        SolverLayer(prdp_fem.LinearVariationalSolver(problem, solver_parameters=GMRES), [order])
+    w, v, u, f = TrialFunction(V), TestFunction(V), Function(V, name="u"), smooth(V, 1, "f")
+    solver = prdp_fem.LinearVariationalSolver(LinearVariationalProblem(w*v*dx, LogGamma(f)*v*dx, u), solver_parameters=GMRES)
+    with pytest.raises(TypeError, match="UFL cannot differentiate the problem by 'f'"):
+        SolverLayer(solver, [f])
+    with pytest.raises(TypeError, match="UFL cannot differentiate the problem by 'u'"):
+        prdp_fem.NonlinearVariationalSolver(NonlinearVariationalProblem(LogGamma(u)*v*dx, u, J=w*v*dx))
+    with pytest.raises(TypeError, match="UFL cannot differentiate the functional by 'u'"):
+        SolverLayer(prdp_fem.LinearVariationalSolver(LinearVariationalProblem(w*v*dx, f*v*dx, u)), [f], LogGamma(u)*dx)
