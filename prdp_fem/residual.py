@@ -133,6 +133,8 @@ class ResidualDerivatives:
 
     def second_by_input(self, index: int) -> np.ndarray:
         """The derivative of :meth:`by_input` in the direction, λ fixed."""
+        if index not in self.inputs:
+            return np.zeros(self._forms.inputs[index].size)  # a Cofunction: the residual is linear in it
         return self._second(index, self._forms.inputs[index].variables)
 
     def second_by_solution(self) -> np.ndarray:

@@ -27,6 +27,28 @@ def no_options_left():
             options.delValue(name)
 
 
+_TAYLOR_TABLE = pytest.StashKey[list]()
+
+
+def pytest_configure(config):
+    config.stash[_TAYLOR_TABLE] = []
+
+
+@pytest.fixture
+def taylor_table(request):
+    """Rows of problem, control, solver and the rates at which remainders fall, printed at the end of the log."""
+    return request.config.stash[_TAYLOR_TABLE]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[_TAYLOR_TABLE]
+    if rows and PETSc.COMM_WORLD.rank == 0:
+        terminalreporter.section(f"Taylor remainders on {PETSc.COMM_WORLD.size} rank(s): {len(rows)} combinations")
+        terminalreporter.write_line(f"{'problem':20s} {'control':22s} {'solver':14s} {'first':>7s} {'second':>7s}")
+        for problem, control, ksp, first, second in rows:
+            terminalreporter.write_line(f"{problem:20s} {control:22s} {ksp:14s} {first:7.3f} {second:7.3f}")
+
+
 def pytest_unconfigure(config):
     """Leave PETSc in the same state on all ranks.
 
