@@ -443,7 +443,7 @@ def loop(cells: int) -> Contest:
 # Measuring
 # ---------
 
-SHORTEST, LONGEST = 0.01, 1.0  # seconds that one measurement takes
+SHORTEST, LONGEST = 0.05, 1.0  # seconds that one measurement takes
 
 
 def elapsed(function: Callable, *arguments) -> float:

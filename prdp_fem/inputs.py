@@ -123,6 +123,7 @@ class Input:
                 self.variables = [self.copy]
         self._values = local_values(self.copy)
         self._set_variables()
+        self._comm = mesh.comm
         self._dual_space = None if isinstance(original, Constant) else original.function_space().dual()
 
     def dual(self, values: np.ndarray):
@@ -157,6 +158,11 @@ class Input:
         self._values[:] = values
         set_local_values(self.copy, self._values)
         self._set_variables()
+
+    def write_where_needed(self, values: np.ndarray) -> None:
+        """Set the copy unless it has these values. Collective: without comparing where ranks could differ."""
+        if self._comm.size > 1 or self.differs(values):
+            self.write(values)
 
     def in_variables(self, form: ufl.Form) -> ufl.Form:
         """A form over the copy, restated over the variables."""

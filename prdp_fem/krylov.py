@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -292,9 +293,13 @@ class Krylov:
             return refined.checked_iterations(kind)
         return solve_and_check
 
+    @cached_property
+    def _probe(self) -> _Probe:
+        return _Probe(self.ksp.getOperators()[0])
+
     def _is_symmetric(self) -> bool:
         if self._symmetric is None:
-            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and _looks_symmetric(self.ksp.getOperators()[0])
+            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._probe.finds_symmetric(self.ksp.getOperators()[0])
         return self._symmetric
 
     def _is_transposable(self) -> bool:
@@ -302,13 +307,8 @@ class Krylov:
         if self._transposable is None:
             A, P = self.ksp.getOperators()
             pc = self.ksp.getPC()
-            x, y = _two_vectors(A)
-            z = x.duplicate()
             try:
-                pc.apply(x, z)
-                forward = z.dot(y)
-                pc.applyTranspose(y, z)
-                self._transposable = bool(abs(forward - z.dot(x)) <= 1e-6*abs(forward)) and pc.getFailedReason() == 0
+                self._transposable = self._probe.finds_transposed(pc)
             except (PETSc.Error, AttributeError, NotImplementedError):
                 self._transposable = False
             if not self._transposable:
@@ -320,19 +320,31 @@ class Krylov:
         return self._transposable
 
 
-def _two_vectors(A: PETSc.Mat) -> tuple[PETSc.Vec, PETSc.Vec]:
-    """Two vectors without a pattern, the same at every call."""
-    x, y = A.createVecs()
-    index = np.arange(*x.getOwnershipRange())
-    x.setArray(np.sin(1 + 1.3*index))
-    y.setArray(np.cos(2 + 0.7*index))
-    return x, y
+class _Probe:
+    """Two vectors without a pattern, the same at every call, and room for their products.
 
+    Parameters
+    ----------
+    A : PETSc.Mat
+    """
 
-def _looks_symmetric(A: PETSc.Mat) -> bool:
-    """Compare (A x, y) with (x, A y) for two vectors: two products, where PETSc's own test compares matrices."""
-    x, y = _two_vectors(A)
-    Ax, Ay = x.duplicate(), x.duplicate()
-    A.mult(x, Ax)
-    A.mult(y, Ay)
-    return abs(Ax.dot(y) - x.dot(Ay)) <= 1e-12*(Ax.norm()*y.norm() + x.norm()*Ay.norm())
+    def __init__(self, A: PETSc.Mat):
+        self.x, self.y = A.createVecs()
+        index = np.arange(*self.x.getOwnershipRange())
+        self.x.setArray(np.sin(1 + 1.3*index))
+        self.y.setArray(np.cos(2 + 0.7*index))
+        self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
+
+    def finds_symmetric(self, A: PETSc.Mat) -> bool:
+        """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""
+        A.mult(self.x, self.Ax)
+        A.mult(self.y, self.Ay)
+        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
+        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
+
+    def finds_transposed(self, pc: PETSc.PC) -> bool:
+        """Compare (P x, y) with (x, Pᵀ y)."""
+        pc.apply(self.x, self.Ax)
+        forward = self.Ax.dot(self.y)
+        pc.applyTranspose(self.y, self.Ay)
+        return bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6*abs(forward)) and pc.getFailedReason() == 0

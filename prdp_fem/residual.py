@@ -54,7 +54,7 @@ class ResidualDerivatives:
     def at(self, point: Point, solution: np.ndarray, multiplier: np.ndarray | None = None) -> None:
         """Set where derivatives are taken, and for all but those in a direction the weight λ."""
         for index in self.inputs:
-            self._forms.inputs[index].write(point.values[index])
+            self._forms.inputs[index].write_where_needed(point.values[index])
         set_local_values(self._forms.solution, solution)
         if multiplier is not None:
             set_local_values(self._multiplier, multiplier)

@@ -18,7 +18,7 @@ from ufl.corealg.traversal import unique_pre_traversal
 
 from prdp_fem.block import Block, BlockStore
 from prdp_fem.forms import LinearForms
-from prdp_fem.inputs import Input, coefficients_of, is_real, vector_like
+from prdp_fem.inputs import Input, coefficients_of, is_real, same_bits, vector_like
 from prdp_fem.lifting import Lifting
 from prdp_fem.point import Point
 
@@ -102,7 +102,7 @@ class RightHandSide:
                 self._base.axpy(1.0, self._rest_values)
             if point.boundary is not None:
                 self._lifting.subtract(point.boundary, self._base)
-        self._shared = {index: term.products(point.values[index][None], self._products(1)).array.copy()
+        self._shared = {index: term.kept_product(point.values[index], self._products(1))
                         for index, term in self.terms.items() if index not in varying}
 
     def rows(self, varying: Mapping[int, np.ndarray], rows: slice) -> Block:
@@ -154,10 +154,11 @@ class AffineTerm:
         self._inputs = BlockStore(vector_like(entry.copy))
         self._matrix: PETSc.Mat | None = None
         self._transpose: PETSc.Mat | None = None
+        self._kept: tuple[np.ndarray, np.ndarray] | None = None
 
     def forget(self) -> None:
         """Have B assembled again."""
-        self._matrix = self._transpose = None
+        self._matrix = self._transpose = self._kept = None
 
     def _assembled(self) -> PETSc.Mat:
         if self._matrix is None:
@@ -178,6 +179,12 @@ class AffineTerm:
             for one, product in zip(m.vectors, b.vectors):
                 matrix.mult(one, product)
         return b
+
+    def kept_product(self, values: np.ndarray, b: Block) -> np.ndarray:
+        """B m, shape (1, n), kept for the next time; b is room to work in."""
+        if self._kept is None or not same_bits(values, self._kept[0]):
+            self._kept = values.copy(), self.products(values[None], b).array.copy()
+        return self._kept[1]
 
     def transposed_products(self, multipliers: Block, out: np.ndarray) -> None:
         """out = Bᵀ λ for the rows λ of a block."""
@@ -209,6 +216,10 @@ class CofunctionTerm:
         b.array[:, self._boundary_dofs] = 0.0
         b.changed()
         return b
+
+    def kept_product(self, values: np.ndarray, b: Block) -> np.ndarray:
+        """weight · m, zero at the boundary, shape (1, n)."""
+        return self.products(values[None], b).array.copy()
 
     def transposed_products(self, multipliers: Block, out: np.ndarray) -> None:
         """out = weight · λ, zero at the boundary, for the rows λ of a block."""

@@ -102,7 +102,7 @@ class System(ABC):
         self._operator_is_current = self._adjoint_is_current = False
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
         self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
-        self._mesh_versions: tuple[int, ...] = ()
+        self._mesh_versions: dict = {}
         self._mesh_stamp, self._assembled_stamp = 0, None
         self._restored: dict = {}
         with stop_annotating():
@@ -192,15 +192,18 @@ class System(ABC):
 
     def mesh_stamp(self) -> int:
         """A number that changes when a mesh has moved. Collective."""
-        versions = tuple(coordinates.dat_version for coordinates, _ in self._coordinates)
-        if versions != self._mesh_versions:
-            # pyadjoint writes the same coordinates again at each replay: only other values count.
-            moved = [not same_bits(coordinates.data_ro, before) for coordinates, before in self._coordinates]
-            if self._agreed(any(moved)):
-                for coordinates, before in self._coordinates:
-                    before[...] = coordinates.data_ro
-                self._mesh_stamp += 1
-            self._mesh_versions = versions
+        for coordinates, _ in self._coordinates:
+            if coordinates.dat_version != self._mesh_versions.get(coordinates):
+                break
+        else:
+            return self._mesh_stamp
+        # pyadjoint writes the same coordinates again at each replay: only other values count.
+        moved = [not same_bits(coordinates.data_ro, before) for coordinates, before in self._coordinates]
+        if self._agreed(any(moved)):
+            for coordinates, before in self._coordinates:
+                before[...] = coordinates.data_ro
+            self._mesh_stamp += 1
+        self._mesh_versions = {coordinates: coordinates.dat_version for coordinates, _ in self._coordinates}
         return self._mesh_stamp
 
     def _agreed(self, flag: bool) -> bool:

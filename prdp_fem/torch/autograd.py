@@ -132,7 +132,7 @@ class FunctionalValue(torch.autograd.Function):
 
 def _row(tensor: torch.Tensor) -> np.ndarray:
     """A tensor without batch axes as float64; without a copy where it is that already."""
-    return tensor.detach().to(torch.float64).contiguous().numpy()
+    return _rows(tensor, torch.Size())[0]
 
 
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> np.ndarray:
@@ -164,4 +164,6 @@ def _place(point: Point, indices: Sequence[int], batch: torch.Size,
 def _reduced(gradient: np.ndarray, batch: torch.Size, tensor: torch.Tensor) -> torch.Tensor:
     """A gradient by samples, summed over the batch axes that an input was shared by."""
     gradient = torch.from_numpy(gradient.reshape(*batch, tensor.shape[-1]))
-    return (gradient if gradient.shape == tensor.shape else gradient.sum_to_size(tensor.shape)).to(tensor.dtype)
+    if gradient.shape != tensor.shape:
+        gradient = gradient.sum_to_size(tensor.shape)
+    return gradient if tensor.dtype is torch.float64 else gradient.to(tensor.dtype)

@@ -151,11 +151,11 @@ class SolverLayer(torch.nn.Module):
             boundary = BoundaryValues.apply(self._boundary, _batch_axes(given), *given)
         if self._guess is not None:
             guess = tensors[self._guess].detach()
-        dofs = Solve.apply(self.solver, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
-        dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+        solution = Solve.apply(self.solver, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
+        dtype = torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
         if isinstance(self._outputs, list):
-            return tuple(output(dofs, batch, tensors).to(dtype) for output in self._outputs)
-        return self._outputs(dofs, batch, tensors).to(dtype)
+            return tuple(output(solution, batch, tensors).to(dtype) for output in self._outputs)
+        return self._outputs(solution, batch, tensors).to(dtype)
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
