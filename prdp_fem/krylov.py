@@ -162,17 +162,23 @@ class RefinedKSP:
     def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
         if setting is None and not guess:
             if ksp.handle in self._options:
-                _, (rtol, atol, divtol, max_it), error_if_not_converged = self._options.pop(ksp.handle)
+                _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options.pop(ksp.handle)
                 ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
                 ksp.setErrorIfNotConverged(error_if_not_converged)
+                ksp.setNormType(norm)
             return
         if ksp.handle not in self._options:
-            self._options[ksp.handle] = ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged()
-        _, (rtol, atol, divtol, max_it), error_if_not_converged = self._options[ksp.handle]
+            self._options[ksp.handle] = ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType()
+        _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options[ksp.handle]
         if setting is not None:
             rtol, max_it = setting.rtol, setting.max_it
-            # PETSc would take a used-up budget for an error; what is one is decided in iterations_of.
+            # PETSc would take a used-up budget for an error; what is one is decided in checked_iterations.
             error_if_not_converged = False
+            if setting.budget and norm == PETSc.KSP.NormType.PRECONDITIONED and ksp.getType() == PETSc.KSP.Type.CG:
+                # For a budget any norm will do to see the floor and NaN by, and the natural one costs CG nothing.
+                norm = PETSc.KSP.NormType.NATURAL
+        if ksp.getNormType() != norm:
+            ksp.setNormType(norm)
         if guess:
             divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
         ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)

@@ -4,12 +4,12 @@ from __future__ import annotations
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from prdp_fem.ladders import IterationLadder, ToleranceLadder
+from prdp_fem.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.refinement import ProgressiveRefinement, Record
 
 __all__ = ["refinement_from_options"]
 
-_LADDERS = ("iterations", "tolerances")
+_LADDERS = {"iterations": IterationLadder, "tolerances": ToleranceLadder, "newton": NewtonLadder}
 
 
 def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", comm: MPI.Comm | None = None,
@@ -18,10 +18,10 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", com
 
     ::
 
-        -prdp_ladder <iterations|tolerances>: what the levels mean (iterations)
-        -prdp_start <number>: iterations, or relative tolerance, at level 0 (1, or 0.1)
-        -prdp_step <number>: iterations that each level adds, or factor that each level multiplies the tolerance by (1, or 0.1)
-        -prdp_stop <number>: the most iterations, or the smallest tolerance (no limit, or 1e-10)
+        -prdp_ladder <iterations|tolerances|newton>: iterations or tolerances of linear solves, or Newton steps (iterations)
+        -prdp_start <number>: iterations or steps, or relative tolerance, at level 0 (1, or 0.1)
+        -prdp_step <number>: iterations or steps that each level adds, or factor that each level multiplies the tolerance by (1, or 0.1)
+        -prdp_stop <number>: the most iterations or steps, or the smallest tolerance (no limit, or 1e-10)
         -prdp_tau_step <real>: ratio of moving averages above which training counts as plateaued (0.98)
         -prdp_tau_stop <real>: least improvement between plateaus that makes another refinement worth while (0.9)
         -prdp_ema_window <int>: window of the moving average of the metrics (6)
@@ -57,8 +57,8 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", com
     kind = options.getString("ladder", ladder)
     if kind not in _LADDERS:
         raise ValueError(f"-{prefix}prdp_ladder must be one of {', '.join(_LADDERS)}, found {kind!r}")
-    makes_iterations = kind == "iterations"
-    ladder_readers = {name: options.getInt if makes_iterations else options.getReal for name in ("start", "step", "stop")}
+    has_tolerances = kind == "tolerances"
+    ladder_readers = {name: options.getReal if has_tolerances else options.getInt for name in ("start", "step", "stop")}
     rule_readers = {"tau_step": options.getReal, "tau_stop": options.getReal, "ema_window": options.getInt, "error_window": options.getInt}
     unknown = defaults.keys() - ladder_readers.keys() - rule_readers.keys()
     if unknown:
@@ -75,10 +75,9 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", com
                 for name, reader in readers.items() if options.hasName(name) or name in defaults}
 
     steps = read(ladder_readers)
-    if makes_iterations:
-        levels = IterationLadder(**steps)
-    else:
-        levels = ToleranceLadder(**{"factor" if name == "step" else name: value for name, value in steps.items()})
+    if has_tolerances:
+        steps = {"factor" if name == "step" else name: value for name, value in steps.items()}
+    levels = _LADDERS[kind](**steps)
     refinement = ProgressiveRefinement(levels, **read(rule_readers), comm=comm)
     if options.getBool("view", False):
         PETSc.Sys.Print(repr(refinement), comm=comm)

@@ -8,7 +8,7 @@ from petsc4py import PETSc
 
 import prdp_fem
 from prdp_fem import options as module
-from prdp_fem.ladders import IterationLadder, ToleranceLadder
+from prdp_fem.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.options import refinement_from_options
 from prdp_fem.refinement import ProgressiveRefinement
 
@@ -108,7 +108,7 @@ def test_documented_defaults():
 
 def test_documented_types():
     assert {name: kind for name, (kind, _) in DOCUMENTED.items()} == {
-        "ladder": "iterations|tolerances", "start": "number", "step": "number", "stop": "number",
+        "ladder": "iterations|tolerances|newton", "start": "number", "step": "number", "stop": "number",
         "tau_step": "real", "tau_stop": "real", "ema_window": "int", "error_window": "int", "monitor": "", "view": "",
     }
 
@@ -150,6 +150,7 @@ def test_iterations(set_options, options, prefix, defaults, expected):
     ({"prdp_ladder": "tolerances"}, {}, ToleranceLadder()),
     ({}, {"ladder": "tolerances"}, ToleranceLadder()),
     ({"prdp_ladder": "tolerances"}, {"ladder": "iterations"}, ToleranceLadder()),
+    ({"prdp_ladder": "newton", "prdp_start": "2", "prdp_stop": "6"}, {"step": 2}, NewtonLadder(2, 2, 6)),
     ({"prdp_ladder": "iterations"}, {"ladder": "tolerances"}, IterationLadder()),
     ({"prdp_start": "0.5", "prdp_step": "0.25", "prdp_stop": "1e-3"}, {"ladder": "tolerances"}, ToleranceLadder(0.5, 0.25, 1e-3)),
     ({"prdp_step": "0.25"}, {"ladder": "tolerances", "step": 0.5, "stop": 1e-3}, ToleranceLadder(0.1, 0.25, 1e-3)),
@@ -228,9 +229,9 @@ def test_communicator_is_handed_on(set_options, capfd):
 
 
 @pytest.mark.parametrize("options, prefix, arguments, message", [
-    ({"prdp_ladder": "levels"}, "", {}, "-prdp_ladder must be one of iterations, tolerances, found 'levels'"),
-    ({"heat_prdp_ladder": "levels"}, "heat_", {}, "-heat_prdp_ladder must be one of iterations, tolerances, found 'levels'"),
-    ({}, "", {"ladder": "levels"}, "-prdp_ladder must be one of iterations, tolerances, found 'levels'"),
+    ({"prdp_ladder": "levels"}, "", {}, "-prdp_ladder must be one of iterations, tolerances, newton, found 'levels'"),
+    ({"heat_prdp_ladder": "levels"}, "heat_", {}, "-heat_prdp_ladder must be one of iterations, tolerances, newton, found 'levels'"),
+    ({}, "", {"ladder": "levels"}, "-prdp_ladder must be one of iterations, tolerances, newton, found 'levels'"),
     ({"prdp_start": "0"}, "", {}, "start must be an integer of at least 1, found 0"),
     ({"prdp_step": "-2"}, "", {}, "step must be an integer of at least 1, found -2"),
     ({"prdp_start": "9"}, "", {"stop": 8}, "start must not exceed stop, found start=9 and stop=8"),
