@@ -9,6 +9,7 @@ import ufl
 from firedrake import Cofunction, Constant, Function, FunctionSpace
 from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
+from pyop2 import Global
 from ufl.algorithms.analysis import extract_coefficients, extract_type
 
 __all__ = ["Input", "coefficients_of", "deep_copy", "is_real", "local_values", "name_of", "same_bits", "set_local_values", "vector_like"]
@@ -39,14 +40,26 @@ def local_values(coefficient) -> np.ndarray:
     """
     if isinstance(coefficient, Constant):
         return coefficient.dat.data_ro.reshape(-1).copy()
+    if _has_real_part(coefficient):
+        with coefficient.dat.vec_ro as vector:
+            return vector.array_r.copy()
     parts = [part.data_ro.reshape(-1) for part in coefficient.dat]
     return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+
+def _has_real_part(coefficient) -> bool:
+    """Whether it is mixed with a Real space, whose value stands on every rank but belongs to the first in a PETSc vector."""
+    return len(coefficient.dat) > 1 and any(isinstance(part, Global) for part in coefficient.dat)
 
 
 def set_local_values(coefficient, values: np.ndarray) -> None:
     """The inverse of :func:`local_values`."""
     if isinstance(coefficient, Constant):
         coefficient.dat.data[...] = values.reshape(coefficient.dat.data_ro.shape)
+        return
+    if _has_real_part(coefficient):
+        with coefficient.dat.vec_wo as vector:
+            vector.setArray(values)
         return
     start = 0
     for part in coefficient.dat:

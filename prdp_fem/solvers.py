@@ -55,7 +55,8 @@ class RefinedSolver:
         forms = self._take_apart(problem)
         self._callbacks = self._take_callbacks(kwargs)
         if kwargs.get("appctx"):
-            kwargs["appctx"] = {key: forms.copy_of(value) for key, value in kwargs["appctx"].items()}
+            # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.
+            kwargs["appctx"] = {key: forms.copy_of(value) for key, value in kwargs["appctx"].items() if value is not problem.u}
         super().__init__(forms.problem, **kwargs)
         if self._adopted_snes is not None:
             self.snes = self._adopted_snes

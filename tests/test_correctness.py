@@ -257,6 +257,7 @@ def test_copies_share_the_solver_and_pickles_are_refused():
         pickle.dumps(network)
 
 
+@pytest.mark.parallel([1, 2, 3])
 def test_real_spaces_beside_fields():
     """Firedrake eliminates them by a Schur complement, whose fieldsplit PETSc cannot apply transposed."""
     mesh = UnitSquareMesh(5, 5)

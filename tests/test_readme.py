@@ -3,18 +3,44 @@ import re
 from pathlib import Path
 
 import pytest
+from firedrake import *
+from problems import CG, HeatStep
+
+import prdp_fem
+from prdp_fem import FixedRefinement, Iterations
 
 README = (Path(__file__).parent.parent/"README.md").read_text()
 
 
-def test_the_training_script_runs_as_printed(capsys):
-    script, = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import" in block)
-    variables = {}
+TRAINING, NEWTON, CONTROL, EXCHANGE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(script, variables):
     exec(compile(script, "README.md", "exec"), variables)
-    refinement = variables["refinement"]
+    return variables
+
+
+def test_the_training_script_runs_as_printed(capsys):
+    refinement = run(TRAINING, {})["refinement"]
     assert len(refinement.history) == 100 and refinement.level > 0
     assert refinement.history[-1].metric < refinement.history[0].metric
     assert "iterations" in capsys.readouterr().out
+
+
+def test_the_other_scripts_run_as_printed():
+    problem = HeatStep()
+    v = TestFunction(problem.V)
+    nonlinear = NonlinearVariationalProblem(((1 + problem.u**2)*inner(grad(problem.u), grad(v)) + (problem.u - problem.u0)*v)*dx, problem.u)
+    solver = run(NEWTON, {**vars(prdp_fem), "problem": nonlinear})["solver"]
+    solver.solve()
+    assert (solver.statistics.newton_steps, solver.statistics.forward_iterations) == (1, 4)
+    refinement = FixedRefinement(Iterations(3))
+    stock = LinearVariationalSolver(problem.problem, solver_parameters=CG)
+    run(CONTROL, {"prdp_fem": prdp_fem, "solver": stock, "refinement": refinement})
+    exchanged = run(EXCHANGE, {"prdp_fem": prdp_fem, "problem": problem.problem, "parameters": CG, "refinement": refinement})["solver"]
+    for solver in (stock, exchanged):
+        solver.solve()
+        assert solver.statistics.forward_iterations == 3
 
 
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))

@@ -73,7 +73,7 @@ class SolverLayer(torch.nn.Module):
         self._guess = next((place for place, control in enumerate(controls) if control is solution), None) if solver.warm_start else None
         self._places, self._indices = [], []
         for place, control in enumerate(controls):
-            if place == self._guess or (place in self._boundary.inputs and not system.forms.depends_on(control)):
+            if (place == self._guess or place in self._boundary.inputs) and not system.forms.depends_on(control):
                 continue
             index = system.forms.find(control)
             system.check_derivative(index)
