@@ -4,8 +4,8 @@ from __future__ import annotations
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
-from prdp_fem.krylov import RefinedKSP
 from prdp_fem.ladders import NewtonSteps, Setting
+from prdp_fem.refined_ksp import RefinedKSP
 
 __all__ = ["Newton"]
 

@@ -16,13 +16,13 @@ from prdp_fem.citation import cite
 from prdp_fem.firedrake_internals import attach_callbacks, constructor_arguments, forget_set_up, problem_of
 from prdp_fem.forms import Forms, LinearForms, NonlinearForms
 from prdp_fem.inputs import coefficients_of, deep_copy, local_values, set_local_values, vector_like
-from prdp_fem.krylov import Statistics
 from prdp_fem.ladders import Setting
 from prdp_fem.linear import LinearSystem
 from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.options import refinement_from_options
 from prdp_fem.point import Point
 from prdp_fem.refinement import Refinement
+from prdp_fem.statistics import Statistics
 from prdp_fem.system import System
 from prdp_fem.tape import SolveBlock
 
@@ -214,7 +214,7 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
 
     Attributes
     ----------
-    statistics : prdp_fem.krylov.Statistics
+    statistics : prdp_fem.statistics.Statistics
     problem : LinearVariationalProblem
         What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its own.)
 
@@ -278,7 +278,7 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
 
     Attributes
     ----------
-    statistics : prdp_fem.krylov.Statistics
+    statistics : prdp_fem.statistics.Statistics
     problem : NonlinearVariationalProblem
         What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its own.)
 

@@ -24,11 +24,12 @@ from prdp_fem.block import Block, BlockStore, chunks
 from prdp_fem.firedrake_internals import SolverContext, assemble_operators, operators
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
-from prdp_fem.krylov import Krylov, Statistics
+from prdp_fem.krylov import Krylov
 from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
 from prdp_fem.point import Direction, Point
 from prdp_fem.residual import ResidualDerivatives
+from prdp_fem.statistics import Statistics
 
 __all__ = ["PRECONDITIONERS_WITH_MEMORY", "System"]
 

@@ -1,0 +1,162 @@
+"""A setting put on a PETSc KSP, or on one inside its preconditioner; what counts as failure, and how many iterations were spent."""
+from __future__ import annotations
+
+from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
+
+from prdp_fem import nested
+from prdp_fem.ladders import Setting
+
+__all__ = ["RefinedKSP"]
+
+_NEVER = 1e300
+_REASONS = {value: name for name, value in vars(PETSc.KSP.ConvergedReason).items()
+            if not name.startswith("_") and isinstance(value, int)}
+_REMEDIES = {
+    "DIVERGED_MAX_IT": "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance or a stronger pc_type",
+    "DIVERGED_DTOL": "the iteration does not converge for this operator: try another ksp_type or pc_type, or damp it "
+                     "(ksp_richardson_scale)",
+    "DIVERGED_NANORINF": "look for NaN or infinity in the controls and coefficients, or for an operator that is singular",
+    "DIVERGED_INDEFINITE_MAT": "the operator is not positive definite: use ksp_type minres or gmres",
+    "DIVERGED_INDEFINITE_PC": "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",
+    "DIVERGED_PCSETUP_FAILED": "the preconditioner could not be set up: the operator may be singular, or need another pc_type",
+}
+
+
+class RefinedKSP:
+    """A KSP with the one that settings are put on: itself, or one inside its preconditioner.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+        With its operators and options.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+    in_snes : bool
+        Whether a SNES calls its solves.
+    """
+
+    def __init__(self, ksp: PETSc.KSP, name: str, prefix: str | None, *, in_snes: bool = False):
+        self.ksp = ksp
+        self._name, self._prefix, self._in_snes = name, prefix, in_snes
+        self._refined: PETSc.KSP | None = None
+        # What options had said, before a setting was put on it, of the KSP that one is on.
+        self._options: dict[int, tuple] = {}
+        self._is_budget = False
+        self._hidden_iterations = 0
+        self._hidden_failure: str | None = None
+
+    @property
+    def is_found(self) -> bool:
+        """Whether it is known which KSP settings are put on, without anything set up."""
+        return self._refined is not None
+
+    def find(self) -> None:
+        """Find the KSP that settings are put on; once the preconditioner is set up where that may have one inside."""
+        refined = nested.find_iterative(self.ksp, self._prefix)
+        if refined.handle == self.ksp.handle:
+            refined = self.ksp
+        if refined is not self.ksp or self._in_snes:
+            refined.setPostSolve(self._after_hidden_solve)
+        self._refined = refined
+
+    def find_without_setup(self) -> None:
+        """Find it where that takes no preconditioner that is set up."""
+        if not nested.needs_set_up(self.ksp, self._prefix):
+            self.find()
+
+    def set_up(self) -> None:
+        """To be called where the preconditioner was set up anew: KSPs inside may be others now."""
+        if self._refined is not None and self._refined is not self.ksp:
+            self.find()
+
+    def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        self._hidden_iterations += ksp.getIterationNumber()
+        reason = ksp.getConvergedReason()
+        if reason < 0 and not (self._is_budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
+            self._hidden_failure = _failure(ksp)
+
+    def apply(self, setting: Setting | None, guess: bool) -> None:
+        """Put a setting on the KSP; None, or a setting of None, for what its options say.
+
+        Parameters
+        ----------
+        setting : Setting or None
+        guess : bool
+            Whether solves start from what is in the solution vector.
+        """
+        if setting is not None and setting.max_it is None:
+            setting = None
+        if setting is not None and self._refined is None:
+            self.find()
+        self._is_budget = setting is not None and setting.budget
+        self._hidden_iterations, self._hidden_failure = 0, None
+        refined = self.ksp if self._refined is None else self._refined
+        if guess and refined is not self.ksp:
+            self._put(self.ksp, None, True)
+        self._put(refined, setting, guess and refined is self.ksp)
+        self.ksp.setInitialGuessNonzero(guess)
+
+    def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
+        if setting is None and not guess:
+            if ksp.handle in self._options:
+                _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options.pop(ksp.handle)
+                ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+                ksp.setErrorIfNotConverged(error_if_not_converged)
+                ksp.setNormType(norm)
+            return
+        if ksp.handle not in self._options:
+            self._options[ksp.handle] = ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType()
+        _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options[ksp.handle]
+        if setting is not None:
+            rtol, max_it = setting.rtol, setting.max_it
+            # PETSc would take a used-up budget for an error; what is one is decided in checked_iterations.
+            error_if_not_converged = False
+            if setting.budget and norm == PETSc.KSP.NormType.PRECONDITIONED and ksp.getType() == PETSc.KSP.Type.CG:
+                # For a budget any norm will do to see the floor and NaN by, and the natural one costs CG nothing.
+                norm = PETSc.KSP.NormType.NATURAL
+        if ksp.getNormType() != norm:
+            ksp.setNormType(norm)
+        if guess:
+            divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
+        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+        ksp.setErrorIfNotConverged(error_if_not_converged)
+
+    def checked_iterations(self, kind: str) -> int:
+        """The iterations that the last solve has spent, on the KSP that settings are put on.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where it failed.
+        """
+        ksp = self.ksp
+        reason = ksp.getConvergedReason()
+        is_nested = self._refined is not None and self._refined is not ksp
+        if reason < 0 and not (reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self._is_budget and not is_nested):
+            raise ConvergenceError(f"the {kind} solve for '{self._name}' {self.failure()}")
+        return self._account() if is_nested else ksp.getIterationNumber()
+
+    def checked_newton_iterations(self, iterations: int) -> int:
+        """The iterations that the steps of a SNES have spent, where they were those of ``ksp``: see :meth:`checked_iterations`."""
+        return iterations if self._refined is None else self._account()
+
+    def _account(self) -> int:
+        if self._hidden_failure is not None:
+            raise ConvergenceError(f"a linear solve inside that for '{self._name}' {self._hidden_failure}")
+        iterations, self._hidden_iterations = self._hidden_iterations, 0
+        return iterations
+
+    def failure(self) -> str:
+        """What went wrong in the last solve."""
+        return self._hidden_failure or _failure(self.ksp)
+
+
+def _failure(ksp: PETSc.KSP) -> str:
+    reason = ksp.getConvergedReason()
+    name = _REASONS.get(reason, str(reason))
+    remedy = _REMEDIES.get(name)
+    return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after {ksp.getIterationNumber()} "
+            f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {remedy}" if remedy else ""))

@@ -1,0 +1,57 @@
+"""The account of what a solver has done, and what it cost."""
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+__all__ = ["Statistics"]
+
+
+@dataclass
+class Statistics:
+    """What a solver has done since it was made, or since ``reset``.
+
+    Attributes
+    ----------
+    solves, adjoint_solves, tangent_solves : int
+        Problems solved, and linear systems for their derivatives.
+    forward_iterations, adjoint_iterations, tangent_iterations : int
+        KSP iterations spent in them.
+    newton_steps : int
+        Steps of nonlinear solves.
+    assemblies : int
+        How often the operator was assembled, and its preconditioner set up; outside nonlinear solves.
+    forward_seconds, adjoint_seconds, tangent_seconds : float
+        Wall-clock time of whole solves on this rank: right-hand sides, assembly and KSP.
+    """
+
+    solves: int = 0
+    adjoint_solves: int = 0
+    tangent_solves: int = 0
+    forward_iterations: int = 0
+    adjoint_iterations: int = 0
+    tangent_iterations: int = 0
+    newton_steps: int = 0
+    assemblies: int = 0
+    forward_seconds: float = 0.0
+    adjoint_seconds: float = 0.0
+    tangent_seconds: float = 0.0
+
+    @property
+    def iterations(self) -> int:
+        """KSP iterations of all kinds."""
+        return self.forward_iterations + self.adjoint_iterations + self.tangent_iterations
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of all kinds."""
+        return self.forward_seconds + self.adjoint_seconds + self.tangent_seconds
+
+    def reset(self) -> None:
+        """Start counting from zero."""
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+
+    def add_seconds(self, kind: str, seconds: float) -> None:
+        """Add to ``forward_seconds``, ``adjoint_seconds`` or ``tangent_seconds``."""
+        name = f"{kind}_seconds"
+        setattr(self, name, getattr(self, name) + seconds)
