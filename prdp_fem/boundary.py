@@ -35,7 +35,7 @@ class BoundaryData:
     def __init__(self, forms: Forms, controls: Sequence):
         conditions = forms.problem_conditions
         space = forms.solution.function_space()
-        mesh = space.mesh().unique()
+        mesh = space.mesh()
         self._comm = space.mesh().comm
         with stop_annotating():
             self._values = Function(space)

@@ -4,13 +4,13 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 
 import ufl
-from firedrake import dmhooks
+from firedrake import Function, dmhooks
 from firedrake.adjoint_utils.blocks.solving import extract_subfunction
 from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, maybe_disk_checkpoint
 from firedrake.petsc import PETSc
 from tsfc.ufl_utils import compute_form_data
 
-__all__ = ["SolverContext", "assemble_operators", "assigned_from", "attach_callbacks", "boundary_expression",
+__all__ = ["SolverContext", "applies_boundary_first", "assemble_operators", "assigned_from", "attach_callbacks", "boundary_expression",
            "constructor_arguments", "extract_subfunction", "forget_set_up",
            "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
@@ -68,6 +68,11 @@ class SolverContext:
             for operator in solver._transfer_operators:
                 stack.enter_context(operator)
             yield
+
+
+def applies_boundary_first(solver) -> bool:
+    """Whether a solver is to be given a guess with the boundary values; False for ``pre_apply_bcs=False``."""
+    return solver._ctx.pre_apply_bcs
 
 
 def problem_of(solver):
@@ -141,6 +146,11 @@ def _degree(degrees: dict, integral):
 
 
 def assigned_from(variable):
-    """The block variable that one is a mere copy of, by ``f.assign(g)``; None where it is none."""
+    """The block variable that one is a mere copy of, by ``f.assign(g)``; None where it is none, or where g is of another space."""
     checkpoint = variable.checkpoint
-    return checkpoint.other if isinstance(checkpoint, DelegatedFunctionCheckpoint) else None
+    if not isinstance(checkpoint, DelegatedFunctionCheckpoint):
+        return None
+    source = checkpoint.other
+    # A Function of a Real space can be assigned to any other. (In place of an assembled Cofunction there may be a checkpoint.)
+    is_broadcast = isinstance(source.output, Function) and source.output.function_space() != variable.output.function_space()
+    return None if is_broadcast else source

@@ -59,7 +59,7 @@ class Forms:
 
     def __init__(self, problem, form: ufl.Form | None, cofunctions: list, operators: list, *, unknown: Function | None = None):
         self.problem_conditions = list(problem.bcs)
-        mesh = problem.u.function_space().mesh().unique()
+        mesh = problem.u.function_space().mesh()
         in_operator = coefficients_of(*operators)
         originals = [original for original in coefficients_of(form, *operators) if original is not unknown]
         originals += [cofunction for cofunction, _ in cofunctions if cofunction not in originals]

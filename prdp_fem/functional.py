@@ -43,7 +43,7 @@ class Functional:
         if form.arguments():
             raise ValueError(f"a functional must be a form without test or trial functions, found one with {len(form.arguments())}")
         with stop_annotating():
-            mesh = solution.function_space().mesh().unique()
+            mesh = solution.function_space().mesh()
             self._solution = Function(solution.function_space(), name=solution.name())
             self.inputs = [Input(original, mesh) for original in coefficients_of(form) if original is not solution]
             copies = {entry.original: entry.copy for entry in self.inputs}

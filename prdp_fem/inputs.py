@@ -130,7 +130,7 @@ class Input:
         self.copy = deep_copy(original)
         with stop_annotating():
             if isinstance(original, Constant):
-                real = FunctionSpace(mesh, "R", 0)
+                real = FunctionSpace(mesh.unique(), "R", 0)
                 self.variables = [Function(real) for _ in range(self.copy.dat.data_ro.size)]
             else:
                 self.variables = [self.copy]
@@ -142,7 +142,7 @@ class Input:
     def dual(self, values: np.ndarray):
         """A derivative by the original, of the type that pyadjoint has for it, with rank-local values."""
         if isinstance(self.original, Constant):
-            return Constant(values.reshape(self.original.ufl_shape))
+            return _ConstantDerivative(values.reshape(self.original.ufl_shape))
         dual = Function(self._dual_space) if isinstance(self.original, Cofunction) else Cofunction(self._dual_space)
         set_local_values(dual, values)
         return dual
@@ -188,6 +188,13 @@ class Input:
         if isinstance(self.copy, Constant):
             for variable, value in zip(self.variables, self._values):
                 variable.dat.data_wo[...] = value
+
+
+class _ConstantDerivative(Constant):
+    """A derivative by a Constant; pyadjoint adds those of several solves up in place, which a Constant refuses."""
+
+    def __iadd__(self, other):
+        return self._ad_add(other)
 
 
 def vector_like(coefficient) -> PETSc.Vec:

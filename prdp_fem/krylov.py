@@ -110,6 +110,7 @@ class Krylov:
             A, P = self.ksp.getOperators()
             pc = self.ksp.getPC()
             try:
+                A.multTranspose(self._probe.x, self._probe.Ax)  # a Python matrix, such as that of a Real space, may have none
                 self._transposable = self._probe.finds_transposed(pc)
             except (PETSc.Error, AttributeError, NotImplementedError):
                 self._transposable = False

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from prdp_fem.firedrake_internals import SolverContext, attach_callbacks
+from prdp_fem.firedrake_internals import SolverContext, applies_boundary_first, attach_callbacks
 from prdp_fem.forms import NonlinearForms
-from prdp_fem.inputs import vector_like
+from prdp_fem.inputs import set_local_values, vector_like
 from prdp_fem.ladders import NewtonSteps, Setting
 from prdp_fem.newton import Newton
 from prdp_fem.point import Point
@@ -42,8 +42,10 @@ class NonlinearSystem(System):
         self._assembled_inputs = list(enumerate(forms.inputs))
         self._solver = solver
         self._solver_context = SolverContext(solver)
+        self._applies_boundary_first = applies_boundary_first(solver)
         self.newton = Newton(solver.snes, forms.solution.name(), ksp_prefix)
         self._work = vector_like(forms.solution)
+        self._no_boundary = np.zeros(self.size)
 
     def check_setting(self, setting: Setting) -> None:
         snes = self.newton.snes
@@ -62,7 +64,11 @@ class NonlinearSystem(System):
                 at = point.at(varying, row)
                 self._write_inputs(at)
                 solution[:] = 0.0 if at.guess is None else at.guess
-                solution[dofs] = 0.0 if at.boundary is None else at.boundary[dofs]
+                # Objectives, coarse levels and residuals that delay the boundary values take them from the problem's conditions.
+                boundary = self._no_boundary if at.boundary is None else at.boundary
+                set_local_values(self.forms.boundary, boundary)
+                if self._applies_boundary_first:
+                    solution[dofs] = boundary[dofs]
                 work.setArray(solution)
                 attach_callbacks(self._solver)
                 pc = self.newton.snes.getKSP().getPC()

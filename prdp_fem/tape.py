@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
-from firedrake import DirichletBC, Function
+from firedrake import Constant, DirichletBC, Function
 from pyadjoint import Block, get_working_tape
+from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
 from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, maybe_disk_checkpoint
@@ -64,7 +65,7 @@ class SolveBlock(Block):
         return Point(
             [_saved_values(variable) for variable in self._inputs],
             self._system.boundary_values([variable.saved_output for variable in self._conditions]),
-            None if self._guess is None else local_values(self._guess.saved_output),
+            None if self._guess is None else _saved_values(self._guess),
         )
 
     def _solution(self) -> np.ndarray:
@@ -72,6 +73,7 @@ class SolveBlock(Block):
 
     # pyadjoint's own versions of the four methods that follow restore all that the block depends on first, the mesh, too.
 
+    @no_annotations
     def recompute(self, markings: bool = False) -> None:
         """Solve again, and save the solution."""
         output, = self.get_outputs()
@@ -90,6 +92,7 @@ class SolveBlock(Block):
             solution = Function(self._problem.u.function_space())
         output.checkpoint = maybe_disk_checkpoint(_with_values(solution, values))
 
+    @no_annotations
     def evaluate_adj(self, markings: bool = False) -> None:
         """Add the adjoint's values to the dependencies'."""
         output, = self.get_outputs()
@@ -110,6 +113,7 @@ class SolveBlock(Block):
                 variable = source
         return variable
 
+    @no_annotations
     def evaluate_tlm(self, markings: bool = False) -> None:
         """Add the tangent of the solution to the output's."""
         output, = self.get_outputs()
@@ -120,6 +124,7 @@ class SolveBlock(Block):
         self._system.solve_tangent(point, self._setting, self._solution(), self._direction(), values)
         output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
 
+    @no_annotations
     def evaluate_hessian(self, markings: bool = False) -> None:
         """Add the derivatives of the adjoint's values, in the direction of the tangents, to the dependencies'."""
         output, = self.get_outputs()
@@ -181,16 +186,25 @@ class SolveBlock(Block):
         conditions = [variable.output.reconstruct(g=0) if variable.tlm_value is None else variable.tlm_value
                       for variable in self._conditions]
         return Direction(
-            {index: local_values(variable.tlm_value) for index, variable in enumerate(self._inputs) if variable.tlm_value is not None},
+            {index: _values_in(variable.output, variable.tlm_value) for index, variable in enumerate(self._inputs)
+             if variable.tlm_value is not None},
             {variable.output: variable.tlm_value for variable in self._meshes if variable.tlm_value is not None},
             self._system.boundary_values(conditions))
 
 
 def _saved_values(variable) -> np.ndarray:
     """Rank-local values that the tape has saved; of what a variable is a copy of, rather than of another copy made for the purpose."""
+    original = variable.output
     while (source := assigned_from(variable)) is not None:
         variable = source
-    return local_values(variable.saved_output)
+    return _values_in(original, variable.saved_output)
+
+
+def _values_in(original, value) -> np.ndarray:
+    """Rank-local values of what pyadjoint has for an original: where not of its space, a number or a Function of a Real space."""
+    if not isinstance(original, Constant) and getattr(value, "function_space", lambda: None)() != original.function_space():
+        value = Function(original.function_space()).assign(value, annotate=False)
+    return local_values(value)
 
 
 def _with_values(coefficient, values: np.ndarray):

@@ -1,11 +1,11 @@
 """A pytest plugin that puts this package's solvers where Firedrake's are, to run Firedrake's own tests on them.
 
 What calls itself a drop-in should pass the tests of what it replaces, and Firedrake's adjoint tests know corners of pyadjoint that
-nobody here thought of. With a checkout of Firedrake of the installed version::
+nobody here thought of. With the sources of the installed Firedrake beside this checkout::
 
-    PYTHONPATH=tests python -m pytest -p put_in_place -m "not parallel" path/to/firedrake/tests/firedrake/adjoint
+    PYTHONPATH=tests python -m pytest -p put_in_place -m "not parallel or parallel[1]" ../firedrake/tests/firedrake/adjoint
 
-``solve(a == L, u)`` and ``solve(F == 0, u)`` are made and annotated by this package, too; systems that are assembled already, and
+``solve(a == L, u)`` and ``solve(F == 0, u)`` are made and annotated by this package, too. Systems that are assembled already, and
 projections, stay Firedrake's. A run in which no solve was this package's says so, and fails.
 """
 import functools
@@ -19,23 +19,23 @@ os.environ.setdefault("FIREDRAKE_DISABLE_OPTIONS_LEFT", "1")  # pytest's argumen
 import firedrake
 import pytest
 import ufl
-from firedrake import solving, variational_solver
+from firedrake import solving
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 import prdp_fem.solvers
 
-_NAMES = ("LinearVariationalSolver", "NonlinearVariationalSolver")
+_SOLVERS = {name: getattr(prdp_fem, name) for name in ("LinearVariationalSolver", "NonlinearVariationalSolver")}
 _COUNTS = ("solves", "adjoint_solves", "tangent_solves")
 # Of every solver made; not the solvers, which would live on with all that they hold.
 _statistics: list = []
 
 
 def _put_in() -> None:
-    # This package makes solvers of Firedrake's by the names that are about to change.
+    # This package makes Firedrake's solvers by the names that are about to change.
     prdp_fem.solvers.firedrake = types.SimpleNamespace(**vars(firedrake))
-    for name in _NAMES:
-        for module in (firedrake, variational_solver):
-            setattr(module, name, getattr(prdp_fem, name))
+    # Not in firedrake.variational_solver: preconditioners import from there, and look into what is private to the solvers they make.
+    solving.vs = types.SimpleNamespace(**{**vars(solving.vs), **_SOLVERS})
+    vars(firedrake).update(_SOLVERS)
     firedrake.solve = solving.solve = _replaced(solving.solve)
     prdp_fem.solvers.RefinedSolver.__init__ = _counted(prdp_fem.solvers.RefinedSolver.__init__)
 
@@ -48,7 +48,7 @@ def _replaced(solve):
             return solve(*args, ad_block_tag=ad_block_tag, **kwargs)
         annotate = annotate_tape(kwargs)
         with nullcontext() if annotate else stop_annotating():
-            # The function beneath Firedrake's annotation, which looks its solvers up in variational_solver.
+            # The function beneath Firedrake's annotation.
             solution = inspect.unwrap(solve)(*args, **kwargs)
         if annotate:
             get_working_tape().get_blocks()[-1].tag = ad_block_tag
