@@ -10,6 +10,8 @@ __all__ = ["Block", "BlockStore", "chunks"]
 
 # Rows are worked through in chunks that fit into a processor's cache, so that blocks stay small whatever the batch.
 _CHUNK_SIZE = 2**18
+# Blocks that are kept: training, validation and the last, smaller batch of each come in turns.
+_KEPT = 6
 
 
 def chunks(rows: int, size: int) -> list[slice]:
@@ -78,7 +80,3 @@ class BlockStore:
                 del self._blocks[next(iter(self._blocks))]
             block = self._blocks[rows] = Block(rows, self._like)
         return block
-
-
-# Training, validation and the last, smaller batch of each come in turns.
-_KEPT = 6

@@ -29,7 +29,7 @@ class BoundaryData:
     Attributes
     ----------
     inputs : dict of int to Input
-        What boundary values depend on, by the place among the controls.
+        The controls that boundary values depend on, by their places.
     """
 
     def __init__(self, forms: Forms, controls: Sequence):
@@ -42,11 +42,15 @@ class BoundaryData:
             in_conditions = coefficients_of(*map(boundary_expression, conditions))
             self.inputs = {place: Input(control, mesh) for place, control in enumerate(controls)
                            if any(control is coefficient for coefficient in in_conditions)}
-            copies = {entry.original: entry.copy for entry in self.inputs.values()}
-            # Those that do not depend on a control keep the user's values, whatever these are when they are asked for.
+            controlled = {entry.original for entry in self.inputs.values()}
+            depending = [condition for condition in conditions if controlled & set(coefficients_of(boundary_expression(condition)))]
+            # What else is in the same expressions has the values of the forward pass in the backward pass, too.
+            self._others = [Input(coefficient, mesh) for coefficient in coefficients_of(*map(boundary_expression, depending))
+                            if coefficient not in controlled]
+            copies = {entry.original: entry.copy for entry in [*self.inputs.values(), *self._others]}
+            # Conditions that do not depend on a control keep the user's values, whatever these are when they are asked for.
             self._conditions = [condition.reconstruct(g=ufl.replace(boundary_expression(condition), copies))
-                                if copies.keys() & set(coefficients_of(boundary_expression(condition))) else condition
-                                for condition in conditions]
+                                if condition in depending else condition for condition in conditions]
             dofs, later = [], np.empty(0, dtype=int)
             for condition in reversed(self._conditions):
                 # Where conditions overlap, the last one gives the value.
@@ -63,26 +67,34 @@ class BoundaryData:
         condition.zero(self._values)
         return np.flatnonzero(local_values(self._values) == 0.0)
 
-    def _write(self, values: Mapping[int, np.ndarray]) -> None:
+    def others(self) -> list[np.ndarray]:
+        """The present values of the coefficients that are no controls, in expressions that have controls, too."""
+        return [local_values(entry.original) for entry in self._others]
+
+    def _write(self, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray]) -> None:
         for place, entry in self.inputs.items():
             entry.write(values[place])
+        for entry, other in zip(self._others, others):
+            entry.write(other)
 
-    def values(self, values: Mapping[int, np.ndarray]) -> np.ndarray:
+    def values(self, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
         """Rank-local boundary values, zero elsewhere, shape (n,).
 
         Parameters
         ----------
         values : Mapping of int to numpy.ndarray
             Rank-local values of the inputs.
+        others : sequence of numpy.ndarray
+            What :meth:`others` gave.
         """
         with stop_annotating():
-            self._write(values)
+            self._write(values, others)
             self._values.dat.zero()
             for condition in self._conditions:
                 condition.apply(self._values)
         return local_values(self._values)
 
-    def gradient(self, place: int, values: Mapping[int, np.ndarray], cotangent: np.ndarray) -> np.ndarray:
+    def gradient(self, place: int, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray], cotangent: np.ndarray) -> np.ndarray:
         """The derivative by an input of a functional of the boundary values.
 
         Parameters
@@ -90,6 +102,7 @@ class BoundaryData:
         place : int
             Of the input.
         values : Mapping of int to numpy.ndarray
+        others : sequence of numpy.ndarray
             Where the derivative is taken.
         cotangent : numpy.ndarray
             Rank-local derivative of the functional by the boundary values, shape (n,).
@@ -101,7 +114,7 @@ class BoundaryData:
         """
         entry = self.inputs[place]
         with stop_annotating():
-            self._write(values)
+            self._write(values, others)
             total = sum(derivative.weighted(self._values, cotangent) for derivative in self._derivatives[place])
         return self._comm.allreduce(total, MPI.SUM) if entry.is_real else total
 

@@ -22,8 +22,7 @@ def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
 
 
 # Preconditioners that have all they need once they are set up, and options that PETSc reads at each solve.
-_SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky", "bjacobi",
-                             "asm"})
+_SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
 _LOOKED_UP = ("view", "monitor", "reason", "error", "test")
 
 

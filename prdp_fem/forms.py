@@ -151,11 +151,8 @@ class Forms:
         return pin_quadrature(ufl.replace(form, self._copies), self.problem.form_compiler_parameters)
 
     def copy_of(self, value):
-        """The copy that stands for a user's coefficient; any other object is its own."""
-        try:
-            return self._copies.get(value, value)
-        except TypeError:  # what cannot be hashed is no coefficient
-            return value
+        """What stands for a user's coefficient, or for an expression of some; any other object is its own."""
+        return ufl.replace(value, self._copies) if isinstance(value, (ufl.core.expr.Expr, ufl.Form)) else value
 
 
 class LinearForms(Forms):
@@ -227,6 +224,9 @@ class NonlinearForms(Forms):
         with stop_annotating():
             self.residual = ufl.replace(self.over_copies(form), {problem.u: self.solution})
             self.jacobian = derivative_of(self.residual, self.solution)
+        # The user's Jacobian, which steps are made with, may lack some of them.
+        for index in self.indices(coefficients_of(self.jacobian)):
+            self.inputs[index].in_operator = True
 
 
 def derivative_of(form: ufl.Form, coefficient, *direction, what: str = "problem") -> ufl.Form:

@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 
 import numpy as np
+from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
+from prdp_fem import nested
 from prdp_fem.ladders import Setting
 from prdp_fem.refined_ksp import RefinedKSP
 
@@ -93,7 +95,14 @@ class Krylov:
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)
             return refined.checked_iterations(kind)
-        return solve_and_check
+
+        def solve_directly(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            iterations = solve_and_check(b, x)
+            if not np.isfinite(x.norm()):  # which nobody has looked at
+                raise ConvergenceError(f"the {kind} solve for '{refined.name}' gave NaN or infinity: look for them in the controls and "
+                                       "coefficients, or for an operator that is singular")
+            return iterations
+        return solve_directly if refined.ksp.getType() == PETSc.KSP.Type.PREONLY else solve_and_check
 
     @cached_property
     def _probe(self) -> _Probe:
@@ -109,6 +118,10 @@ class Krylov:
         if self._transposable is None:
             A, P = self.ksp.getOperators()
             pc = self.ksp.getPC()
+            if nested.has_truncated_inside(self.ksp):
+                # With a coarse setting its transpose may be none, whatever it is with the setting of the moment.
+                self._transposable = False
+                return False
             try:
                 A.multTranspose(self._probe.x, self._probe.Ax)  # a Python matrix, such as that of a Real space, may have none
                 self._transposable = self._probe.finds_transposed(pc)

@@ -5,11 +5,15 @@ from collections.abc import Iterator
 
 from firedrake.petsc import PETSc
 
-__all__ = ["find_iterative", "needs_set_up"]
+__all__ = ["find_iterative", "has_memory_inside", "has_truncated_inside", "needs_set_up"]
 
 # Inside these there may be an iteration, which is known only once they are set up.
 _NESTING = frozenset({"fieldsplit", "ksp", "composite", "python", "asm", "bjacobi"})
 _MULTIGRID = frozenset({"mg", "gamg", "hmg"})
+# These keep something of the values they were first set up with, such as the interpolation of algebraic multigrid.
+_WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
+# These keep something of earlier solves, such as vectors that enlarge the next Krylov space.
+_REMEMBERING_METHODS = frozenset({"lgmres"})
 
 
 def _is_direct(ksp: PETSc.KSP) -> bool:
@@ -58,7 +62,20 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
             'choose an iterative method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem '
             'or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or leave refinement away'
             + (f"; smoothers can be refined by ksp_prefix=…: {listing}" if listing else ""))
+    if candidates[0].getType() in _REMEMBERING_METHODS:
+        raise ValueError(f"ksp_type {candidates[0].getType()} keeps vectors of earlier solves, so that a truncated solve would not be a "
+                         "function of its inputs: use gmres, fgmres or bcgs")
     return candidates[0]
+
+
+def has_truncated_inside(ksp: PETSc.KSP) -> bool:
+    """Whether there is an iteration in the preconditioner that makes it another one with each setting."""
+    return any(not smooths and not _is_direct(nested) for nested, smooths in _walk_preconditioner(ksp.getPC(), False))
+
+
+def has_memory_inside(ksp: PETSc.KSP) -> bool:
+    """Whether a preconditioner in a KSP keeps something of the values it was first set up with."""
+    return any(pc.getType() in _WITH_MEMORY for pc in _preconditioners(ksp.getPC()))
 
 
 def _shortened(ksp: PETSc.KSP, outer: str) -> str:
@@ -72,53 +89,54 @@ def _walk(ksp: PETSc.KSP, smooths: bool) -> Iterator[tuple[PETSc.KSP, bool]]:
 
 
 def _walk_preconditioner(pc: PETSc.PC, smooths: bool) -> Iterator[tuple[PETSc.KSP, bool]]:
+    smooths = smooths or pc.getType() in _MULTIGRID
+    for inside in _inside(pc):
+        yield from _walk(inside, smooths) if isinstance(inside, PETSc.KSP) else _walk_preconditioner(inside, smooths)
+
+
+def _preconditioners(pc: PETSc.PC) -> Iterator[PETSc.PC]:
+    """A preconditioner and all inside it."""
+    inside = list(_inside(pc))
+    yield pc
+    for part in inside:
+        yield from _preconditioners(part.getPC() if isinstance(part, PETSc.KSP) else part)
+
+
+def _inside(pc: PETSc.PC) -> list:
+    """The KSPs and preconditioners that a preconditioner is made of; none before they are made."""
     match pc.getType():
         case "ksp":
-            inside = [pc.getKSP()]
+            return [pc.getKSP()]
         case "fieldsplit":
             # The blocks of a Schur complement are shared with the outer splits: each is listed once.
-            inside = _unique([*pc.getFieldSplitSubKSP(), *_schur_blocks(pc)])
+            return list({ksp.handle: ksp for ksp in [*_asked(pc.getFieldSplitSubKSP), *_asked(pc.getFieldSplitSchurGetSubKSP)]}.values())
         case "asm":
-            inside = pc.getASMSubKSP()
+            return _asked(pc.getASMSubKSP)
         case "bjacobi":
-            inside = pc.getBJacobiSubKSP()
-        case kind if kind in _MULTIGRID:
-            # Before it is set up there are no levels, and asking for a smoother would crash.
-            inside, smooths = [pc.getMGSmoother(level) for level in range(max(pc.getMGLevels(), 0))], True
+            return _asked(pc.getBJacobiSubKSP)
         case "composite":
-            yield from _walk_composite(pc, smooths)
-            return
+            return _parts(pc)
         case "python":
             # Firedrake's preconditioners keep theirs as attributes.
-            for attribute in vars(pc.getPythonContext()).values():
-                if isinstance(attribute, PETSc.KSP):
-                    yield from _walk(attribute, smooths)
-                elif isinstance(attribute, PETSc.PC):
-                    yield from _walk_preconditioner(attribute, smooths)
-            return
-        case _:
-            return
-    for nested in inside:
-        yield from _walk(nested, smooths)
+            context = pc.getPythonContext()
+            return [] if context is None else [part for part in vars(context).values() if isinstance(part, (PETSc.KSP, PETSc.PC))]
+        case kind if kind in _MULTIGRID:
+            # Before it is set up there are no levels, and asking for a smoother would crash.
+            return [pc.getMGSmoother(level) for level in range(max(pc.getMGLevels(), 0))]
+    return []
 
 
-def _schur_blocks(pc: PETSc.PC) -> list[PETSc.KSP]:
+def _asked(getter) -> list[PETSc.KSP]:
     try:
-        return pc.getFieldSplitSchurGetSubKSP()
-    except PETSc.Error:  # another kind of split
+        return list(getter())
+    except PETSc.Error:  # not set up yet, or another kind of split
         return []
 
 
-def _unique(ksps: list[PETSc.KSP]) -> list[PETSc.KSP]:
-    return list({ksp.handle: ksp for ksp in ksps}.values())
-
-
-def _walk_composite(pc: PETSc.PC, smooths: bool) -> Iterator[tuple[PETSc.KSP, bool]]:
-    index = 0
+def _parts(pc: PETSc.PC) -> list[PETSc.PC]:
+    parts = []
     while True:
         try:
-            part = pc.getCompositePC(index)
+            parts.append(pc.getCompositePC(len(parts)))
         except PETSc.Error:
-            return
-        yield from _walk_preconditioner(part, smooths)
-        index += 1
+            return parts

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from pyadjoint.tape import stop_annotating
 
-from prdp_fem.firedrake_internals import SolverContext, applies_boundary_first, attach_callbacks
+from prdp_fem.firedrake_internals import SolverContext, applies_boundary_first, assemble_operators, attach_callbacks, operators
 from prdp_fem.forms import NonlinearForms
 from prdp_fem.inputs import set_local_values, vector_like
 from prdp_fem.ladders import NewtonSteps, Setting
+from prdp_fem.nested import has_memory_inside
 from prdp_fem.newton import Newton
 from prdp_fem.point import Point
+from prdp_fem.refined_ksp import renew_preconditioner, set_up
 from prdp_fem.right_hand_side import CofunctionTerm
-from prdp_fem.system import PRECONDITIONERS_WITH_MEMORY, System
+from prdp_fem.system import System
 
 __all__ = ["NonlinearSystem"]
 
@@ -37,15 +40,16 @@ class NonlinearSystem(System):
 
     def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None = None):
         terms = {forms.inputs.index(entry): CofunctionTerm(weight, forms.boundary_dofs) for entry, weight in forms.cofunctions.items()}
-        super().__init__(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver, terms, ksp_prefix)
-        # The residual is assembled from all of them, Cofunctions too.
-        self._assembled_inputs = list(enumerate(forms.inputs))
+        # The residual is assembled from all inputs, Cofunctions too.
+        super().__init__(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver, terms, ksp_prefix,
+                         assembles_terms=True)
         self._solver = solver
         self._solver_context = SolverContext(solver)
         self._applies_boundary_first = applies_boundary_first(solver)
         self.newton = Newton(solver.snes, forms.solution.name(), ksp_prefix)
         self._work = vector_like(forms.solution)
         self._no_boundary = np.zeros(self.size)
+        self._was_set_up = False
 
     def check_setting(self, setting: Setting) -> None:
         snes = self.newton.snes
@@ -55,6 +59,30 @@ class NonlinearSystem(System):
             if snes.getUseEW():
                 raise ValueError("snes_ksp_ew chooses the tolerances of linear solves, and so does the refinement: leave one of them away")
             super().check_setting(setting)
+            refined = self.newton.refined
+            refined.find_without_setup()
+            if not refined.is_found:
+                self._write_inputs(Point(self.values()))
+                with stop_annotating(), self._solver_context():
+                    self._set_newton_up()
+                    refined.find()
+
+    def _forget_steps(self) -> None:
+        """Have the preconditioner of the steps remember nothing of earlier solves; inside its context."""
+        ksp = self.newton.snes.getKSP()
+        if self._was_set_up and has_memory_inside(ksp):
+            renew_preconditioner(ksp)
+            if self.newton.refined.is_nested:
+                self._set_newton_up()
+                self.newton.refined.set_up()
+        self._was_set_up = True
+
+    def _set_newton_up(self) -> None:
+        """Set the KSP of the steps up where the state is, so that what is inside its preconditioner is there; inside its context."""
+        self._was_set_up = True
+        attach_callbacks(self._solver)
+        assemble_operators(self._solver, self._work)
+        set_up(self.newton.snes.getKSP(), *operators(self._solver), self.forms.solution.name())
 
     def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> None:
         varying = {} if varying is None else varying
@@ -71,9 +99,7 @@ class NonlinearSystem(System):
                     solution[dofs] = boundary[dofs]
                 work.setArray(solution)
                 attach_callbacks(self._solver)
-                pc = self.newton.snes.getKSP().getPC()
-                if pc.getType() in PRECONDITIONERS_WITH_MEMORY:
-                    pc.reset()
+                self._forget_steps()
                 steps, iterations = self.newton.solve(work, setting)
                 solution[:] = work.array_r
                 statistics.solves += 1

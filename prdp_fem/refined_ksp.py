@@ -7,7 +7,7 @@ from firedrake.petsc import PETSc
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
 
-__all__ = ["RefinedKSP"]
+__all__ = ["RefinedKSP", "renew_preconditioner", "set_up"]
 
 _NEVER = 1e300
 _REASONS = {value: name for name, value in vars(PETSc.KSP.ConvergedReason).items()
@@ -21,6 +21,43 @@ _REMEDIES = {
     "DIVERGED_INDEFINITE_PC": "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",
     "DIVERGED_PCSETUP_FAILED": "the preconditioner could not be set up: the operator may be singular, or need another pc_type",
 }
+
+
+def renew_preconditioner(ksp: PETSc.KSP) -> None:
+    """Put a new preconditioner, of the same options, in the place of the one there is; inside its solver's context."""
+    operators = ksp.getOperators()
+    pc = PETSc.PC().create(ksp.comm)
+    pc.setOptionsPrefix(ksp.getPC().getOptionsPrefix())
+    pc.setDM(ksp.getPC().getDM())
+    ksp.setPC(pc)
+    ksp.setOperators(*operators)
+    ksp.setFromOptions()
+
+
+def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
+    """Set a KSP up for the present values of its operators, whatever it was set up for before; inside its solver's context.
+
+    Raises
+    ------
+    firedrake.exceptions.ConvergenceError
+        Where the preconditioner refuses them.
+    """
+    if _broken.pop(ksp.handle, None) is not None or nested.has_memory_inside(ksp):
+        # One whose set-up was left by an error is of no more use; and to reset one that remembers is not enough, since smoothers
+        # estimate eigenvalues from what they had.
+        renew_preconditioner(ksp)
+    ksp.setOperators(A, P)
+    try:
+        ksp.setUp()
+        ksp.setUpOnBlocks()
+    except PETSc.Error as error:
+        _broken[ksp.handle] = ksp
+        raise ConvergenceError(f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up: look for NaN or "
+                               "infinity in the controls and coefficients, or for an operator that is singular") from error
+
+
+# By handle, and kept so that no other gets that.
+_broken: dict[int, PETSc.KSP] = {}
 
 
 class RefinedKSP:
@@ -40,7 +77,7 @@ class RefinedKSP:
 
     def __init__(self, ksp: PETSc.KSP, name: str, prefix: str | None, *, in_snes: bool = False):
         self.ksp = ksp
-        self._name, self._prefix, self._in_snes = name, prefix, in_snes
+        self.name, self._prefix, self._in_snes = name, prefix, in_snes
         self._refined: PETSc.KSP | None = None
         # What options had said, before a setting was put on it, of the KSP that one is on.
         self._options: dict[int, tuple] = {}
@@ -71,6 +108,13 @@ class RefinedKSP:
         """To be called where the preconditioner was set up anew: KSPs inside may be others now."""
         if self._refined is not None and self._refined is not self.ksp:
             self.find()
+            self._options = {handle: kept for handle, kept in self._options.items()
+                             if handle in (self.ksp.handle, self._refined.handle)}
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether settings are put on a KSP inside the preconditioner."""
+        return self._refined is not None and self._refined is not self.ksp
 
     def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
         self._hidden_iterations += ksp.getIterationNumber()
@@ -134,10 +178,9 @@ class RefinedKSP:
         """
         ksp = self.ksp
         reason = ksp.getConvergedReason()
-        is_nested = self._refined is not None and self._refined is not ksp
-        if reason < 0 and not (reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self._is_budget and not is_nested):
-            raise ConvergenceError(f"the {kind} solve for '{self._name}' {self.failure()}")
-        return self._account() if is_nested else ksp.getIterationNumber()
+        if reason < 0 and not (reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self._is_budget and not self.is_nested):
+            raise ConvergenceError(f"the {kind} solve for '{self.name}' {self.failure()}")
+        return self._account() if self.is_nested else ksp.getIterationNumber()
 
     def checked_newton_iterations(self, iterations: int) -> int:
         """The iterations that the steps of a SNES have spent, where they were those of ``ksp``: see :meth:`checked_iterations`."""
@@ -145,7 +188,7 @@ class RefinedKSP:
 
     def _account(self) -> int:
         if self._hidden_failure is not None:
-            raise ConvergenceError(f"a linear solve inside that for '{self._name}' {self._hidden_failure}")
+            raise ConvergenceError(f"a linear solve inside that for '{self.name}' {self._hidden_failure}")
         iterations, self._hidden_iterations = self._hidden_iterations, 0
         return iterations
 

@@ -161,8 +161,11 @@ class ResidualDerivatives:
         for index in sorted(self._direction.inputs.keys() & self.inputs):
             pairs += zip(self._forms.inputs[index].variables, self._direction_functions(index))
         pairs += [(SpatialCoordinate(mesh), tangent) for mesh, tangent in self._direction.meshes.items()]
-        parts = [derivative(form, *pair) for pair in pairs]
-        return expand_derivatives(sum(parts[1:], parts[0]))
+        try:
+            parts = [derivative(form, *pair) for pair in pairs]
+            return expand_derivatives(sum(parts[1:], parts[0]))
+        except Exception as error:  # UFL raises what it likes
+            raise TypeError(f"UFL cannot differentiate the problem for '{self._forms.solution.name()}' twice: {error}") from error
 
     def _direction_functions(self, index: int) -> list[Function]:
         if index not in self._directions:

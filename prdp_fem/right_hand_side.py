@@ -182,7 +182,8 @@ class AffineTerm:
 
     def kept_product(self, values: np.ndarray, b: Block) -> np.ndarray:
         """B m, shape (1, n), kept for the next time; b is room to work in."""
-        if self._kept is None or not same_bits(values, self._kept[0]):
+        # A product is collective, and in parallel the values may have changed on some ranks only.
+        if self._kept is None or self._assembled().comm.size > 1 or not same_bits(values, self._kept[0]):
             self._kept = values.copy(), self.products(values[None], b).array.copy()
         return self._kept[1]
 

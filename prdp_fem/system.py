@@ -28,10 +28,11 @@ from prdp_fem.krylov import Krylov
 from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
 from prdp_fem.point import Direction, Point
+from prdp_fem.refined_ksp import set_up
 from prdp_fem.residual import ResidualDerivatives
 from prdp_fem.statistics import Statistics
 
-__all__ = ["PRECONDITIONERS_WITH_MEMORY", "System"]
+__all__ = ["System"]
 
 
 class _Work:
@@ -76,6 +77,8 @@ class System(ABC):
         The inputs that enter the residual by a matrix: nothing is assembled when their values change.
     ksp_prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
+    assembles_terms : bool
+        Whether forms that are assembled read the inputs of the terms all the same.
 
     Attributes
     ----------
@@ -86,7 +89,8 @@ class System(ABC):
     statistics : Statistics
     """
 
-    def __init__(self, forms: Forms, linear_solver, make_adjoint_solver: Callable, terms: Mapping, ksp_prefix: str | None):
+    def __init__(self, forms: Forms, linear_solver, make_adjoint_solver: Callable, terms: Mapping, ksp_prefix: str | None, *,
+                 assembles_terms: bool = False):
         self.forms = forms
         self.inputs = forms.inputs
         self.size = local_values(forms.solution).size
@@ -113,7 +117,7 @@ class System(ABC):
         self._zero = vector_like(forms.solution)
         # States or tangents, right-hand sides of adjoint and tangent solves, and multipliers.
         self._states, self._cotangents, self._multipliers = (BlockStore(self._zero) for _ in range(3))
-        self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if index not in terms]
+        self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if assembles_terms or index not in terms]
         self._has_fields_to_assemble = forms.operator_depends_on_solution or any(not entry.is_real for _, entry in self._assembled_inputs)
         # Where J was last assembled.
         self._state = local_values(forms.solution) if forms.operator_depends_on_solution else None
@@ -140,12 +144,7 @@ class System(ABC):
         """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
         # The state that operators depend on is in the forms' own Function: the solver's may be any.
         assemble_operators(solver, self._zero)
-        ksp = solver.snes.getKSP()
-        if ksp.getPC().getType() in PRECONDITIONERS_WITH_MEMORY:
-            ksp.getPC().reset()
-        ksp.setOperators(*operators(solver))
-        ksp.setUp()
-        ksp.setUpOnBlocks()
+        set_up(solver.snes.getKSP(), *operators(solver), self.forms.solution.name())
 
     def check_setting(self, setting: Setting) -> None:
         """Find the KSP that settings are put on, which may be inside a preconditioner that only exists once it is set up.
@@ -207,9 +206,14 @@ class System(ABC):
         self._mesh_versions = {coordinates: coordinates.dat_version for coordinates, _ in self._coordinates}
         return self._mesh_stamp
 
+    @property
+    def is_serial(self) -> bool:
+        """Whether there is one rank only."""
+        return self._comm.size == 1
+
     def _agreed(self, flag: bool) -> bool:
         """Whether a flag is true on any rank."""
-        return flag if self._comm.size == 1 else self._comm.allreduce(flag, MPI.LOR)
+        return flag if self.is_serial else self._comm.allreduce(flag, MPI.LOR)
 
     def restore_mesh(self, variable) -> None:
         """Move a mesh to where a block variable on the tape has it. Collective."""
@@ -218,11 +222,12 @@ class System(ABC):
             return
         coordinates = mesh.coordinates.dat
         # Restoring costs more than a small solve, and hardly ever changes anything.
-        if self._restored.get(mesh) != (id(checkpoint), coordinates.dat_version):
+        last, version = self._restored.get(mesh, (None, None))
+        if last is not checkpoint or version != coordinates.dat_version:
             saved = variable.checkpoint.restore() if hasattr(checkpoint, "restore") else checkpoint
             if self._agreed(not same_bits(saved.dat.data_ro, coordinates.data_ro)):
                 coordinates.data_wo[...] = saved.dat.data_ro
-            self._restored[mesh] = id(checkpoint), coordinates.dat_version
+            self._restored[mesh] = checkpoint, coordinates.dat_version
 
     def invalidate(self) -> None:
         """Have everything assembled again at the next solve."""
@@ -452,7 +457,5 @@ class System(ABC):
         return by_mesh
 
 
-# These keep something of the values they were first set up with, such as the interpolation of algebraic multigrid.
-PRECONDITIONERS_WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
 _NO_VALUES = np.empty(0)
 _EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}

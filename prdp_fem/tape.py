@@ -47,9 +47,12 @@ class SolveBlock(Block):
         self._evaluation = self._tape.recompute_count
         self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
         self._conditions = [self._depend_on(condition) for condition in problem.bcs]
+        self._condition_values = [condition.function_arg for condition in problem.bcs]
         self._meshes = [self._depend_on(mesh) for mesh in system.forms.meshes]
         self._guess = self._depend_on(problem.u) if warm_start else None
         self._duals: dict = {}
+        # Ranks may differ in what else holds an object; and to make one, or to write to it, is collective.
+        self._may_reuse = system.is_serial
 
     def _depend_on(self, original):
         self.add_dependency(original, no_duplicates=True)
@@ -84,11 +87,12 @@ class SolveBlock(Block):
         if count != self._evaluation:
             self._evaluation = count
             self._setting = None if self._refinement is None else self._refinement.setting
+        self._check_conditions()
         values = np.empty(self._system.size)
         self._system.solve(self._point(), self._setting, values[None])
         # Making a Function costs as much as a small solve: where nobody else has the old one, it is used again.
         solution = output.checkpoint
-        if type(solution) is not Function or sys.getrefcount(solution) > _OURS_ALONE:
+        if type(solution) is not Function or not self._may_reuse or sys.getrefcount(solution) > _OURS_ALONE:
             solution = Function(self._problem.u.function_space())
         output.checkpoint = maybe_disk_checkpoint(_with_values(solution, values))
 
@@ -141,6 +145,14 @@ class SolveBlock(Block):
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):
             variable.add_hessian_output(value)
 
+    def _check_conditions(self) -> None:
+        """Refuse to replay with values that were given to a condition since, of which the tape has not saved the ones before."""
+        for variable, value in zip(self._conditions, self._condition_values):
+            if variable.checkpoint is None and variable.output.function_arg is not value:
+                raise ValueError(f"a DirichletBC for '{self._problem.u.name()}' was given another value after the solve that is to be "
+                                 "replayed, by set_value() or homogenize(), which pyadjoint does not see: make the condition from a "
+                                 "Function or Constant, and assign to that")
+
     def _relevant(self, markings: bool) -> list:
         """The dependencies that derivatives are wanted by."""
         return [variable for variable in self.get_dependencies() if variable.is_control_dependent or not markings]
@@ -167,7 +179,7 @@ class SolveBlock(Block):
     def _dual(self, index: int, values: np.ndarray):
         """A derivative by an input; in an object of the last evaluation where nobody else has that any more."""
         dual = self._duals.get(index)
-        if dual is not None and sys.getrefcount(dual) <= _OURS_ALONE:
+        if dual is not None and self._may_reuse and sys.getrefcount(dual) <= _OURS_ALONE:
             set_local_values(dual, values)
             return dual
         dual = self._system.inputs[index].dual(values)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from firedrake import *
 from firedrake.adjoint import *
+from firedrake.exceptions import ConvergenceError
 from problems import CG, CONVERGED, GMRES, AdvectionDiffusion, HeatStep, smooth
 
 import prdp_fem
-from prdp_fem import FixedRefinement, IterationLadder, Iterations, ScheduledRefinement
+from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonSteps, ScheduledRefinement
 from prdp_fem.torch import SolverLayer
 
 
@@ -223,7 +224,180 @@ def test_a_functional_replays_outside_its_tape_at_the_setting_of_the_moment():
     assert solver.statistics.forward_iterations == 2 + 7
 
 
+# What ranks could see differently
+
+@pytest.mark.parallel([2, 3])
+def test_a_source_that_changes_on_one_rank_only():
+    problem = HeatStep()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED})
+    solver.solve()
+    source = problem.source.dat.data
+    if COMM_WORLD.rank == 0:
+        source[:3] = 5.0
+    solver.solve()
+    found = problem.u.copy(deepcopy=True)
+    assert errornorm(solution_of_firedrake(problem.problem), found) < 1e-11
+
+
+@pytest.mark.parallel([2])
+def test_results_that_one_rank_keeps():
+    problem = HeatStep()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
+    control = Control(problem.kappa)
+    for _ in range(3):
+        solver.solve()
+        problem.u0.assign(problem.u)
+    reduced, kept, kappa = ReducedFunctional(assemble(problem.u**2*dx), control), [], problem.kappa.copy(deepcopy=True)
+    with stop_annotating():
+        for _ in range(4):
+            reduced(kappa)
+            gradient = reduced.derivative()
+            if COMM_WORLD.rank == 0:
+                kept.append(gradient)
+                kept += [block.get_outputs()[0].saved_output for block in get_working_tape().get_blocks()]
+
+
+def test_results_that_are_kept_do_not_change():
+    problem = HeatStep()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
+    control = Control(problem.u0)
+    solver.solve()
+    reduced, start = ReducedFunctional(problem.u.copy(deepcopy=True), control), problem.u0.copy(deepcopy=True)
+    with stop_annotating():
+        first = reduced(start)
+        values = first.dat.data_ro.copy()
+        reduced(smooth(problem.V, 9))
+        np.testing.assert_array_equal(first.dat.data_ro, values)
+
+
+# Preconditioners that remember, and that break
+
+@pytest.mark.parametrize("parameters", [
+    {"ksp_type": "cg", "pc_type": "python", "pc_python_type": "firedrake.AssembledPC", "assembled_pc_type": "gamg"},
+    {"ksp_type": "fgmres", "pc_type": "ksp", "ksp_ksp_type": "preonly", "ksp_pc_type": "gamg"},
+], ids=["assembled", "ksp"])
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_multigrid_inside_a_preconditioner_does_not_remember(parameters, nonlinear):
+    V = FunctionSpace(UnitSquareMesh(12, 12), "CG", 1)
+    u, v, w, k = Function(V), TestFunction(V), TrialFunction(V), Function(V)
+    if nonlinear:
+        problem = NonlinearVariationalProblem((k*(1 + u**2)*inner(grad(u), grad(v)) + u*v - v)*dx, u)
+        make, setting = prdp_fem.NonlinearVariationalSolver, NewtonSteps(2, Iterations(2))
+    else:
+        problem = LinearVariationalProblem((k*inner(grad(w), grad(v)) + w*v)*dx, v*dx, u)
+        make, setting = prdp_fem.LinearVariationalSolver, Iterations(2)
+    k.assign(1.0)
+
+    def layer():
+        return SolverLayer(make(problem, solver_parameters=parameters, refinement=FixedRefinement(setting)), [k])
+
+    def evaluate(layer, sample):
+        x = sample.clone().requires_grad_()
+        out = layer(x)
+        out.sum().backward()
+        return out.detach(), x.grad
+    rough = torch.exp(3*torch.randn(V.dim(), dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    used = layer()
+    evaluate(used, torch.ones_like(rough))
+    batch, = (layer()(torch.stack([torch.ones_like(rough), rough])),)
+    for one, again in zip(evaluate(layer(), rough), evaluate(used, rough)):
+        assert torch.equal(one, again)
+    assert torch.equal(batch[1], evaluate(layer(), rough)[0])
+
+
+@pytest.mark.parametrize("parameters", [{"ksp_type": "cg", "pc_type": "gamg"}, {"ksp_type": "gmres", "pc_type": "ilu"},
+                                        {"ksp_type": "preonly", "pc_type": "lu"}, {"ksp_type": "cg", "pc_type": "jacobi"}])
+def test_a_solver_recovers_from_nan_in_its_operator(parameters):
+    problem = HeatStep()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters)
+    expected = solver.solve().dat.data_ro.copy()
+    kappa = problem.kappa.copy(deepcopy=True)
+    problem.kappa.assign(np.nan)
+    for _ in range(2):
+        with pytest.raises(ConvergenceError, match="'solution'.*look for"):
+            solver.solve()
+        np.testing.assert_array_equal(problem.u.dat.data_ro, expected)
+    problem.kappa.assign(kappa)
+    np.testing.assert_array_equal(solver.solve().dat.data_ro, expected)
+
+
+@pytest.mark.parametrize("parameters", [CG, {"ksp_type": "preonly", "pc_type": "lu"}])
+def test_an_operator_that_turns_singular_is_an_error_with_the_name_of_the_solution(parameters):
+    mesh = UnitSquareMesh(4, 4)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, u, c = TrialFunction(V), TestFunction(V), Function(V, name="flame"), Constant(1.0)
+    problem = LinearVariationalProblem(c*w*v*dx, v*dx, u)
+    solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=parameters)
+    solver.solve()
+    blocks = len(get_working_tape().get_blocks())
+    c.assign(0.0)
+    with pytest.raises(ConvergenceError, match="'flame'"):
+        solver.solve()
+    assert len(get_working_tape().get_blocks()) == blocks + 1  # the assignment
+
+
+def test_methods_that_remember_are_refused():
+    with pytest.raises(ValueError, match="lgmres keeps vectors of earlier solves"):
+        prdp_fem.LinearVariationalSolver(HeatStep().problem, solver_parameters={"ksp_type": "lgmres", "pc_type": "jacobi"},
+                                         refinement=FixedRefinement(Iterations(3)))
+
+
+def test_an_additive_schwarz_star_is_looked_into_before_it_is_set_up():
+    problem = HeatStep()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(2)), solver_parameters={
+        "ksp_type": "cg", "pc_type": "python", "pc_python_type": "firedrake.ASMStarPC"})
+    solver.solve()
+    assert solver.statistics.forward_iterations == 2
+
+
+# Jacobians, conditions and expressions
+
+def test_inputs_that_the_users_jacobian_lacks_change_the_adjoint():
+    V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
+    u, v, w, k, f = Function(V), TestFunction(V), TrialFunction(V), Constant(1.0), Function(V)
+    F = (k*inner(grad(u), grad(v)) + k*u*v - f*v)*dx
+    picard = (inner(grad(w), grad(v)) + w*v)*dx
+
+    def layer():
+        return SolverLayer(prdp_fem.NonlinearVariationalSolver(NonlinearVariationalProblem(F, u, J=picard), solver_parameters={
+            "ksp_type": "preonly", "pc_type": "lu"}), [f, k])
+
+    def gradient(layer, value):
+        source = torch.zeros(V.dim(), dtype=torch.float64, requires_grad=True)
+        layer(source, torch.tensor([value], dtype=torch.float64)).sum().backward()
+        return source.grad
+    used = layer()
+    first = gradient(used, 1.0)
+    torch.testing.assert_close(gradient(used, 2.0), 0.5*first, rtol=1e-12, atol=0)
+
+
+def test_a_replay_with_values_given_to_a_condition_behind_the_tapes_back_is_an_error():
+    problem = HeatStep(boundary=1.0)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
+    solver.solve()
+    problem.u0.assign(problem.u)
+    reduced = ReducedFunctional(assemble(problem.u**2*dx), Control(problem.source))
+    reduced(problem.source)
+    problem.bcs[0].set_value(2.0)
+    solver.solve()
+    assert problem.u.dat.data_ro[problem.bcs[0].nodes] == pytest.approx(2.0)
+    with pytest.raises(ValueError, match="'solution' was given another value after the solve.*set_value"):
+        reduced(problem.source)
+
+
 # The layer
+
+def test_boundary_controls_keep_the_other_coefficients_of_their_forward_pass():
+    V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
+    w, v, u, a, t = TrialFunction(V), TestFunction(V), Function(V), Constant(1.0), Constant(1.0)
+    problem = LinearVariationalProblem((inner(grad(w), grad(v)) + w*v)*dx, v*dx, u, bcs=DirichletBC(V, a*t, 1))
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}), [a])
+    x = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    expected, = torch.autograd.grad(layer(x).sum(), x)
+    out = layer(x)
+    t.assign(10.0)
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], expected, rtol=0, atol=0)
+
 
 def test_second_derivatives_raise():
     problem = HeatStep()

@@ -134,6 +134,22 @@ def test_newton_steps_with_a_nested_ksp():
     assert (solver.statistics.newton_steps, solver.statistics.forward_iterations, solver.statistics.adjoint_iterations) == (2, 6, 3)
 
 
+def test_newton_steps_with_a_fieldsplit():
+    V = VectorFunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
+    W = V*V
+    u, v = Function(W), TestFunction(W)
+    F = (inner(grad(u), grad(v)) + inner(u, v)*(1 + inner(u, u)) - inner(as_vector([1, 1, 1, 1]), v))*dx
+    solver = prdp_fem.NonlinearVariationalSolver(
+        NonlinearVariationalProblem(F, u), refinement=FixedRefinement(NewtonSteps(2, Iterations(3, rtol_floor=0))),
+        ksp_prefix="fieldsplit_1_", solver_parameters={"ksp_type": "fgmres", "pc_type": "fieldsplit", "fieldsplit_ksp_type": "cg",
+                                                       "fieldsplit_pc_type": "jacobi"})
+    for _ in range(2):
+        solver.statistics.reset()
+        u.assign(0)
+        solver.solve()
+        assert solver.statistics.newton_steps == 2 and solver.statistics.forward_iterations >= 6
+
+
 def test_offloaded_preconditioners_are_looked_into():
     problem = HeatStep()
     parameters = {"ksp_type": "preonly", "pc_type": "python", "pc_python_type": "firedrake.OffloadPC",

@@ -87,9 +87,9 @@ class BoundaryValues(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, data: BoundaryData, batch: torch.Size, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.data, ctx.batch = data, batch
+        ctx.data, ctx.batch, ctx.others = data, batch, data.others()
         ctx.save_for_backward(*tensors)
-        rows = [data.values(values) for values in _each_row(data.inputs, batch, tensors)]
+        rows = [data.values(values, ctx.others) for values in _each_row(data.inputs, batch, tensors)]
         return torch.from_numpy(np.stack(rows)).view(*batch, -1)
 
     @staticmethod
@@ -97,7 +97,7 @@ class BoundaryValues(torch.autograd.Function):
     def backward(ctx, cotangent: torch.Tensor):
         data, tensors = ctx.data, ctx.saved_tensors
         cotangents = _rows(cotangent, ctx.batch)
-        gradients = [np.stack([data.gradient(place, values, cotangents[row])
+        gradients = [np.stack([data.gradient(place, values, ctx.others, cotangents[row])
                                for row, values in enumerate(_each_row(data.inputs, ctx.batch, tensors))]) if wanted else None
                      for place, wanted in zip(data.inputs, ctx.needs_input_grad[2:])]
         return None, None, *(None if gradient is None else _reduced(gradient, ctx.batch, tensor)
