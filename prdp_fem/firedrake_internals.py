@@ -151,5 +151,9 @@ def assigned_from(variable):
         return None
     source = checkpoint.other
     # A Function of a Real space can be assigned to any other. (In place of an assembled Cofunction there may be a checkpoint.)
-    is_broadcast = isinstance(source.output, Function) and source.output.function_space() != variable.output.function_space()
+    is_broadcast = isinstance(source.output, Function) and _is_real(source.output) and not _is_real(variable.output)
     return None if is_broadcast else source
+
+
+def _is_real(function: Function) -> bool:
+    return function.ufl_element().family() == "Real"

@@ -222,12 +222,13 @@ class System(ABC):
             return
         coordinates = mesh.coordinates.dat
         # Restoring costs more than a small solve, and hardly ever changes anything.
-        last, version = self._restored.get(mesh, (None, None))
+        # By identity: to hash a mesh takes UFL longer than all the rest.
+        last, version = self._restored.get(id(mesh), (None, None))
         if last is not checkpoint or version != coordinates.dat_version:
             saved = variable.checkpoint.restore() if hasattr(checkpoint, "restore") else checkpoint
             if self._agreed(not same_bits(saved.dat.data_ro, coordinates.data_ro)):
                 coordinates.data_wo[...] = saved.dat.data_ro
-            self._restored[mesh] = checkpoint, coordinates.dat_version
+            self._restored[id(mesh)] = checkpoint, coordinates.dat_version
 
     def invalidate(self) -> None:
         """Have everything assembled again at the next solve."""

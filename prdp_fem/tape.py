@@ -3,15 +3,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from numbers import Number
 
 import numpy as np
-from firedrake import Constant, DirichletBC, Function
+from firedrake import DirichletBC, Function
 from pyadjoint import Block, get_working_tape
 from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
 from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, maybe_disk_checkpoint
-from prdp_fem.inputs import local_values, set_local_values
+from prdp_fem.inputs import is_real, local_values, set_local_values
 from prdp_fem.point import Direction, Point
 from prdp_fem.system import System
 
@@ -214,7 +215,7 @@ def _saved_values(variable) -> np.ndarray:
 
 def _values_in(original, value) -> np.ndarray:
     """Rank-local values of what pyadjoint has for an original: where not of its space, a number or a Function of a Real space."""
-    if not isinstance(original, Constant) and getattr(value, "function_space", lambda: None)() != original.function_space():
+    if isinstance(value, Number) or (is_real(value) and not is_real(original)):
         value = Function(original.function_space()).assign(value, annotate=False)
     return local_values(value)
 
