@@ -30,6 +30,7 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything is imported that starts threads
 
 import argparse
+import gc
 import json
 import math
 import platform
@@ -490,7 +491,11 @@ def measure(contest: Contest, batch: int, repetitions: int) -> dict[str, list[fl
     seconds = {name: [] for name in contest.contestants}
     for _ in range(repetitions):
         for name, measured in seconds.items():
+            # As timeit does: else one contestant pays for the garbage of another.
+            gc.collect()
+            gc.disable()
             measured.append(elapsed(several_times, name)/(calls[name]*samples[name]))
+            gc.enable()
     return seconds
 
 

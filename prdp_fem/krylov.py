@@ -46,10 +46,20 @@ class Krylov:
         self._refined_transposed: RefinedKSP | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
+        self._changed: frozenset = frozenset()
+        self._symmetric_after: set[frozenset] = set()
 
-    def operator_changed(self) -> None:
-        """Forget what was known of the operator's values."""
-        self._symmetric = None
+    def operator_changed(self, inputs: frozenset) -> None:
+        """Forget what was known of the operator's values.
+
+        Parameters
+        ----------
+        inputs : frozenset
+            What it depends on that has changed. Where it was symmetric after a change of the same, it is taken for symmetric again.
+        """
+        if not (self._symmetric and inputs in self._symmetric_after):
+            self._changed = inputs if self._symmetric is not None else self._changed | inputs
+            self._symmetric = None
         self.refined.set_up()
 
     def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
@@ -111,6 +121,8 @@ class Krylov:
     def _is_symmetric(self) -> bool:
         if self._symmetric is None:
             self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._probe.finds_symmetric(self.ksp.getOperators()[0])
+            if self._symmetric:
+                self._symmetric_after.add(self._changed)
         return self._symmetric
 
     def _is_transposable(self) -> bool:

@@ -105,6 +105,8 @@ class System(ABC):
         self._needs_context = True
         self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix)
         self._operator_is_current = self._adjoint_is_current = False
+        # What the operator depends on that has changed since it was assembled: inputs by index, "mesh" and "state".
+        self._changed: set = set()
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
         self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
         self._mesh_versions: dict = {}
@@ -249,8 +251,10 @@ class System(ABC):
             indices = {index for (index, _), is_changed in zip(self._assembled_inputs, changed) if is_changed}
             for index in indices:
                 self.inputs[index].write(point.values[index])
-            if moved or any(self.inputs[index].in_operator for index in indices):
+            in_operator = {index for index in indices if self.inputs[index].in_operator} | ({"mesh"} if moved else set())
+            if in_operator:
                 self._operator_is_current = False
+                self._changed |= in_operator
             self._forget(indices, moved)
             self._assembled_stamp = stamp
         return bool(state_changed)
@@ -265,6 +269,7 @@ class System(ABC):
         """Bring all that is assembled up to date with the inputs of a point and, where it depends on that, a solution."""
         if self._write_inputs(point, solution):
             self._operator_is_current = False
+            self._changed.add("state")
         if not self._operator_is_current:
             if self._state is not None:
                 self._state[:] = solution
@@ -272,7 +277,8 @@ class System(ABC):
             with nullcontext() if self._needs_context else self._context():
                 self._set_up(self._linear_solver)
             self._needs_context = self._context.is_needed
-            self._krylov.operator_changed()
+            self._krylov.operator_changed(frozenset(self._changed))
+            self._changed.clear()
             self.statistics.assemblies += 1
             self._operator_is_current, self._adjoint_is_current = True, False
 
