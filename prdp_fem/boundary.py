@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Function, TestFunction, assemble, derivative, get_interpolator, interpolate
+from firedrake import Cofunction, Function, TestFunction, derivative, get_interpolator, interpolate
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
@@ -152,8 +152,8 @@ class _ConditionDerivative:
                 self._tangents[0].assemble()
             else:
                 test = TestFunction(entry.copy.function_space())
-                self._adjoint = interpolate(derivative(expression, entry.copy, test), self._cotangent)
-                assemble(self._adjoint)
+                self._adjoint = get_interpolator(interpolate(derivative(expression, entry.copy, test), self._cotangent))
+                self._adjoint.assemble()
         except Exception as error:  # whatever UFL, TSFC or the element raise
             raise ValueError(f"the boundary values made from '{entry.name}' cannot be differentiated by it, so it cannot be a control: "
                              f"{error}") from error
@@ -169,4 +169,4 @@ class _ConditionDerivative:
         if self._entry.is_real:
             return np.array([own @ local_values(tangent.assemble()) for tangent in self._tangents])
         set_local_values(self._cotangent, own)
-        return local_values(assemble(self._adjoint))
+        return local_values(self._adjoint.assemble())

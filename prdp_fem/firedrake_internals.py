@@ -2,17 +2,22 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
+import numpy as np
 import ufl
-from firedrake import Function, dmhooks
+from firedrake import DirichletBC, Function, dmhooks
 from firedrake.adjoint_utils.blocks.solving import extract_subfunction
 from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, maybe_disk_checkpoint
+from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler
 from firedrake.petsc import PETSc
+from pyop2 import op2
+from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
 
-__all__ = ["SolverContext", "applies_boundary_first", "assemble_operators", "assigned_from", "attach_callbacks", "boundary_expression",
-           "constructor_arguments", "extract_subfunction", "forget_set_up",
-           "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
+__all__ = ["CoordinateAssembler", "SolverContext", "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
+           "assigned_from", "attach_callbacks", "boundary_expression", "constructor_arguments", "extract_subfunction", "forget_set_up",
+           "has_schedule", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -105,6 +110,138 @@ def assemble_operators(solver, state: PETSc.Vec) -> None:
     context.form_jacobian(solver.snes, state, *operators(solver))
 
 
+def assemble_directly(solver) -> None:
+    """Have a solver assemble its residual without needless questions, and its operators, where they allow it, in coordinate format."""
+    context = solver._ctx
+    context._assemble_residual = partial(assemble_into, context._assemble_residual.__self__)
+    context._assemble_jac = _fastest(context._assembler_jac, context._jac)
+    if context._pjac is not context._jac:
+        context._assemble_pjac = _fastest(context._assembler_pjac, context._pjac)
+
+
+def _fastest(assembler, matrix):
+    return CoordinateAssembler(assembler, matrix) if CoordinateAssembler.serves(assembler, matrix) else assembler.assemble
+
+
+def assemble_into(assembler, tensor, current_state=None) -> None:
+    """Assemble a linear form into a tensor that was made for it.
+
+    Firedrake compares the two spaces at each call, which takes it longer than to assemble a small form.
+    """
+    if not isinstance(assembler, OneFormAssembler):
+        assembler.assemble(tensor=tensor, current_state=current_state)
+        return
+    tensor.dat.zero()
+    assembler.execute_parloops(tensor)
+    for condition in assembler._bcs:
+        assembler._apply_bc(tensor, condition, u=current_state)
+
+
+class CoordinateAssembler:
+    """Assembles a bilinear form into a matrix that Firedrake has allocated, by PETSc's coordinate format.
+
+    Firedrake's kernels write the tensors of all cells (and facets) into one array, and PETSc adds its entries up by a plan made once.
+    Firedrake itself puts each tensor into the matrix as it is computed, which takes longer than to compute it, and takes those of
+    other ranks in the order in which they arrive; here the same inputs give the same bits on any number of ranks.
+
+    Parameters
+    ----------
+    assembler : ExplicitMatrixAssembler
+    matrix : firedrake.matrix.Matrix
+        What it has allocated.
+    """
+
+    def __init__(self, assembler, matrix):
+        self._assembler, self._matrix = assembler, matrix
+        self._loops: list = []
+        self._values: np.ndarray | None = None
+
+    @staticmethod
+    def serves(assembler, matrix) -> bool:
+        """Whether the matrix is a plain one, and all that is integrated over is plain, too."""
+        return (isinstance(assembler, ExplicitMatrixAssembler)
+                and matrix.petscmat.getType() in ("seqaij", "mpiaij")
+                and all(isinstance(condition, DirichletBC) for condition in matrix.bcs)
+                and all(type(map_) is op2.Map and not map_.iterset._extruded
+                        for loop in assembler.parloops(matrix) for map_ in loop.arguments[0].maps))
+
+    def __call__(self, tensor) -> None:
+        """Assemble; the tensor can only be the matrix."""
+        if self._values is None:
+            self._plan()
+        self._values[:self._size] = 0.0
+        for loop in self._loops:
+            loop()
+        self._matrix.petscmat.setValuesCOO(self._values)
+
+    def _plan(self) -> None:
+        parts = [_ElementTensors(loop) for loop in self._assembler.parloops(self._matrix)]
+        diagonal, ones = self._diagonal()
+        self._size = sum(part.size for part in parts)
+        self._values = np.concatenate([np.zeros(self._size), ones])
+        start = 0
+        for part in parts:
+            self._loops.append(part.loop_into(self._values[start:start + part.size]))
+            start += part.size
+        rows, columns = zip(*(part.indices() for part in parts), (diagonal, diagonal))
+        self._matrix.petscmat.setPreallocationCOO(np.concatenate(rows), np.concatenate(columns))
+
+    def _diagonal(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows that this rank owns, and their values: those of boundary rows; zero where there is only room for factorisations."""
+        space = self._matrix.a.arguments()[0].function_space()
+        rows = np.arange(*self._matrix.petscmat.getOwnershipRange(), dtype=PETSc.IntType)
+        values = Function(space)
+        for condition in self._matrix.bcs:
+            condition.reconstruct(g=self._assembler.weight).apply(values)
+        with values.dat.vec_ro as vector:
+            return rows, vector.array_r.copy()
+
+
+class _ElementTensors:
+    """The tensors of a loop over cells or facets, and where in the matrix they belong.
+
+    Parameters
+    ----------
+    loop : pyop2.Parloop
+        That puts them into a matrix.
+    """
+
+    def __init__(self, loop):
+        self._loop = loop
+        self._output = loop.arguments[0]
+        self._block_sizes = loop.global_kernel.arguments[0].dims[0][0]
+        self._entities = self._output.maps[0].iterset
+        self._shape = tuple(map_.arity*size for map_, size in zip(self._output.maps, self._block_sizes))
+
+    @property
+    def size(self) -> int:
+        """Number of entries, those of entities in the halo included."""
+        return self._entities.total_size*int(np.prod(self._shape))
+
+    def loop_into(self, values: np.ndarray):
+        """The loop, writing to an array."""
+        kernel, arguments = self._loop.global_kernel, self._loop.arguments
+        dat = op2.Dat(self._entities**self._shape, values.reshape(-1, *self._shape), dtype=values.dtype)
+        direct = op2.GlobalKernel(kernel.local_kernel, [op2.DatKernelArg(self._shape), *kernel.arguments[1:]], subset=kernel._subset)
+        return op2.Parloop(direct, self._loop.iterset, [op2.DatParloopArg(dat), *arguments[1:]])
+
+    def indices(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns in the order of the entries; negative where nothing belongs."""
+        lgmaps = self._output.data.handle.getLGMap() if self._output.lgmaps is None else self._output.lgmaps[0]
+        iterated = self._loop.iterset
+        mask = np.zeros(self._entities.total_size, dtype=bool)
+        mask[iterated.indices[:iterated.size] if isinstance(iterated, op2.Subset) else slice(iterated.size)] = True
+        dofs = []
+        for map_, size, lgmap in zip(self._output.maps, self._block_sizes, lgmaps):
+            local = (map_.values_with_halo[:, :, None]*size + np.arange(size)).reshape(len(mask), -1)
+            # That of a block of a mixed matrix says it has blocks, but counts dofs.
+            found = (lgmap.block_indices if isinstance(self._output.data, MatBlock) else lgmap.indices)[local]
+            found[~mask] = -1
+            dofs.append(found)
+        rows, columns = np.broadcast_arrays(dofs[0][:, :, None], dofs[1][:, None, :])
+        return rows.reshape(-1).astype(PETSc.IntType), columns.reshape(-1).astype(PETSc.IntType)
+
+
 def boundary_expression(condition):
     """The UFL expression that a Dirichlet condition was given, before it was interpolated."""
     given = condition._original_arg
@@ -145,15 +282,11 @@ def _degree(degrees: dict, integral):
 
 
 def assigned_from(variable):
-    """The block variable that one is a mere copy of, by ``f.assign(g)``; None where it is none, or where g is of another space."""
+    """The block variable that one was given the value of, by ``f.assign(g)``; None where it was not."""
     checkpoint = variable.checkpoint
-    if not isinstance(checkpoint, DelegatedFunctionCheckpoint):
-        return None
-    source = checkpoint.other
-    # A Function of a Real space can be assigned to any other. (In place of an assembled Cofunction there may be a checkpoint.)
-    is_broadcast = isinstance(source.output, Function) and _is_real(source.output) and not _is_real(variable.output)
-    return None if is_broadcast else source
+    return checkpoint.other if isinstance(checkpoint, DelegatedFunctionCheckpoint) else None
 
 
-def _is_real(function: Function) -> bool:
-    return function.ufl_element().family() == "Real"
+def has_schedule(tape) -> bool:
+    """Whether checkpoints of a tape come and go by a schedule."""
+    return tape._checkpoint_manager is not None

@@ -14,10 +14,10 @@ from firedrake.ufl_expr import extract_domains
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
 
-from prdp_fem.firedrake_internals import boundary_expression, extract_subfunction, pin_quadrature
+from prdp_fem.firedrake_internals import assemble_into, boundary_expression, extract_subfunction, pin_quadrature
 from prdp_fem.inputs import Input, coefficients_of, local_values, name_of
 
-__all__ = ["Forms", "LinearForms", "NonlinearForms", "derivative_of"]
+__all__ = ["Forms", "LinearForms", "NonlinearForms", "assembled_values", "derivative_of"]
 
 
 class Forms:
@@ -241,6 +241,24 @@ def derivative_of(form: ufl.Form, coefficient, *direction, what: str = "problem"
         return expand_derivatives(derivative(form, coefficient, *direction))
     except Exception as error:  # UFL raises what it likes
         raise TypeError(f"UFL cannot differentiate the {what} by '{name_of(coefficient)}': {error}") from error
+
+
+def assembled_values(pairs: list[tuple]) -> np.ndarray:
+    """Rank-local values of forms, one after the other.
+
+    Parameters
+    ----------
+    pairs : list of (assembler, Cofunction)
+        Of each form, with its tensor; None in the place of the assembler of an empty one.
+    """
+    values = []
+    for assembler, tensor in pairs:
+        if assembler is None:
+            values.append(np.zeros_like(local_values(tensor)))
+        else:
+            assemble_into(assembler, tensor)
+            values.append(local_values(tensor))
+    return values[0] if len(values) == 1 else np.concatenate(values)
 
 
 def meshes_of(coefficient) -> list:

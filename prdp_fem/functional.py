@@ -10,7 +10,7 @@ from firedrake.assemble import get_assembler
 from pyadjoint.tape import stop_annotating
 
 from prdp_fem.firedrake_internals import pin_quadrature
-from prdp_fem.forms import derivative_of
+from prdp_fem.forms import assembled_values, derivative_of
 from prdp_fem.inputs import Input, coefficients_of, local_values, set_local_values
 
 __all__ = ["Functional"]
@@ -85,15 +85,9 @@ class Functional:
         """Its derivatives, rank-local, by inputs (their places) and by the solution (None)."""
         with stop_annotating():
             self._at(solution, values)
-            return [np.concatenate([self._assembled(*pair) for pair in self._assemblers_by(index)]) for index in by]
+            return [assembled_values(self._assemblers_by(index)) for index in by]
 
     def _assemblers_by(self, index: int | None) -> list[tuple]:
         if index not in self._assemblers:
             self._assemblers[index] = [self._derivative_assembler(variable) for variable in self.inputs[index].variables]
         return self._assemblers[index]
-
-    @staticmethod
-    def _assembled(assembler, tensor: Cofunction) -> np.ndarray:
-        if assembler is not None:
-            assembler.assemble(tensor=tensor)
-        return local_values(tensor)

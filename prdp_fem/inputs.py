@@ -12,12 +12,18 @@ from pyadjoint.tape import stop_annotating
 from pyop2 import Global
 from ufl.algorithms.analysis import extract_coefficients, extract_type
 
-__all__ = ["Input", "coefficients_of", "deep_copy", "is_real", "local_values", "name_of", "same_bits", "set_local_values", "vector_like"]
+__all__ = ["Input", "coefficients_of", "deep_copy", "is_real", "is_real_space", "local_values", "name_of", "same_bits", "set_local_values",
+           "vector_like"]
 
 
 def is_real(coefficient) -> bool:
     """Whether the values are few and the same on every rank: a Constant, or a Function of a Real space."""
-    return isinstance(coefficient, Constant) or coefficient.function_space().ufl_element().family() == "Real"
+    return isinstance(coefficient, Constant) or is_real_space(coefficient.function_space())
+
+
+def is_real_space(space) -> bool:
+    """Whether a function space is that of the numbers."""
+    return space.ufl_element().family() == "Real"
 
 
 def name_of(coefficient) -> str:

@@ -101,10 +101,11 @@ class Krylov:
     @staticmethod
     def _solver(refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool, kind: str) -> Callable:
         refined.apply(setting, guess)
+        checked_iterations = refined.checked_iterations
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)
-            return refined.checked_iterations(kind)
+            return checked_iterations(kind)
 
         def solve_directly(b: PETSc.Vec, x: PETSc.Vec) -> int:
             iterations = solve_and_check(b, x)

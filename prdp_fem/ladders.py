@@ -50,6 +50,14 @@ def _count(name: str, value) -> int:
     return int(value)
 
 
+def _counts(start: int, step: int, stop: int | None) -> range:
+    """The counts of a ladder; without an end where ``stop`` is None."""
+    counts = range(_count("start", start), sys.maxsize if stop is None else _count("stop", stop) + 1, _count("step", step))
+    if not counts:
+        raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
+    return counts
+
+
 def _fraction(name: str, value, *, allow_zero: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise ValueError(f"{name} must be a number, found {value!r}")
@@ -183,12 +191,9 @@ class IterationLadder(Sequence):
     """
 
     def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, rtol_floor: float = 1e-12):
-        self.start, self.step = _count("start", start), _count("step", step)
-        self.stop = None if stop is None else _count("stop", stop)
+        self._counts = _counts(start, step, stop)
+        self.start, self.step, self.stop = self._counts.start, self._counts.step, None if stop is None else int(stop)
         self.rtol_floor = _fraction("rtol_floor", rtol_floor, allow_zero=True)
-        if self.stop is not None and self.start > self.stop:
-            raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
-        self._counts = range(self.start, sys.maxsize if self.stop is None else self.stop + 1, self.step)
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -285,10 +290,8 @@ class NewtonLadder(Sequence):
     """
 
     def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, linear: Setting | Sequence[Setting] | None = None):
-        self.start, self.step = _count("start", start), _count("step", step)
-        self.stop = None if stop is None else _count("stop", stop)
-        if self.stop is not None and self.start > self.stop:
-            raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
+        self._counts = _counts(start, step, stop)
+        self.start, self.step, self.stop = self._counts.start, self._counts.step, None if stop is None else int(stop)
         if isinstance(linear, Sequence) and not isinstance(linear, str):
             if len(linear) == 0:
                 raise ValueError("the ladder of the linear solves is empty")
@@ -296,7 +299,6 @@ class NewtonLadder(Sequence):
         else:
             self._linear = (linear,)
         self.linear = linear
-        self._counts = range(self.start, sys.maxsize if self.stop is None else self.stop + 1, self.step)
         NewtonSteps(self.start, self._linear[0])  # refuses what is no setting
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 from firedrake import Cofunction, Function, action
 from firedrake.petsc import PETSc
 
+from prdp_fem.firedrake_internals import assemble_into
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import set_local_values
 
@@ -40,6 +41,6 @@ class Lifting:
         b : PETSc.Vec
         """
         set_local_values(self._values, boundary)
-        self._assembler.assemble(tensor=self._assembled)
+        assemble_into(self._assembler, self._assembled)
         with self._assembled.dat.vec_ro as vector:
             b.axpy(-1.0, vector)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from prdp_fem.block import chunks
+from prdp_fem.batch import chunks
 from prdp_fem.forms import LinearForms
 from prdp_fem.ladders import Setting
 from prdp_fem.point import Point
@@ -54,7 +54,7 @@ class LinearSystem(System):
         with self._work_on("forward"):
             for rows in chunks(len(solutions), self._chunk_size(moves)):
                 if rows.start == 0 or moves:
-                    at = point.at(varying, rows.start)
+                    at = point.at(varying, rows.start) if moves else point
                     self._linearise(at)
                     right_hand_side.prepare(at, varying)
                     solve = self._krylov.solver(setting, guess=guess is not None)

@@ -5,15 +5,14 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.ladders import NewtonSteps, Setting
-from prdp_fem.refined_ksp import RefinedKSP
+from prdp_fem.refined_ksp import RefinedKSP, reason_names
 
 __all__ = ["Newton"]
 
 # Those that make each step by a linear solve.
 _WITH_LINEAR_SOLVES = frozenset({"newtonls", "newtontr", "newtontrdc", "newtonal", "ksponly"})
 _MANY = 2**30
-_REASONS = {value: name for name, value in vars(PETSc.SNES.ConvergedReason).items()
-            if not name.startswith("_") and isinstance(value, int)}
+_REASONS = reason_names(PETSc.SNES.ConvergedReason)
 _REMEDIES = {
     "DIVERGED_MAX_IT": "allow more steps (snes_max_it), looser tolerances (snes_rtol, snes_atol), or a number of steps that is meant to "
                        "be used up (a NewtonLadder); with truncated linear solves Newton's method needs more steps",

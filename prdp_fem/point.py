@@ -1,7 +1,7 @@
 """Where a solve is made and linearised, and in which direction it is differentiated."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ class Point:
 
     Attributes
     ----------
-    values : sequence of numpy.ndarray
+    values : list of numpy.ndarray
         Rank-local values of the inputs, in their order.
     boundary : numpy.ndarray or None
         Rank-local boundary values, zero elsewhere, shape (n,) or, where they differ from row to row of a batch, (batch, n); None
@@ -24,7 +24,7 @@ class Point:
         Where to start from, of such a shape; None for zero.
     """
 
-    values: Sequence[np.ndarray]
+    values: list[np.ndarray]
     boundary: np.ndarray | None = None
     guess: np.ndarray | None = None
 

@@ -7,11 +7,19 @@ from firedrake.petsc import PETSc
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
 
-__all__ = ["RefinedKSP", "renew_preconditioner", "set_up"]
+__all__ = ["RefinedKSP", "reason_names", "renew_preconditioner", "set_up"]
 
 _NEVER = 1e300
-_REASONS = {value: name for name, value in vars(PETSc.KSP.ConvergedReason).items()
-            if not name.startswith("_") and isinstance(value, int)}
+# Kept on a KSP whose set-up was left by an error.
+_BROKEN = "prdp_fem_broken"
+
+
+def reason_names(reasons: type) -> dict[int, str]:
+    """The names of the converged reasons of a PETSc class, by their values."""
+    return {value: name for name, value in vars(reasons).items() if not name.startswith("_") and isinstance(value, int)}
+
+
+_REASONS = reason_names(PETSc.KSP.ConvergedReason)
 _REMEDIES = {
     "DIVERGED_MAX_IT": "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance or a stronger pc_type",
     "DIVERGED_DTOL": "the iteration does not converge for this operator: try another ksp_type or pc_type, or damp it "
@@ -42,22 +50,19 @@ def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
     firedrake.exceptions.ConvergenceError
         Where the preconditioner refuses them.
     """
-    if _broken.pop(ksp.handle, None) is not None or nested.has_memory_inside(ksp):
+    if ksp.getAttr(_BROKEN) or nested.has_memory_inside(ksp):
         # One whose set-up was left by an error is of no more use; and to reset one that remembers is not enough, since smoothers
         # estimate eigenvalues from what they had.
         renew_preconditioner(ksp)
+        ksp.setAttr(_BROKEN, False)
     ksp.setOperators(A, P)
     try:
         ksp.setUp()
         ksp.setUpOnBlocks()
     except PETSc.Error as error:
-        _broken[ksp.handle] = ksp
+        ksp.setAttr(_BROKEN, True)
         raise ConvergenceError(f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up: look for NaN or "
                                "infinity in the controls and coefficients, or for an operator that is singular") from error
-
-
-# By handle, and kept so that no other gets that.
-_broken: dict[int, PETSc.KSP] = {}
 
 
 class RefinedKSP:
@@ -81,6 +86,8 @@ class RefinedKSP:
         self._refined: PETSc.KSP | None = None
         # What options had said, before a setting was put on it, of the KSP that one is on.
         self._options: dict[int, tuple] = {}
+        # The last setting with its guess, and the tolerances that it put on the KSP.
+        self._applied: tuple | None = None
         self._is_budget = False
         self._hidden_iterations = 0
         self._hidden_failure: str | None = None
@@ -97,7 +104,7 @@ class RefinedKSP:
             refined = self.ksp
         if refined is not self.ksp or self._in_snes:
             refined.setPostSolve(self._after_hidden_solve)
-        self._refined = refined
+        self._refined, self._applied = refined, None
 
     def find_without_setup(self) -> None:
         """Find it where that takes no preconditioner that is set up."""
@@ -138,10 +145,13 @@ class RefinedKSP:
         self._is_budget = setting is not None and setting.budget
         self._hidden_iterations, self._hidden_failure = 0, None
         refined = self.ksp if self._refined is None else self._refined
+        if self._applied == (setting, guess, refined.getTolerances()):
+            return
         if guess and refined is not self.ksp:
             self._put(self.ksp, None, True)
         self._put(refined, setting, guess and refined is self.ksp)
         self.ksp.setInitialGuessNonzero(guess)
+        self._applied = setting, guess, refined.getTolerances()
 
     def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
         if setting is None and not guess:

@@ -12,7 +12,7 @@ import ufl
 from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, action, assemble, derivative
 from ufl.algorithms import expand_derivatives
 
-from prdp_fem.forms import Forms, derivative_of
+from prdp_fem.forms import Forms, assembled_values, derivative_of
 from prdp_fem.inputs import coefficients_of, local_values, set_local_values
 from prdp_fem.point import Direction, Point
 
@@ -66,14 +66,14 @@ class ResidualDerivatives:
         if index not in self._assemblers:
             self._assemblers[index] = [self._dual_assembler(self._by_variable(variable), variable)
                                        for variable in self._forms.inputs[index].variables]
-        return _joined(self._assemblers[index])
+        return assembled_values(self._assemblers[index])
 
     def by_solution(self) -> np.ndarray:
         """-(∂F/∂u)ᵀ λ, rank-local, entries at boundary dofs included."""
         solution = self._forms.solution
         if "solution" not in self._assemblers:
             self._assemblers["solution"] = [self._dual_assembler(self._by_variable(solution), solution)]
-        return _joined(self._assemblers["solution"])
+        return assembled_values(self._assemblers["solution"])
 
     def by_mesh(self, mesh) -> Cofunction:
         """The derivative of -F(λ) by the coordinates of a mesh."""
@@ -108,7 +108,7 @@ class ResidualDerivatives:
             form = expand_derivatives(sum(parts[1:], parts[0]))
             self._assemblers[key] = [(None if form.empty() else self._forms.assembler(form), self._assembled)]
         self._set_direction(index, tangent)
-        return _joined(self._assemblers[key])
+        return assembled_values(self._assemblers[key])
 
     def in_mesh_direction(self, mesh, tangent: Function) -> np.ndarray:
         """-(∂F/∂X) Ẋ, rank-local, for a direction Ẋ of the coordinates of a mesh."""
@@ -149,10 +149,10 @@ class ResidualDerivatives:
         key = "second", what, frozenset(self._direction.inputs)
         if self._direction.meshes:
             # Directions of meshes come as Functions that differ from call to call: nothing is kept.
-            return _joined([self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables])
+            return assembled_values([self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables])
         if key not in self._assemblers:
             self._assemblers[key] = [self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables]
-        return _joined(self._assemblers[key])
+        return assembled_values(self._assemblers[key])
 
     def _toward(self, form: ufl.Form) -> ufl.Form:
         if form.empty():
@@ -180,18 +180,6 @@ class ResidualDerivatives:
     def _dual_assembler(self, form: ufl.Form, variable: Function) -> tuple:
         tensor = Cofunction(variable.function_space().dual())
         return (None if form.empty() else self._forms.assembler(form, tested_by_solution_space=False)), tensor
-
-
-def _joined(pairs: list[tuple]) -> np.ndarray:
-    """The values of assembled forms, one after the other; zeros where there is nothing to assemble."""
-    values = []
-    for assembler, tensor in pairs:
-        if assembler is not None:
-            assembler.assemble(tensor=tensor)
-            values.append(local_values(tensor))
-        else:
-            values.append(np.zeros_like(local_values(tensor)))
-    return values[0] if len(values) == 1 else np.concatenate(values)
 
 
 def _assembled_cofunction(form: ufl.Form, mesh) -> Cofunction:

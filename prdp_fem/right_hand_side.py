@@ -16,9 +16,10 @@ from ufl import classes
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.corealg.traversal import unique_pre_traversal
 
-from prdp_fem.block import Block, BlockStore
+from prdp_fem.batch import Batch, BatchStore
+from prdp_fem.firedrake_internals import assemble_into
 from prdp_fem.forms import LinearForms
-from prdp_fem.inputs import Input, coefficients_of, is_real, same_bits, vector_like
+from prdp_fem.inputs import Input, coefficients_of, is_real_space, same_bits, vector_like
 from prdp_fem.lifting import Lifting
 from prdp_fem.point import Point
 
@@ -48,7 +49,7 @@ class RightHandSide:
         self._lifting = Lifting(forms)
         self._assembled = Cofunction(forms.solution.function_space().dual())
         self._base, self._rest_values = vector_like(forms.solution), vector_like(forms.solution)
-        self._rows, self._products = BlockStore(self._base), BlockStore(self._base)
+        self._rows, self._products = BatchStore(self._base), BatchStore(self._base)
         self._has_base = False
         self._shared: dict[int, np.ndarray] = {}
 
@@ -57,7 +58,7 @@ class RightHandSide:
         forms = self._forms
         for entry, weight in forms.cofunctions.items():
             self.terms[forms.inputs.index(entry)] = CofunctionTerm(weight, forms.boundary_dofs)
-        if self._rest is None or any(is_real(Function(space)) for space in forms.solution.function_space()):
+        if self._rest is None or any(map(is_real_space, forms.solution.function_space())):
             return
         for index, entry in enumerate(forms.inputs):
             copy = entry.copy
@@ -95,7 +96,7 @@ class RightHandSide:
             self._base.set(0.0)
             if self._rest is not None:
                 if not self._rest_is_current:
-                    self._rest_assembler.assemble(tensor=self._assembled)
+                    assemble_into(self._rest_assembler, self._assembled)
                     with self._assembled.dat.vec_ro as vector:
                         vector.copy(self._rest_values)
                     self._rest_is_current = True
@@ -105,7 +106,7 @@ class RightHandSide:
         self._shared = {index: term.kept_product(point.values[index], self._products(1))
                         for index, term in self.terms.items() if index not in varying}
 
-    def rows(self, varying: Mapping[int, np.ndarray], rows: slice) -> Block:
+    def rows(self, varying: Mapping[int, np.ndarray], rows: slice) -> Batch:
         """b of some rows, after :meth:`prepare`; until it is called again.
 
         Terms are added in one order, so that no bit depends on which of them vary.
@@ -151,7 +152,7 @@ class AffineTerm:
     def __init__(self, form: ufl.Form, parameters: set[int], entry: Input, boundary_dofs: np.ndarray):
         self.parameters = parameters
         self._form, self._boundary_dofs = form, boundary_dofs
-        self._inputs = BlockStore(vector_like(entry.copy))
+        self._inputs = BatchStore(vector_like(entry.copy))
         self._matrix: PETSc.Mat | None = None
         self._transpose: PETSc.Mat | None = None
         self._kept: tuple[np.ndarray, np.ndarray] | None = None
@@ -169,7 +170,7 @@ class AffineTerm:
             self._matrix.setOption(PETSc.Mat.Option.USE_INODES, False)
         return self._matrix
 
-    def products(self, values: np.ndarray, b: Block) -> Block:
+    def products(self, values: np.ndarray, b: Batch) -> Batch:
         """b = B m for the rows m of an array."""
         matrix, m = self._assembled(), self._inputs(len(values))
         m.fill(values)
@@ -180,14 +181,14 @@ class AffineTerm:
                 matrix.mult(one, product)
         return b
 
-    def kept_product(self, values: np.ndarray, b: Block) -> np.ndarray:
+    def kept_product(self, values: np.ndarray, b: Batch) -> np.ndarray:
         """B m, shape (1, n), kept for the next time; b is room to work in."""
         # A product is collective, and in parallel the values may have changed on some ranks only.
         if self._kept is None or self._assembled().comm.size > 1 or not same_bits(values, self._kept[0]):
             self._kept = values.copy(), self.products(values[None], b).array.copy()
         return self._kept[1]
 
-    def transposed_products(self, multipliers: Block, out: np.ndarray) -> None:
+    def transposed_products(self, multipliers: Batch, out: np.ndarray) -> None:
         """out = Bᵀ λ for the rows λ of a block."""
         matrix, m = self._assembled(), self._inputs(len(out))
         if len(out) > 1 and matrix.comm.size == 1:
@@ -211,18 +212,18 @@ class CofunctionTerm:
     def forget(self) -> None:
         """Nothing is assembled."""
 
-    def products(self, values: np.ndarray, b: Block) -> Block:
+    def products(self, values: np.ndarray, b: Batch) -> Batch:
         """b = weight · m, zero at the boundary, for the rows m of an array."""
         np.multiply(values, self._weight, out=b.array)
         b.array[:, self._boundary_dofs] = 0.0
         b.changed()
         return b
 
-    def kept_product(self, values: np.ndarray, b: Block) -> np.ndarray:
+    def kept_product(self, values: np.ndarray, b: Batch) -> np.ndarray:
         """weight · m, zero at the boundary, shape (1, n)."""
         return self.products(values[None], b).array.copy()
 
-    def transposed_products(self, multipliers: Block, out: np.ndarray) -> None:
+    def transposed_products(self, multipliers: Batch, out: np.ndarray) -> None:
         """out = weight · λ, zero at the boundary, for the rows λ of a block."""
         np.multiply(multipliers.array, self._weight, out=out)
         out[:, self._boundary_dofs] = 0.0

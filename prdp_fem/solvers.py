@@ -13,7 +13,7 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
-from prdp_fem.firedrake_internals import attach_callbacks, constructor_arguments, forget_set_up, problem_of
+from prdp_fem.firedrake_internals import assemble_directly, attach_callbacks, constructor_arguments, forget_set_up, problem_of
 from prdp_fem.forms import Forms, LinearForms, NonlinearForms
 from prdp_fem.inputs import coefficients_of, deep_copy, local_values, set_local_values, vector_like
 from prdp_fem.ladders import Setting
@@ -62,6 +62,7 @@ class RefinedSolver:
             self.snes = self._adopted_snes
             self.snes.getKSP().reset()
             attach_callbacks(self)
+        assemble_directly(self)
         self.problem = problem
         self.differentiation = differentiation
         self.warm_start = bool(warm_start)
@@ -71,7 +72,9 @@ class RefinedSolver:
             options = {name: value for name, value in kwargs.items() if name not in ("post_jacobian_callback", "pre_apply_bcs")}
             if is_adjoint:
                 options["nullspace"], options["transpose_nullspace"] = kwargs.get("transpose_nullspace"), kwargs.get("nullspace")
-            return firedrake.LinearVariationalSolver(problem, **options)
+            solver = firedrake.LinearVariationalSolver(problem, **options)
+            assemble_directly(solver)
+            return solver
 
         self.system = self._make_system(forms, make_linear_solver)
         self.refinement = refinement

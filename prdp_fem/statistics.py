@@ -50,8 +50,3 @@ class Statistics:
         """Start counting from zero."""
         for field in fields(self):
             setattr(self, field.name, field.default)
-
-    def add_seconds(self, kind: str, seconds: float) -> None:
-        """Add to ``forward_seconds``, ``adjoint_seconds`` or ``tangent_seconds``."""
-        name = f"{kind}_seconds"
-        setattr(self, name, getattr(self, name) + seconds)

@@ -20,7 +20,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
-from prdp_fem.block import Block, BlockStore, chunks
+from prdp_fem.batch import Batch, BatchStore, chunks
 from prdp_fem.firedrake_internals import SolverContext, assemble_operators, operators
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
@@ -39,28 +39,31 @@ class _Work:
     """A context manager of what each solve enters; plain, since a small solve takes no longer than a few generators."""
 
     def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None):
-        self._kind, self._statistics = kind, statistics
-        self._annotation = stop_annotating()
-        self._context = nullcontext() if context is None else context()
+        self._seconds, self._event, self._statistics = f"{kind}_seconds", _EVENTS[kind], statistics
+        self._context = None if context is None else context()
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
-        self._annotation.__enter__()
-        _EVENTS[self._kind].begin()
-        try:
-            self._context.__enter__()
-        except BaseException:
-            _EVENTS[self._kind].end()
-            self._annotation.__exit__(None, None, None)
-            raise
+        _ANNOTATION.__enter__()
+        self._event.begin()
+        if self._context is not None:
+            try:
+                self._context.__enter__()
+            except BaseException:
+                self._leave()
+                raise
 
     def __exit__(self, *error) -> None:
         try:
-            self._context.__exit__(*error)
+            if self._context is not None:
+                self._context.__exit__(*error)
         finally:
-            _EVENTS[self._kind].end()
-            self._annotation.__exit__(*error)
-            self._statistics.add_seconds(self._kind, time.perf_counter() - self._start)
+            self._leave()
+
+    def _leave(self) -> None:
+        self._event.end()
+        _ANNOTATION.__exit__()
+        vars(self._statistics)[self._seconds] += time.perf_counter() - self._start
 
 
 class System(ABC):
@@ -109,7 +112,7 @@ class System(ABC):
         self._changed: set = set()
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
         self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
-        self._mesh_versions: dict = {}
+        self._mesh_versions: list = [None]*len(coordinates)
         self._mesh_stamp, self._assembled_stamp = 0, None
         self._restored: dict = {}
         with stop_annotating():
@@ -118,7 +121,7 @@ class System(ABC):
             self._lifting = Lifting(forms)
         self._zero = vector_like(forms.solution)
         # States or tangents, right-hand sides of adjoint and tangent solves, and multipliers.
-        self._states, self._cotangents, self._multipliers = (BlockStore(self._zero) for _ in range(3))
+        self._states, self._cotangents, self._multipliers = (BatchStore(self._zero) for _ in range(3))
         self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if assembles_terms or index not in terms]
         self._has_fields_to_assemble = forms.operator_depends_on_solution or any(not entry.is_real for _, entry in self._assembled_inputs)
         # Where J was last assembled.
@@ -194,10 +197,8 @@ class System(ABC):
 
     def mesh_stamp(self) -> int:
         """A number that changes when a mesh has moved. Collective."""
-        for coordinates, _ in self._coordinates:
-            if coordinates.dat_version != self._mesh_versions.get(coordinates):
-                break
-        else:
+        versions = [coordinates.dat_version for coordinates, _ in self._coordinates]
+        if versions == self._mesh_versions:
             return self._mesh_stamp
         # pyadjoint writes the same coordinates again at each replay: only other values count.
         moved = [not same_bits(coordinates.data_ro, before) for coordinates, before in self._coordinates]
@@ -205,7 +206,7 @@ class System(ABC):
             for coordinates, before in self._coordinates:
                 before[...] = coordinates.data_ro
             self._mesh_stamp += 1
-        self._mesh_versions = {coordinates: coordinates.dat_version for coordinates, _ in self._coordinates}
+        self._mesh_versions = versions
         return self._mesh_stamp
 
     @property
@@ -227,9 +228,8 @@ class System(ABC):
         # By identity: to hash a mesh takes UFL longer than all the rest.
         last, version = self._restored.get(id(mesh), (None, None))
         if last is not checkpoint or version != coordinates.dat_version:
-            saved = variable.checkpoint.restore() if hasattr(checkpoint, "restore") else checkpoint
-            if self._agreed(not same_bits(saved.dat.data_ro, coordinates.data_ro)):
-                coordinates.data_wo[...] = saved.dat.data_ro
+            if self._agreed(not same_bits(checkpoint.dat.data_ro, coordinates.data_ro)):
+                coordinates.data_wo[...] = checkpoint.dat.data_ro
             self._restored[id(mesh)] = checkpoint, coordinates.dat_version
 
     def invalidate(self) -> None:
@@ -238,6 +238,10 @@ class System(ABC):
 
     def _write_inputs(self, point: Point, solution: np.ndarray | None = None) -> bool:
         """Bring the copies that forms read up to date; whether the state is another than where J was assembled."""
+        stamp = self.mesh_stamp()
+        moved = stamp != self._assembled_stamp
+        if not (moved or self._assembled_inputs or self._state is not None):
+            return False
         changed = [entry.differs(point.values[index]) for index, entry in self._assembled_inputs]
         state_changed = solution is not None and self._state is not None and not same_bits(solution, self._state)
         if self._comm.size > 1 and self._has_fields_to_assemble:
@@ -245,8 +249,6 @@ class System(ABC):
             flags = np.array([*changed, state_changed], dtype=np.intc)
             self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
             *changed, state_changed = flags.tolist()
-        stamp = self.mesh_stamp()
-        moved = stamp != self._assembled_stamp
         if moved or any(changed):
             indices = {index for (index, _), is_changed in zip(self._assembled_inputs, changed) if is_changed}
             for index in indices:
@@ -351,7 +353,7 @@ class System(ABC):
             for rows in chunks(len(cotangents), self._chunk_size(moves)):
                 row = rows.start
                 if row == 0 or moves:
-                    at = point.at(varying, row)
+                    at = point.at(varying, row) if moves else point
                     self._linearise(at, None if solutions is None else solutions[row])
                     solve = self._krylov.transposed_solver(setting)
                 multipliers = self._solve_transposed(solve, cotangents[rows])
@@ -369,7 +371,7 @@ class System(ABC):
         """What :func:`chunks` is told of the size of a row: all of a chunk where operators differ from row to row."""
         return sys.maxsize if moves else self.size
 
-    def _solve_transposed(self, solve: Callable, cotangents: np.ndarray) -> Block:
+    def _solve_transposed(self, solve: Callable, cotangents: np.ndarray) -> Batch:
         """The rows λ from those of an array."""
         inner, multipliers = self._cotangents(len(cotangents)), self._multipliers(len(cotangents))
         inner.array[...] = cotangents
@@ -380,7 +382,7 @@ class System(ABC):
         self.statistics.adjoint_solves += len(cotangents)
         return multipliers
 
-    def _gradient(self, index: int, multipliers: Block, out: np.ndarray) -> None:
+    def _gradient(self, index: int, multipliers: Batch, out: np.ndarray) -> None:
         """-(∂F/∂m)ᵀ λ for some rows; where it is assembled for one, at which the derivatives are."""
         if index in self._terms:
             self._terms[index].transposed_products(multipliers, out)
@@ -465,4 +467,5 @@ class System(ABC):
 
 
 _NO_VALUES = np.empty(0)
+_ANNOTATION = stop_annotating()
 _EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}

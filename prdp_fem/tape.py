@@ -11,7 +11,7 @@ from pyadjoint import Block, get_working_tape
 from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
-from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, maybe_disk_checkpoint
+from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, has_schedule, maybe_disk_checkpoint
 from prdp_fem.inputs import is_real, local_values, set_local_values
 from prdp_fem.point import Direction, Point
 from prdp_fem.system import System
@@ -113,8 +113,8 @@ class SolveBlock(Block):
 
     def _source(self, variable, markings: bool):
         """Where a derivative by a variable belongs: to what it was assigned from, which spares the adjoint of the assignment."""
-        if markings and self._tape._checkpoint_manager is None:
-            while not variable.is_control and (source := assigned_from(variable)) is not None and source.is_control_dependent:
+        if markings and not has_schedule(self._tape):
+            while not variable.is_control and (source := _copied_from(variable)) is not None and source.is_control_dependent:
                 variable = source
         return variable
 
@@ -184,7 +184,7 @@ class SolveBlock(Block):
             set_local_values(dual, values)
             return dual
         dual = self._system.inputs[index].dual(values)
-        if self._tape._checkpoint_manager is None:
+        if not has_schedule(self._tape):
             self._duals[index] = dual
         return dual
 
@@ -205,10 +205,18 @@ class SolveBlock(Block):
             self._system.boundary_values(conditions))
 
 
+def _copied_from(variable):
+    """The block variable that one is a mere copy of; None where it is none, or where the other is of another space."""
+    source = assigned_from(variable)
+    # A Function of a Real space can be assigned to any other. (In place of an assembled Cofunction there may be a checkpoint.)
+    is_broadcast = source is not None and isinstance(source.output, Function) and is_real(source.output) and not is_real(variable.output)
+    return None if is_broadcast else source
+
+
 def _saved_values(variable) -> np.ndarray:
     """Rank-local values that the tape has saved; of what a variable is a copy of, rather than of another copy made for the purpose."""
     original = variable.output
-    while (source := assigned_from(variable)) is not None:
+    while (source := _copied_from(variable)) is not None:
         variable = source
     return _values_in(original, variable.saved_output)
 

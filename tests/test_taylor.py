@@ -2,8 +2,6 @@
 
 The first remainder falls at rate 2 where the gradient is right, the second at rate 3 where the Hessian is.
 """
-import math
-
 import pytest
 from firedrake import *
 from firedrake.adjoint import *
@@ -180,8 +178,5 @@ def test_remainders(case, control, ksp, taylor_table):
     with stop_annotating():
         results = taylor_to_dict(reduced, problem.controls[control]._ad_copy(), direction_of(problem.controls[control]))
     rates = [min(results[order]["Rate"]) for order in ("R1", "R2")]
-    # Once a second remainder is down to rounding errors, or zero, it falls no further.
-    exhausted = max(results["R2"]["Residual"]) < 1e-11*abs(float(reduced.functional))
-    rates[1] = math.inf if exhausted else rates[1]
     taylor_table.append((case.__name__, control, ksp, *rates))
     assert rates[0] > 1.95 and rates[1] > 2.9, f"remainders by {control} with {ksp}: {results}"

@@ -53,17 +53,16 @@ class Solve(torch.autograd.Function):
             point.boundary = _rows(boundary, batch) if boundary.ndim > 1 else _row(boundary)
         if guess is not None:
             point.guess = _rows(guess, batch) if guess.ndim > 1 else _row(guess)
-        ctx.solver, ctx.batch, ctx.indices, ctx.setting, ctx.point = solver, batch, indices, solver.setting, point
+        varying = _place(point, indices, batch, tensors)
+        ctx.solver, ctx.batch, ctx.indices, ctx.setting, ctx.point, ctx.varying = solver, batch, indices, solver.setting, point, varying
         ctx.boundary_shape = None if boundary is None else boundary.shape
-        ctx.mesh_stamp = system.mesh_stamp()
         ctx.save_for_backward(*tensors)
-        point, varying = _place(point, indices, batch, tensors)
-        out = torch.empty((*batch, system.size), dtype=torch.float64)
-        solutions = out.numpy().reshape(batch.numel(), system.size)
+        solutions = np.empty((batch.numel(), system.size))
         system.solve(point, ctx.setting, solutions, varying)
+        ctx.mesh_stamp = system.mesh_stamp()
         # A copy: the caller may change what it gets in place, and the backward pass must not see it.
         ctx.solutions = solutions.copy() if boundary is not None or system.needs_solutions(indices) else None
-        return out
+        return torch.from_numpy(solutions.reshape(*batch, system.size))
 
     @staticmethod
     @_first_order
@@ -75,8 +74,8 @@ class Solve(torch.autograd.Function):
         rows = batch.numel()
         gradients = {index: np.empty((rows, tensor.shape[-1])) for index, tensor, wanted in zip(ctx.indices, tensors, needed) if wanted}
         boundary = np.empty((rows, system.size)) if ctx.needs_input_grad[_BOUNDARY] else None
-        point, varying = _place(ctx.point, ctx.indices, batch, tensors)
-        system.solve_adjoint(point, ctx.setting, _rows(cotangent, batch), ctx.solutions, gradients, varying=varying, boundary=boundary)
+        system.solve_adjoint(ctx.point, ctx.setting, _rows(cotangent, batch), ctx.solutions, gradients, varying=ctx.varying,
+                             boundary=boundary)
         shaped = None if boundary is None else torch.from_numpy(boundary).view(*batch, -1).sum_to_size(ctx.boundary_shape)
         return None, None, None, shaped, None, *(_reduced(gradients[index], batch, tensor) if index in gradients else None
                                                  for index, tensor in zip(ctx.indices, tensors))
@@ -137,9 +136,11 @@ def _row(tensor: torch.Tensor) -> np.ndarray:
 
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> np.ndarray:
     """A tensor as float64 rows, one a sample; without a copy where it is that already."""
-    if tensor.dtype is not torch.float64 or tensor.shape[:-1] != batch:
-        tensor = tensor.detach().to(torch.float64).expand(*batch, tensor.shape[-1])
-    return tensor.detach().contiguous().numpy().reshape(batch.numel(), tensor.shape[-1])
+    tensor, shape = tensor.detach(), tensor.shape
+    if tensor.dtype is not torch.float64 or shape[:-1] != batch:
+        tensor = tensor.to(torch.float64).expand(*batch, shape[-1])
+    rows = tensor.numpy()
+    return rows if rows.ndim == 2 and rows.flags.c_contiguous else np.ascontiguousarray(rows).reshape(batch.numel(), shape[-1])
 
 
 def _each_row(places: Sequence[int] | Mapping, batch: torch.Size, tensors: Sequence[torch.Tensor]):
@@ -149,21 +150,20 @@ def _each_row(places: Sequence[int] | Mapping, batch: torch.Size, tensors: Seque
         yield {place: column[row] for place, column in zip(places, columns)}
 
 
-def _place(point: Point, indices: Sequence[int], batch: torch.Size,
-           tensors: Sequence[torch.Tensor]) -> tuple[Point, dict[int, np.ndarray]]:
-    """Put the inputs where they belong: into the point, or, those with batch axes, among what varies."""
-    values, varying = list(point.values), {}
+def _place(point: Point, indices: Sequence[int], batch: torch.Size, tensors: Sequence[torch.Tensor]) -> dict[int, np.ndarray]:
+    """Put the inputs where they belong: into the point, or, those with batch axes, among what varies, which is returned."""
+    varying = {}
     for index, tensor in zip(indices, tensors):
         if tensor.ndim == 1:
-            values[index] = _row(tensor)
+            point.values[index] = _row(tensor)
         else:
             varying[index] = _rows(tensor, batch)
-    return Point(values, point.boundary, point.guess), varying
+    return varying
 
 
 def _reduced(gradient: np.ndarray, batch: torch.Size, tensor: torch.Tensor) -> torch.Tensor:
     """A gradient by samples, summed over the batch axes that an input was shared by."""
-    gradient = torch.from_numpy(gradient.reshape(*batch, tensor.shape[-1]))
-    if gradient.shape != tensor.shape:
-        gradient = gradient.sum_to_size(tensor.shape)
+    gradient, shape = torch.from_numpy(gradient), tensor.shape
+    if gradient.shape != shape:
+        gradient = gradient.view(*batch, shape[-1]).sum_to_size(shape)
     return gradient if tensor.dtype is torch.float64 else gradient.to(tensor.dtype)

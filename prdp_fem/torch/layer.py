@@ -16,6 +16,8 @@ from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
 
 __all__ = ["SolverLayer"]
 
+_DTYPES = (torch.float32, torch.float64)
+
 
 class SolverLayer(torch.nn.Module):
     """The map from controls of a variational problem to its solution, with its derivative.
@@ -80,8 +82,8 @@ class SolverLayer(torch.nn.Module):
             self._places.append(place)
             self._indices.append(index)
         self._functionals: list[Functional] = []
-        self._outputs = ([self._make_output(part) for part in output] if isinstance(output, (list, tuple))
-                         else self._make_output(output))
+        self._returns_tuple = isinstance(output, (list, tuple))
+        self._outputs = [self._make_output(part) for part in (output if self._returns_tuple else [output])]
 
     def _make_output(self, output) -> Callable:
         """A function from the solution's tensor, the batch axes and all tensors to an output."""
@@ -152,31 +154,32 @@ class SolverLayer(torch.nn.Module):
         if self._guess is not None:
             guess = tensors[self._guess].detach()
         solution = Solve.apply(self.solver, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
-        dtype = torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
-        if isinstance(self._outputs, list):
-            return tuple(output(solution, batch, tensors).to(dtype) for output in self._outputs)
-        return self._outputs(solution, batch, tensors).to(dtype)
+        outputs = tuple(output(solution, batch, tensors) for output in self._outputs)
+        if all(tensor.dtype is torch.float32 for tensor in tensors):
+            outputs = tuple(output.to(torch.float32) for output in outputs)
+        return outputs if self._returns_tuple else outputs[0]
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
 
 
 def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
-    shapes = {tensor.shape[:-1] for tensor in tensors}
-    return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes(*shapes)
+    if len(tensors) == 1:
+        return tensors[0].shape[:-1]
+    return torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
 
 
 def _check(tensor, control, size: int) -> None:
-    name = name_of(control)
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected a tensor for '{name}', found a {type(tensor).__name__}")
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected float32 or float64 for '{name}', found {tensor.dtype}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"expected a tensor on the CPU for '{name}', found one on {tensor.device}: call .cpu() first")
-    if tensor.ndim == 0 or tensor.shape[-1] != size:
+        raise TypeError(f"expected a tensor for '{name_of(control)}', found a {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}")
+    if not tensor.is_cpu:
+        raise ValueError(f"expected a tensor on the CPU for '{name_of(control)}', found one on {tensor.device}: call .cpu() first")
+    shape = tensor.shape
+    if not shape or shape[-1] != size:
         reminder = "the components of the Constant" if is_real(control) else "the dofs that this rank owns, not all ranks together"
-        raise ValueError(f"expected a last axis of {size} for '{name}' ({reminder}), found shape {tuple(tensor.shape)}")
+        raise ValueError(f"expected a last axis of {size} for '{name_of(control)}' ({reminder}), found shape {tuple(shape)}")
 
 
 def _dofs_of_component(solution: Function, component: Function) -> np.ndarray:

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["Block", "BlockStore", "chunks"]
+__all__ = ["Batch", "BatchStore", "chunks"]
 
 # Rows are worked through in chunks that fit into a processor's cache, so that blocks stay small whatever the batch.
 _CHUNK_SIZE = 2**18
@@ -16,11 +16,13 @@ _KEPT = 6
 
 def chunks(rows: int, size: int) -> list[slice]:
     """A batch of rows cut into parts."""
+    if rows*size <= _CHUNK_SIZE:
+        return [slice(0, rows)]
     step = max(1, _CHUNK_SIZE//max(size, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-class Block:
+class Batch:
     """A batch of vectors: the rows of an array, which PETSc sees as vectors and as the columns of a dense matrix.
 
     Parameters
@@ -60,7 +62,7 @@ class Block:
             vector.stateIncrease()
 
 
-class BlockStore:
+class BatchStore:
     """Blocks of one layout, kept by their number of rows.
 
     Parameters
@@ -70,13 +72,13 @@ class BlockStore:
 
     def __init__(self, like: PETSc.Vec):
         self._like = like
-        self._blocks: dict[int, Block] = {}
+        self._batches: dict[int, Batch] = {}
 
-    def __call__(self, rows: int) -> Block:
+    def __call__(self, rows: int) -> Batch:
         """The block of so many rows; its values are those of its last use."""
-        block = self._blocks.get(rows)
-        if block is None:
-            if len(self._blocks) >= _KEPT:
-                del self._blocks[next(iter(self._blocks))]
-            block = self._blocks[rows] = Block(rows, self._like)
-        return block
+        batch = self._batches.get(rows)
+        if batch is None:
+            if len(self._batches) >= _KEPT:
+                del self._batches[next(iter(self._batches))]
+            batch = self._batches[rows] = Batch(rows, self._like)
+        return batch
