@@ -8,15 +8,15 @@ from firedrake.petsc import PETSc
 
 __all__ = ["Batch", "BatchStore", "chunks"]
 
-# Rows are worked through in chunks that fit into a processor's cache, so that blocks stay small whatever the batch.
+# Rows are worked through in chunks that fit into a processor's cache, so that they stay small whatever the batch.
 _CHUNK_SIZE = 2**18
-# Blocks that are kept: training, validation and the last, smaller batch of each come in turns.
+# Batches that are kept: training, validation and the last, smaller batch of each come in turns.
 _KEPT = 6
 
 
 def chunks(rows: int, size: int) -> list[slice]:
     """A batch of rows cut into parts."""
-    if rows*size <= _CHUNK_SIZE:
+    if 0 < rows*size <= _CHUNK_SIZE:
         return [slice(0, rows)]
     step = max(1, _CHUNK_SIZE//max(size, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -63,7 +63,7 @@ class Batch:
 
 
 class BatchStore:
-    """Blocks of one layout, kept by their number of rows.
+    """Batches of one layout, kept by their number of rows.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class BatchStore:
         self._batches: dict[int, Batch] = {}
 
     def __call__(self, rows: int) -> Batch:
-        """The block of so many rows; its values are those of its last use."""
+        """The batch of so many rows; its values are those of its last use."""
         batch = self._batches.get(rows)
         if batch is None:
             if len(self._batches) >= _KEPT:

@@ -9,15 +9,15 @@ import ufl
 from firedrake import DirichletBC, Function, dmhooks
 from firedrake.adjoint_utils.blocks.solving import extract_subfunction
 from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, maybe_disk_checkpoint
-from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler
+from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler, get_assembler
 from firedrake.petsc import PETSc
 from pyop2 import op2
 from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
 
-__all__ = ["CoordinateAssembler", "SolverContext", "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
-           "assigned_from", "attach_callbacks", "boundary_expression", "constructor_arguments", "extract_subfunction", "forget_set_up",
-           "has_schedule", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
+__all__ = ["CoordinateAssembler", "MatrixAssembler", "SolverContext", "applies_boundary_first", "assemble_directly", "assemble_into",
+           "assemble_operators", "assigned_from", "attach_callbacks", "boundary_expression", "constructor_arguments", "extract_subfunction",
+           "forget_set_up", "has_schedule", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -114,6 +114,8 @@ def assemble_directly(solver) -> None:
     """Have a solver assemble its residual without needless questions, and its operators, where they allow it, in coordinate format."""
     context = solver._ctx
     context._assemble_residual = partial(assemble_into, context._assemble_residual.__self__)
+    if context._post_jacobian_callback is not None:
+        return  # it may change the pattern of the matrix, which PETSc's plan is made for
     context._assemble_jac = _fastest(context._assembler_jac, context._jac)
     if context._pjac is not context._jac:
         context._assemble_pjac = _fastest(context._assembler_pjac, context._pjac)
@@ -121,6 +123,28 @@ def assemble_directly(solver) -> None:
 
 def _fastest(assembler, matrix):
     return CoordinateAssembler(assembler, matrix) if CoordinateAssembler.serves(assembler, matrix) else assembler.assemble
+
+
+class MatrixAssembler:
+    """Assembles a bilinear form into a matrix of its own, with zero rows and columns where there are boundary conditions.
+
+    Parameters
+    ----------
+    form : ufl.Form
+    conditions : list of DirichletBC
+    parameters : dict or None
+        For the form compiler.
+    """
+
+    def __init__(self, form: ufl.Form, conditions: list, parameters: dict | None):
+        assembler = get_assembler(form, bcs=conditions, form_compiler_parameters=parameters, mat_type="aij", weight=0.0)
+        self._matrix = assembler.allocate()
+        self._assemble = _fastest(assembler, self._matrix)
+
+    def __call__(self) -> PETSc.Mat:
+        """The matrix, until the next call."""
+        self._assemble(self._matrix)
+        return self._matrix.petscmat
 
 
 def assemble_into(assembler, tensor, current_state=None) -> None:
@@ -142,23 +166,25 @@ class CoordinateAssembler:
 
     Firedrake's kernels write the tensors of all cells (and facets) into one array, and PETSc adds its entries up by a plan made once.
     Firedrake itself puts each tensor into the matrix as it is computed, which takes longer than to compute it, and takes those of
-    other ranks in the order in which they arrive; here the same inputs give the same bits on any number of ranks.
+    other ranks in the order in which they arrive; here assembling again gives the same bits, whatever the number of ranks.
 
     Parameters
     ----------
     assembler : ExplicitMatrixAssembler
     matrix : firedrake.matrix.Matrix
-        What it has allocated.
+        What it has allocated; its pattern is changed by nobody else.
     """
 
     def __init__(self, assembler, matrix):
         self._assembler, self._matrix = assembler, matrix
-        self._loops: list = []
+        # The entries of all tensors and the diagonal's, and how many those of the tensors are; None before the first call.
         self._values: np.ndarray | None = None
+        self._size = 0
+        self._loops: list = []
 
     @staticmethod
     def serves(assembler, matrix) -> bool:
-        """Whether the matrix is a plain one, and all that is integrated over is plain, too."""
+        """Whether the matrix is a plain one, and each integral's tensors belong to entities of one plain set."""
         return (isinstance(assembler, ExplicitMatrixAssembler)
                 and matrix.petscmat.getType() in ("seqaij", "mpiaij")
                 and all(isinstance(condition, DirichletBC) for condition in matrix.bcs)
@@ -166,7 +192,8 @@ class CoordinateAssembler:
                         for loop in assembler.parloops(matrix) for map_ in loop.arguments[0].maps))
 
     def __call__(self, tensor) -> None:
-        """Assemble; the tensor can only be the matrix."""
+        """Assemble into the matrix, which Firedrake passes."""
+        assert tensor is self._matrix
         if self._values is None:
             self._plan()
         self._values[:self._size] = 0.0
@@ -176,15 +203,15 @@ class CoordinateAssembler:
 
     def _plan(self) -> None:
         parts = [_ElementTensors(loop) for loop in self._assembler.parloops(self._matrix)]
-        diagonal, ones = self._diagonal()
-        self._size = sum(part.size for part in parts)
-        self._values = np.concatenate([np.zeros(self._size), ones])
-        start = 0
-        for part in parts:
-            self._loops.append(part.loop_into(self._values[start:start + part.size]))
-            start += part.size
+        diagonal, diagonal_values = self._diagonal()
         rows, columns = zip(*(part.indices() for part in parts), (diagonal, diagonal))
-        self._matrix.petscmat.setPreallocationCOO(np.concatenate(rows), np.concatenate(columns))
+        mat = self._matrix.petscmat
+        mat.setPreallocationCOO(np.concatenate(rows), np.concatenate(columns))
+        mat.setOption(PETSc.Mat.Option.KEEP_NONZERO_PATTERN, True)  # as PyOP2 has it
+        bounds = np.cumsum([0, *(part.size for part in parts)])
+        self._size = bounds[-1]
+        self._values = np.concatenate([np.zeros(self._size), diagonal_values])
+        self._loops = [part.loop_into(self._values[start:stop]) for part, start, stop in zip(parts, bounds, bounds[1:])]
 
     def _diagonal(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows that this rank owns, and their values: those of boundary rows; zero where there is only room for factorisations."""
@@ -209,6 +236,7 @@ class _ElementTensors:
     def __init__(self, loop):
         self._loop = loop
         self._output = loop.arguments[0]
+        # Dofs a node has, in rows and in columns: PyOP2 has a table of such pairs, of one entry where there is one block.
         self._block_sizes = loop.global_kernel.arguments[0].dims[0][0]
         self._entities = self._output.maps[0].iterset
         self._shape = tuple(map_.arity*size for map_, size in zip(self._output.maps, self._block_sizes))
@@ -233,8 +261,8 @@ class _ElementTensors:
         mask[iterated.indices[:iterated.size] if isinstance(iterated, op2.Subset) else slice(iterated.size)] = True
         dofs = []
         for map_, size, lgmap in zip(self._output.maps, self._block_sizes, lgmaps):
-            local = (map_.values_with_halo[:, :, None]*size + np.arange(size)).reshape(len(mask), -1)
-            # That of a block of a mixed matrix says it has blocks, but counts dofs.
+            local = (map_.values_with_halo[:, :, None]*size + np.arange(size)).reshape(len(mask), map_.arity*size)
+            # The map of a block of a mixed matrix says that it has blocks, but counts dofs.
             found = (lgmap.block_indices if isinstance(self._output.data, MatBlock) else lgmap.indices)[local]
             found[~mask] = -1
             dofs.append(found)

@@ -86,8 +86,6 @@ class RefinedKSP:
         self._refined: PETSc.KSP | None = None
         # What options had said, before a setting was put on it, of the KSP that one is on.
         self._options: dict[int, tuple] = {}
-        # The last setting with its guess, and the tolerances that it put on the KSP.
-        self._applied: tuple | None = None
         self._is_budget = False
         self._hidden_iterations = 0
         self._hidden_failure: str | None = None
@@ -104,7 +102,7 @@ class RefinedKSP:
             refined = self.ksp
         if refined is not self.ksp or self._in_snes:
             refined.setPostSolve(self._after_hidden_solve)
-        self._refined, self._applied = refined, None
+        self._refined = refined
 
     def find_without_setup(self) -> None:
         """Find it where that takes no preconditioner that is set up."""
@@ -145,13 +143,10 @@ class RefinedKSP:
         self._is_budget = setting is not None and setting.budget
         self._hidden_iterations, self._hidden_failure = 0, None
         refined = self.ksp if self._refined is None else self._refined
-        if self._applied == (setting, guess, refined.getTolerances()):
-            return
         if guess and refined is not self.ksp:
             self._put(self.ksp, None, True)
         self._put(refined, setting, guess and refined is self.ksp)
         self.ksp.setInitialGuessNonzero(guess)
-        self._applied = setting, guess, refined.getTolerances()
 
     def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
         if setting is None and not guess:

@@ -189,7 +189,7 @@ class AffineTerm:
         return self._kept[1]
 
     def transposed_products(self, multipliers: Batch, out: np.ndarray) -> None:
-        """out = Bᵀ λ for the rows λ of a block."""
+        """out = Bᵀ λ for the rows λ of a batch."""
         matrix, m = self._assembled(), self._inputs(len(out))
         if len(out) > 1 and matrix.comm.size == 1:
             if self._transpose is None:
@@ -224,7 +224,7 @@ class CofunctionTerm:
         return self.products(values[None], b).array.copy()
 
     def transposed_products(self, multipliers: Batch, out: np.ndarray) -> None:
-        """out = weight · λ, zero at the boundary, for the rows λ of a block."""
+        """out = weight · λ, zero at the boundary, for the rows λ of a batch."""
         np.multiply(multipliers.array, self._weight, out=out)
         out[:, self._boundary_dofs] = 0.0
 

@@ -220,3 +220,18 @@ def test_what_ufl_cannot_differentiate_by_is_named():
         prdp_fem.NonlinearVariationalSolver(NonlinearVariationalProblem(LogGamma(u)*v*dx, u, J=w*v*dx))
     with pytest.raises(TypeError, match="UFL cannot differentiate the functional by 'u'"):
         SolverLayer(prdp_fem.LinearVariationalSolver(LinearVariationalProblem(w*v*dx, f*v*dx, u)), [f], LogGamma(u)*dx)
+
+
+def test_batches_without_samples():
+    problem = HeatStep(cells=3)
+    layer = layer_of(problem.problem, [problem.u0, problem.kappa])
+    x, kappa = torch.zeros(0, layer.solver.system.size, dtype=torch.float64), samples(problem.kappa, batch=()).requires_grad_()
+    y = layer(x, kappa)
+    y.sum().backward()
+    assert y.shape == x.shape and not kappa.grad.any()
+
+
+def test_tensors_whose_signs_torch_has_yet_to_change():
+    problem = HeatStep(cells=3)
+    layer, x = layer_of(problem.problem, [problem.u0]), samples(problem.u0)
+    torch.testing.assert_close(layer(torch.imag(torch.complex(x, x).conj())), layer(-x), rtol=0, atol=0)
