@@ -1,8 +1,9 @@
 """Progressively refined differentiable physics for Firedrake and PETSc."""
+from prdp_fem.differentiation import Implicit, Unrolled
 from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, NewtonSteps, Setting, Tolerance, ToleranceLadder
 from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Record, Refinement, ScheduledRefinement
 from prdp_fem.solvers import LinearVariationalSolver, NonlinearVariationalSolver, control, refinement_from_options
 
-__all__ = ["FixedRefinement", "IterationLadder", "Iterations", "LinearVariationalSolver", "NewtonLadder", "NewtonSteps",
+__all__ = ["FixedRefinement", "Implicit", "IterationLadder", "Iterations", "LinearVariationalSolver", "NewtonLadder", "NewtonSteps",
            "NonlinearVariationalSolver", "ProgressiveRefinement", "Record", "Refinement", "ScheduledRefinement", "Setting", "Tolerance",
-           "ToleranceLadder", "control", "refinement_from_options"]
+           "ToleranceLadder", "Unrolled", "control", "refinement_from_options"]

@@ -127,8 +127,13 @@ class Forms:
         """An assembler that is to be kept; entries at boundary dofs are zero where the form's test space is the solution's."""
         if not tested_by_solution_space:
             return get_assembler(form, form_compiler_parameters=self.problem.form_compiler_parameters)
-        return get_assembler(form, bcs=self._homogeneous_conditions(), zero_bc_nodes=True,
+        return get_assembler(form, bcs=self.homogeneous_conditions(), zero_bc_nodes=True,
                              form_compiler_parameters=self.problem.form_compiler_parameters)
+
+    def dual_assembler(self, form: ufl.Form, variable: Function) -> tuple:
+        """For a linear form that is tested by a variable's space, what :func:`assembled_values` takes."""
+        tensor = Cofunction(variable.function_space().dual())
+        return (None if form.empty() else self.assembler(form, tested_by_solution_space=False)), tensor
 
     def linearised_problem(self) -> LinearVariationalProblem:
         """The problem of a step from the state, over the same copies."""
@@ -140,10 +145,11 @@ class Forms:
 
     def _linear_problem(self, a, aP) -> LinearVariationalProblem:
         space = self.solution.function_space()
-        return LinearVariationalProblem(a, Cofunction(space.dual()), Function(space), bcs=self._homogeneous_conditions(), aP=aP,
+        return LinearVariationalProblem(a, Cofunction(space.dual()), Function(space), bcs=self.homogeneous_conditions(), aP=aP,
                                         form_compiler_parameters=self.problem.form_compiler_parameters)
 
-    def _homogeneous_conditions(self) -> list[DirichletBC]:
+    def homogeneous_conditions(self) -> list[DirichletBC]:
+        """The problem's conditions with values of zero."""
         return [condition.reconstruct(g=0) for condition in self.problem.bcs]
 
     def over_copies(self, form: ufl.Form) -> ufl.Form:

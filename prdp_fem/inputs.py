@@ -4,6 +4,8 @@ Solves at other values than the user's (a tensor's, a replayed tape's) write the
 """
 from __future__ import annotations
 
+from functools import cached_property
+
 import numpy as np
 import ufl
 from firedrake import Cofunction, Constant, Function, FunctionSpace
@@ -189,6 +191,17 @@ class Input:
             return form
         components = np.array(self.variables, dtype=object).reshape(self.copy.ufl_shape)
         return ufl.replace(form, {self.copy: ufl.as_tensor(components.tolist()) if self.copy.ufl_shape else self.variables[0]})
+
+    @cached_property
+    def directions(self) -> list[Function]:
+        """Directions of the variables."""
+        with stop_annotating():
+            return [Function(variable.function_space()) for variable in self.variables]
+
+    def set_direction(self, tangent: np.ndarray) -> None:
+        """Set the directions from rank-local values."""
+        for direction, values in zip(self.directions, np.split(tangent, len(self.directions))):
+            set_local_values(direction, values)
 
     def _set_variables(self) -> None:
         if isinstance(self.copy, Constant):

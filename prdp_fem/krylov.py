@@ -19,6 +19,9 @@ __all__ = ["Krylov"]
 _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
                                 "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
 
+# These are symmetric where the operator is.
+_SYMMETRIC_PRECONDITIONERS = frozenset({"none", "jacobi", "pbjacobi"})
+
 
 class Krylov:
     """The solves of a linear system and its transpose, each told how far to go.
@@ -85,7 +88,7 @@ class Krylov:
 
     def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
-        if self._is_symmetric():
+        if self.is_symmetric():
             return self._solver(self.refined, self.ksp.solve, setting, False, "adjoint")
         if self._is_transposable():
             return self._solver(self.refined, self.ksp.solveTranspose, setting, False, "adjoint")
@@ -119,9 +122,18 @@ class Krylov:
     def _probe(self) -> _Probe:
         return _Probe(self.ksp.getOperators()[0])
 
-    def _is_symmetric(self) -> bool:
+    def is_symmetric(self) -> bool:
+        """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
+        return self.ksp.getType() in _SYMMETRIC_METHODS and self._has_symmetric_operator()
+
+    def has_symmetric_parts(self) -> bool:
+        """Whether the operator is symmetric, and the preconditioner then is, too, whatever the method asks for."""
+        return (self.ksp.getType() in _SYMMETRIC_METHODS or self.ksp.getPC().getType() in _SYMMETRIC_PRECONDITIONERS) and (
+            self._has_symmetric_operator())
+
+    def _has_symmetric_operator(self) -> bool:
         if self._symmetric is None:
-            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._probe.finds_symmetric(self.ksp.getOperators()[0])
+            self._symmetric = self._probe.finds_symmetric(self.ksp.getOperators()[0])
             if self._symmetric:
                 self._symmetric_after.add(self._changed)
         return self._symmetric

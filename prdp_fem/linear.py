@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from prdp_fem.batch import chunks
+from prdp_fem.batch import Batch, chunks
 from prdp_fem.forms import LinearForms
 from prdp_fem.ladders import Setting
 from prdp_fem.point import Point
@@ -46,10 +46,10 @@ class LinearSystem(System):
         super()._forget(changed, moved)
         self._right_hand_side.forget(changed, moved)
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> None:
+    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
         varying = {} if varying is None else varying
         dofs, right_hand_side, statistics = self.forms.boundary_dofs, self._right_hand_side, self.statistics
-        guess = point.guess
+        guess, records = point.guess, []
         moves = not self._only_enters_terms(varying) or (point.boundary is not None and point.boundary.ndim == 2)
         with self._work_on("forward"):
             for rows in chunks(len(solutions), self._chunk_size(moves)):
@@ -60,13 +60,22 @@ class LinearSystem(System):
                     solve = self._krylov.solver(setting, guess=guess is not None)
                 b, w = right_hand_side.rows(varying, rows), self._states(rows.stop - rows.start)
                 if guess is not None:
-                    w.array[...] = guess if guess.ndim == 1 else guess[rows]
-                    w.array[:, dofs] = 0.0
-                    w.changed()
+                    self._start(w, guess, rows)
                 for one, solution in zip(b.vectors, w.vectors):
                     statistics.forward_iterations += solve(one, solution)
+                    records.append(self._record())
                 statistics.solves += len(b.vectors)
                 solutions[rows] = w.array
             solutions[:, dofs] = 0.0  # for preconditioners that do not keep the boundary rows apart to the bit
             if point.boundary is not None:
                 solutions += point.boundary
+        return records
+
+    def _start(self, w: Batch, guess: np.ndarray, rows: slice) -> None:
+        """Have rows start from a guess, of shape (n,) or (batch, n), without its boundary values."""
+        w.array[...] = guess if guess.ndim == 1 else guess[rows]
+        w.array[:, self.forms.boundary_dofs] = 0.0
+        w.changed()
+
+    def _record(self):
+        """What is kept of the last solve for its derivatives."""

@@ -84,9 +84,9 @@ class NonlinearSystem(System):
         assemble_operators(self._solver, self._work)
         set_up(self.newton.snes.getKSP(), *operators(self._solver), self.forms.solution.name())
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> None:
+    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
         varying = {} if varying is None else varying
-        dofs, work, statistics = self.forms.boundary_dofs, self._work, self.statistics
+        dofs, work, statistics, records = self.forms.boundary_dofs, self._work, self.statistics, []
         with self._work_on("forward", self._solver_context):
             for row, solution in enumerate(solutions):
                 at = point.at(varying, row)
@@ -102,6 +102,11 @@ class NonlinearSystem(System):
                 self._forget_steps()
                 steps, iterations = self.newton.solve(work, setting)
                 solution[:] = work.array_r
+                records.append(self._record())
                 statistics.solves += 1
                 statistics.newton_steps += steps
                 statistics.forward_iterations += iterations
+        return records
+
+    def _record(self):
+        """What is kept of the last solve for its derivatives."""

@@ -52,8 +52,11 @@ class Direction:
         Directions of mesh coordinates.
     boundary : numpy.ndarray or None
         Rank-local direction of the boundary values, zero elsewhere.
+    guess : numpy.ndarray or None
+        Rank-local direction of the guess.
     """
 
     inputs: Mapping[int, np.ndarray]
     meshes: Mapping = field(default_factory=dict)
     boundary: np.ndarray | None = None
+    guess: np.ndarray | None = None

@@ -35,7 +35,6 @@ class ResidualDerivatives:
         self._multiplier, self._tangent = Function(space), Function(space)
         self._assembled = Cofunction(space.dual())
         self._assemblers: dict[Hashable, list[tuple]] = {}
-        self._directions: dict[int, list[Function]] = {}
         self._direction = Direction({})
 
     @cached_property
@@ -64,7 +63,7 @@ class ResidualDerivatives:
     def by_input(self, index: int) -> np.ndarray:
         """-(∂F/∂m)ᵀ λ, rank-local; for a Constant or a Real space the sum over all ranks."""
         if index not in self._assemblers:
-            self._assemblers[index] = [self._dual_assembler(self._by_variable(variable), variable)
+            self._assemblers[index] = [self._forms.dual_assembler(self._by_variable(variable), variable)
                                        for variable in self._forms.inputs[index].variables]
         return assembled_values(self._assemblers[index])
 
@@ -72,7 +71,7 @@ class ResidualDerivatives:
         """-(∂F/∂u)ᵀ λ, rank-local, entries at boundary dofs included."""
         solution = self._forms.solution
         if "solution" not in self._assemblers:
-            self._assemblers["solution"] = [self._dual_assembler(self._by_variable(solution), solution)]
+            self._assemblers["solution"] = [self._forms.dual_assembler(self._by_variable(solution), solution)]
         return assembled_values(self._assemblers["solution"])
 
     def by_mesh(self, mesh) -> Cofunction:
@@ -104,10 +103,10 @@ class ResidualDerivatives:
         if key not in self._assemblers:
             entry = self._forms.inputs[index]
             form = entry.in_variables(-1*self._forms.residual)
-            parts = [derivative(form, *pair) for pair in zip(entry.variables, self._direction_functions(index))]
+            parts = [derivative(form, *pair) for pair in zip(entry.variables, entry.directions)]
             form = expand_derivatives(sum(parts[1:], parts[0]))
             self._assemblers[key] = [(None if form.empty() else self._forms.assembler(form), self._assembled)]
-        self._set_direction(index, tangent)
+        self._forms.inputs[index].set_direction(tangent)
         return assembled_values(self._assemblers[key])
 
     def in_mesh_direction(self, mesh, tangent: Function) -> np.ndarray:
@@ -129,7 +128,7 @@ class ResidualDerivatives:
         self._direction = direction
         set_local_values(self._tangent, tangent)
         for index in direction.inputs.keys() & self.inputs:
-            self._set_direction(index, direction.inputs[index])
+            self._forms.inputs[index].set_direction(direction.inputs[index])
 
     def second_by_input(self, index: int) -> np.ndarray:
         """The derivative of :meth:`by_input` in the direction, λ fixed."""
@@ -149,17 +148,20 @@ class ResidualDerivatives:
         key = "second", what, frozenset(self._direction.inputs)
         if self._direction.meshes:
             # Directions of meshes come as Functions that differ from call to call: nothing is kept.
-            return assembled_values([self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables])
+            return assembled_values(self._assemblers_toward(variables))
         if key not in self._assemblers:
-            self._assemblers[key] = [self._dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables]
+            self._assemblers[key] = self._assemblers_toward(variables)
         return assembled_values(self._assemblers[key])
+
+    def _assemblers_toward(self, variables: list[Function]) -> list[tuple]:
+        return [self._forms.dual_assembler(self._toward(self._by_variable(variable)), variable) for variable in variables]
 
     def _toward(self, form: ufl.Form) -> ufl.Form:
         if form.empty():
             return form
         pairs = [(self._forms.solution, self._tangent)]
         for index in sorted(self._direction.inputs.keys() & self.inputs):
-            pairs += zip(self._forms.inputs[index].variables, self._direction_functions(index))
+            pairs += zip(self._forms.inputs[index].variables, self._forms.inputs[index].directions)
         pairs += [(SpatialCoordinate(mesh), tangent) for mesh, tangent in self._direction.meshes.items()]
         try:
             parts = [derivative(form, *pair) for pair in pairs]
@@ -167,19 +169,6 @@ class ResidualDerivatives:
         except Exception as error:  # UFL raises what it likes
             raise TypeError(f"UFL cannot differentiate the problem for '{self._forms.solution.name()}' twice: {error}") from error
 
-    def _direction_functions(self, index: int) -> list[Function]:
-        if index not in self._directions:
-            self._directions[index] = [Function(variable.function_space()) for variable in self._forms.inputs[index].variables]
-        return self._directions[index]
-
-    def _set_direction(self, index: int, tangent: np.ndarray) -> None:
-        directions = self._direction_functions(index)
-        for direction, values in zip(directions, np.split(tangent, len(directions))):
-            set_local_values(direction, values)
-
-    def _dual_assembler(self, form: ufl.Form, variable: Function) -> tuple:
-        tensor = Cofunction(variable.function_space().dual())
-        return (None if form.empty() else self._forms.assembler(form, tested_by_solution_space=False)), tensor
 
 
 def _assembled_cofunction(form: ufl.Form, mesh) -> Cofunction:

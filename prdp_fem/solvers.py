@@ -13,6 +13,7 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
+from prdp_fem.differentiation import Implicit, Unrolled, differentiation_of
 from prdp_fem.firedrake_internals import assemble_directly, attach_callbacks, constructor_arguments, forget_set_up, problem_of
 from prdp_fem.forms import Forms, LinearForms, NonlinearForms
 from prdp_fem.inputs import coefficients_of, deep_copy, local_values, set_local_values, vector_like
@@ -25,10 +26,10 @@ from prdp_fem.refinement import Refinement
 from prdp_fem.statistics import Statistics
 from prdp_fem.system import System
 from prdp_fem.tape import SolveBlock
+from prdp_fem.unrolled_linear import UnrolledLinearSystem
+from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 
 __all__ = ["LinearVariationalSolver", "NonlinearVariationalSolver", "RefinedSolver", "control", "refinement_from_options"]
-
-_DIFFERENTIATIONS = ("implicit",)
 
 
 class RefinedSolver:
@@ -40,15 +41,15 @@ class RefinedSolver:
     # The SNES that a solver had before it came under control.
     _adopted_snes: PETSc.SNES | None = None
 
-    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None, differentiation: str = "implicit",
-                 warm_start: bool = False, ksp_prefix: str | None = None, **kwargs):
+    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
+                 differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = False, ksp_prefix: str | None = None,
+                 **kwargs):
         if complex_mode:
             raise ValueError("this PETSc was configured for complex scalars, and prdp_fem differentiates real solves only: use an "
                              "installation with real scalars")
         if not isinstance(problem, NonlinearVariationalProblem):
             raise TypeError(f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}")
-        if differentiation not in _DIFFERENTIATIONS:
-            raise ValueError(f"differentiation must be one of {', '.join(map(repr, _DIFFERENTIATIONS))}, found {differentiation!r}")
+        self.differentiation = differentiation_of(differentiation)
         for name, remedy in self._refused_callbacks.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: {remedy}")
@@ -64,7 +65,6 @@ class RefinedSolver:
             attach_callbacks(self)
         assemble_directly(self)
         self.problem = problem
-        self.differentiation = differentiation
         self.warm_start = bool(warm_start)
         self._ksp_prefix = ksp_prefix
 
@@ -155,9 +155,9 @@ class RefinedSolver:
         with stop_annotating():
             point = self.point()
             solution = local_values(u)
-            self.system.solve(point, setting, solution[None])
+            record, = self.system.solve(point, setting, solution[None])
         if annotate:
-            block = SolveBlock(self.system, self.problem, self.refinement, warm_start=self.warm_start, ad_block_tag=tag)
+            block = SolveBlock(self.system, self.problem, self.refinement, record, warm_start=self.warm_start, ad_block_tag=tag)
             get_working_tape().add_block(block)
         with stop_annotating():
             set_local_values(u, solution)
@@ -194,17 +194,17 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     """Firedrake's :class:`firedrake.LinearVariationalSolver`, with its KSP under a refinement.
 
     A solve is a function of the problem's coefficients and boundary values: it starts from zero, unless ``warm_start``, and
-    what was solved before makes no difference. It stands on pyadjoint's tape as one block, and is differentiated
-    implicitly: the adjoint system is solved by the same KSP with the setting of the forward solve. The symbolic work is
-    done once, here.
+    what was solved before makes no difference. It stands on pyadjoint's tape as one block. The symbolic work is done once, here.
 
     Parameters
     ----------
     problem : LinearVariationalProblem
     refinement : Refinement or None
         Whose ``setting`` is put on the KSP at each solve; None solves as far as the options say.
-    differentiation : str
-        ``"implicit"``.
+    differentiation : str, Implicit or Unrolled
+        ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward solve. ``"unrolled"``: the exact
+        derivative of the iterate that was computed, for ksp_type richardson, chebyshev, cg, gmres, fgmres, bcgs and steepest descent; see
+        :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function instead of zero.
     ksp_prefix : str or None
@@ -245,6 +245,8 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
         "a linear solve assembles no residual; put what it adds into the right-hand side, as a Cofunction")
 
     def _make_system(self, forms: LinearForms, make_linear_solver: Callable) -> LinearSystem:
+        if isinstance(self.differentiation, Unrolled):
+            return UnrolledLinearSystem(forms, self, make_linear_solver, self._ksp_prefix, differentiation=self.differentiation)
         return LinearSystem(forms, self, make_linear_solver, self._ksp_prefix)
 
     @staticmethod
@@ -261,16 +263,18 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
 
     A setting of a linear solve (:class:`~prdp_fem.Iterations`, :class:`~prdp_fem.Tolerance`) is put on the KSP of each Newton
     step; :class:`~prdp_fem.NewtonSteps` limits the steps, too. A solve is a function of the problem's coefficients, boundary values
-    and guess. It stands on pyadjoint's tape as one block, and is differentiated implicitly, at the state reached: by the exact derivative
-    of the residual (also where steps are made with another Jacobian, as Picard's are), and with the setting of the forward solve.
+    and guess. It stands on pyadjoint's tape as one block. Implicitly it is differentiated at the state reached, by the exact derivative
+    of the residual (also where steps are made with another Jacobian, as Picard's are); unrolled, through its Newton steps.
 
     Parameters
     ----------
     problem : NonlinearVariationalProblem
     refinement : Refinement or None
         Whose ``setting`` is put on SNES and KSP at each solve; None solves as far as the options say.
-    differentiation : str
-        ``"implicit"``.
+    differentiation : str, Implicit or Unrolled
+        ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward solve. ``"unrolled"``: the exact
+        derivative of the iterate that was computed, for ksp_type richardson, chebyshev, cg, gmres, fgmres, bcgs and steepest descent; see
+        :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function, as Firedrake does; False starts from zero.
     ksp_prefix : str or None
@@ -303,8 +307,9 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
         ("pre_function_callback", "post_function_callback", "pre_jacobian_callback", "marking_callback"),
         "what it changes during a solve is no part of the residual that is differentiated; state it in the forms")
 
-    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None, differentiation: str = "implicit",
-                 warm_start: bool = True, ksp_prefix: str | None = None, **kwargs):
+    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
+                 differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = True, ksp_prefix: str | None = None,
+                 **kwargs):
         super().__init__(problem, refinement=refinement, differentiation=differentiation, warm_start=warm_start, ksp_prefix=ksp_prefix,
                          **kwargs)
         if self.snes.getType().startswith("vi"):
@@ -312,6 +317,8 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
                              f"for '{problem.u.name()}' needs Firedrake's own NonlinearVariationalSolver")
 
     def _make_system(self, forms: NonlinearForms, make_linear_solver: Callable) -> NonlinearSystem:
+        if isinstance(self.differentiation, Unrolled):
+            return UnrolledNonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, differentiation=self.differentiation)
         return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix)
 
 
@@ -354,6 +361,7 @@ def control(solver, refinement: Refinement | None, **options):
     """
     if isinstance(solver, RefinedSolver):
         for name, value in options.items():
+            value = differentiation_of(value) if name == "differentiation" else value
             if name not in ("differentiation", "warm_start") or value != getattr(solver, name):
                 raise ValueError(f"the solver is one of prdp_fem already, whose {name} is chosen when it is made")
         solver.refinement = refinement

@@ -295,7 +295,7 @@ class System(ABC):
     # The solve
 
     @abstractmethod
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> None:
+    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
         """Solve at a point, or at a batch of them.
 
         Parameters
@@ -308,6 +308,11 @@ class System(ABC):
         varying : Mapping of int to numpy.ndarray
             Inputs that differ from row to row, shape (batch, size), instead of their values in the point.
 
+        Returns
+        -------
+        list
+            The record of each row: what its derivatives ask for beside the solution.
+
         Raises
         ------
         firedrake.exceptions.ConvergenceError
@@ -316,10 +321,13 @@ class System(ABC):
 
     # Its derivatives
 
-    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None,
+    # Whether the derivative by the guess is other than zero.
+    depends_on_guess = False
+
+    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
                       gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
-                      boundary: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
-        """Solve Jᵀ λ = ∂E/∂u at a point, or at a batch of them, and take the derivatives of E by what u depends on.
+                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+        """From the derivatives of numbers E by solutions at a point, or at a batch of them, those by what u depends on.
 
         Parameters
         ----------
@@ -330,6 +338,8 @@ class System(ABC):
             them.
         solutions : numpy.ndarray or None
             Shape (batch, n): what :meth:`solve` gave; None where :meth:`needs_solutions` says so, and nothing else is asked for.
+        records : list
+            What :meth:`solve` returned.
         gradients : Mapping of int to numpy.ndarray
             By inputs, shape (batch, size), written to: -(∂F/∂m)ᵀ λ, by dofs (no mass matrix in between). For a Constant or a
             Real space the sum over all ranks, on every rank.
@@ -337,6 +347,8 @@ class System(ABC):
             As in :meth:`solve`.
         boundary : numpy.ndarray or None
             Shape (batch, n), written to where given: the derivative by the boundary values, zero at other dofs.
+        guess : numpy.ndarray or None
+            Shape (batch, n), written to where given: the derivative by the guess.
         meshes : iterable of MeshGeometry
             Meshes whose coordinates to differentiate by.
 
@@ -347,6 +359,8 @@ class System(ABC):
         """
         varying = {} if varying is None else varying
         dofs, by_mesh = self.forms.boundary_dofs, {}
+        if guess is not None:
+            guess[:] = 0.0
         by_form = boundary is not None or bool(meshes) or not gradients.keys() <= self._terms.keys()
         moves = by_form or self._state is not None or not self._only_enters_terms(varying)
         with self._work_on("adjoint"):
@@ -389,7 +403,8 @@ class System(ABC):
         else:
             out[0] = self._derivatives.by_input(index)
 
-    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, direction: Direction, out: np.ndarray) -> None:
+    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record, direction: Direction,
+                      out: np.ndarray) -> None:
         """The tangent linear solve: the derivative of the solution in a direction of what it depends on.
 
         Parameters
@@ -398,33 +413,44 @@ class System(ABC):
         setting : Setting or None
         solution : numpy.ndarray
             What :meth:`solve` gave at the point.
+        record
+            What :meth:`solve` returned.
         direction : Direction
         out : numpy.ndarray
             Rank-local, written to.
         """
-        dofs, b, tangent = self.forms.boundary_dofs, self._cotangents(1), self._states(1)
+        tangent = self._states(1).vectors[0]
         with self._work_on("tangent"):
             self._linearise(point, solution)
-            self._derivatives.at(point, solution)
-            total = np.zeros(self.size)
-            for index, values in direction.inputs.items():
-                total += (self._terms[index].products(values[None], tangent).array[0] if index in self._terms
-                          else self._derivatives.in_direction(index, values))
-            for mesh, values in direction.meshes.items():
-                total += self._derivatives.in_mesh_direction(mesh, values)
-            total[dofs] = 0.0
-            b.fill(total)
-            if direction.boundary is not None:
-                self._lifting.subtract(direction.boundary, b.vectors[0])
-            iterations = self._krylov.solver(setting, kind="tangent")(b.vectors[0], tangent.vectors[0])
-            out[:] = tangent.array[0]
-            out[dofs] = 0.0
-            if direction.boundary is not None:
-                out += direction.boundary
+            b = self._right_hand_side_tangent(point, solution, direction)
+            iterations = self._krylov.solver(setting, kind="tangent")(b, tangent)
+            out[:] = tangent.array_r
+            self._put_boundary(out, direction.boundary)
         self.statistics.tangent_solves += 1
         self.statistics.tangent_iterations += iterations
 
-    def solve_second_adjoint(self, point: Point, setting: Setting | None, solution: np.ndarray, cotangent: np.ndarray,
+    def _right_hand_side_tangent(self, point: Point, state: np.ndarray, direction: Direction) -> PETSc.Vec:
+        """-(∂F/∂m) ṁ - J ġ at a state; zero at boundary dofs."""
+        self._derivatives.at(point, state)
+        b, total = self._cotangents(1), np.zeros(self.size)
+        for index, values in direction.inputs.items():
+            total += (self._terms[index].products(values[None], self._multipliers(1)).array[0] if index in self._terms
+                      else self._derivatives.in_direction(index, values))
+        for mesh, values in direction.meshes.items():
+            total += self._derivatives.in_mesh_direction(mesh, values)
+        total[self.forms.boundary_dofs] = 0.0
+        b.fill(total)
+        if direction.boundary is not None:
+            self._lifting.subtract(direction.boundary, b.vectors[0])
+        return b.vectors[0]
+
+    def _put_boundary(self, values: np.ndarray, boundary: np.ndarray | None) -> None:
+        """Have boundary values, None for zero, where rank-local values are at boundary dofs."""
+        values[self.forms.boundary_dofs] = 0.0
+        if boundary is not None:
+            values += boundary
+
+    def solve_second_adjoint(self, point: Point, setting: Setting | None, solution: np.ndarray, record, cotangent: np.ndarray,
                              second_cotangent: np.ndarray, direction: Direction, tangent: np.ndarray, gradients: Mapping[int, np.ndarray],
                              *, boundary: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
         """The derivative of what :meth:`solve_adjoint` gives, in a direction: the action of a Hessian.
@@ -435,6 +461,8 @@ class System(ABC):
         setting : Setting or None
         solution : numpy.ndarray
             What :meth:`solve` gave at the point.
+        record
+            What :meth:`solve` returned.
         cotangent, second_cotangent : numpy.ndarray
             Rank-local ∂E/∂u, and its derivative in the direction.
         direction : Direction

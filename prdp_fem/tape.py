@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from numbers import Number
 
 import numpy as np
-from firedrake import DirichletBC, Function
+from firedrake import Cofunction, DirichletBC, Function
 from pyadjoint import Block, get_working_tape
 from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
@@ -35,15 +35,17 @@ class SolveBlock(Block):
         The user's.
     refinement : Refinement or None
         Asked for the setting at each evaluation of the functional.
+    record
+        What the system returned of the solve.
     warm_start : bool
         Whether the solve starts from the values that the solution has.
     ad_block_tag : str or None
     """
 
-    def __init__(self, system: System, problem, refinement, *, warm_start: bool = False, ad_block_tag: str | None = None):
+    def __init__(self, system: System, problem, refinement, record, *, warm_start: bool = False, ad_block_tag: str | None = None):
         super().__init__(ad_block_tag=ad_block_tag)
         self._system, self._problem, self._refinement = system, problem, refinement
-        self._setting = None if refinement is None else refinement.setting
+        self._setting, self._record = None if refinement is None else refinement.setting, record
         self._tape = get_working_tape()
         self._evaluation = self._tape.recompute_count
         self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
@@ -90,7 +92,7 @@ class SolveBlock(Block):
             self._setting = None if self._refinement is None else self._refinement.setting
         self._check_conditions()
         values = np.empty(self._system.size)
-        self._system.solve(self._point(), self._setting, values[None])
+        self._record, = self._system.solve(self._point(), self._setting, values[None])
         # Making a Function costs as much as a small solve: where nobody else has the old one, it is used again.
         solution = output.checkpoint
         if type(solution) is not Function or not self._may_reuse or sys.getrefcount(solution) > _OURS_ALONE:
@@ -105,9 +107,12 @@ class SolveBlock(Block):
         if output.adj_value is None or not relevant:
             return
         gradients, boundary, meshes = self._wanted(relevant)
+        guess = np.empty((1, self._system.size)) if self._system.depends_on_guess and self._guess in relevant else None
         point = self._point()
         by_mesh = self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], self._solution()[None],
-                                             gradients, boundary=boundary, meshes=meshes)
+                                             [self._record], gradients, boundary=boundary, guess=guess, meshes=meshes)
+        if guess is not None:
+            self._source(self._guess, markings).add_adj_output(_with_values(Cofunction(self._problem.u.function_space().dual()), guess[0]))
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):
             self._source(variable, markings).add_adj_output(value)
 
@@ -126,7 +131,7 @@ class SolveBlock(Block):
             return
         values = np.empty(self._system.size)
         point = self._point()
-        self._system.solve_tangent(point, self._setting, self._solution(), self._direction(), values)
+        self._system.solve_tangent(point, self._setting, self._solution(), self._record, self._direction(), values)
         output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
 
     @no_annotations
@@ -141,8 +146,8 @@ class SolveBlock(Block):
                                       for value in (output.adj_value, output.hessian_value, output.tlm_value))
         gradients, boundary, meshes = self._wanted(relevant)
         point = self._point()
-        by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), cotangent, second, self._direction(),
-                                                    tangent, gradients, boundary=boundary, meshes=meshes)
+        by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), self._record, cotangent, second,
+                                                    self._direction(), tangent, gradients, boundary=boundary, meshes=meshes)
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):
             variable.add_hessian_output(value)
 
@@ -167,7 +172,7 @@ class SolveBlock(Block):
                 [variable.output for variable in self._meshes if variable in relevant])
 
     def _components(self, relevant: list, gradients, boundary, by_mesh) -> Iterator[tuple]:
-        """The derivatives by dependencies, with their variables; none by the guess: an implicit derivative does not depend on it."""
+        """The derivatives by dependencies but the guess, with their variables."""
         for index, gradient in gradients.items():
             yield self._inputs[index], self._dual(index, gradient[0])
         for variable in self._conditions:
@@ -202,7 +207,8 @@ class SolveBlock(Block):
             {index: _values_in(variable.output, variable.tlm_value) for index, variable in enumerate(self._inputs)
              if variable.tlm_value is not None},
             {variable.output: variable.tlm_value for variable in self._meshes if variable.tlm_value is not None},
-            self._system.boundary_values(conditions))
+            self._system.boundary_values(conditions),
+            None if self._guess is None or self._guess.tlm_value is None else local_values(self._guess.tlm_value))
 
 
 def _copied_from(variable):

@@ -44,9 +44,9 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_TAYLOR_TABLE]
     if rows and PETSc.COMM_WORLD.rank == 0:
         terminalreporter.section(f"Taylor remainders on {PETSc.COMM_WORLD.size} rank(s): {len(rows)} combinations")
-        terminalreporter.write_line(f"{'problem':20s} {'control':22s} {'solver':14s} {'first':>7s} {'second':>7s}")
+        terminalreporter.write_line(f"{'problem':20s} {'control':22s} {'solver':38s} {'first':>7s} {'second':>7s}")
         for problem, control, ksp, first, second in rows:
-            terminalreporter.write_line(f"{problem:20s} {control:22s} {ksp:14s} {first:7.3f} {second:7.3f}")
+            terminalreporter.write_line(f"{problem:20s} {control:22s} {ksp:38s} {first:7.3f} {second:7.3f}")
 
 
 def pytest_unconfigure(config):

@@ -3,11 +3,9 @@
 The first remainder falls at rate 2 where the gradient is right, the second at rate 3 where the Hessian is.
 """
 import pytest
+from cases import Burgers, Darcy, Elasticity, Heat, Load, Moving, NonlinearDiffusion, Reaction, Transport, direction_of
 from firedrake import *
 from firedrake.adjoint import *
-from problems import CONVERGED, AdvectionDiffusion, HeatStep, smooth
-
-import prdp_fem
 
 KSPS = {
     "cg+jacobi": {"ksp_type": "cg", "pc_type": "jacobi"},
@@ -21,128 +19,6 @@ KSPS = {
     "ksp(cg)": {"ksp_type": "fgmres", "pc_type": "ksp", "ksp_ksp_type": "cg", "ksp_pc_type": "jacobi", "ksp_ksp_rtol": 1e-3},
     "lu": {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"},
 }
-NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 0, "snes_linesearch_type": "basic"}
-
-
-class Case:
-    """A problem with its controls, each with a direction, and the functional."""
-
-    def functional(self):
-        # Polynomial: the derivatives of others are integrated with errors of their own, by the stock assembly.
-        return assemble(inner(self.u, self.u)**2*dx)
-
-    def solve(self, parameters):
-        linear = isinstance(self.problem, LinearVariationalProblem)
-        solver_type = prdp_fem.LinearVariationalSolver if linear else prdp_fem.NonlinearVariationalSolver
-        solver_type(self.problem, solver_parameters={**parameters, **CONVERGED, **({} if linear else NEWTON)}).solve()
-
-
-class Heat(Case):
-    def __init__(self):
-        mesh = UnitSquareMesh(4, 4)
-        g = smooth(FunctionSpace(mesh, "CG", 1), 12, "boundary")
-        heat = HeatStep(mesh=mesh, boundary=g)
-        self.u, self.problem = heat.u, heat.problem
-        self.controls = {"initial": heat.u0, "diffusivity": heat.kappa, "time step": heat.dt, "boundary": g}
-
-
-class Transport(Case):
-    def __init__(self):
-        transport = AdvectionDiffusion(4)
-        self.u, self.problem = transport.u, transport.problem
-        self.controls = {"source": transport.source, "wind": transport.wind}
-
-
-class Reaction(Case):
-    """A coefficient in a Real space."""
-
-    def __init__(self):
-        mesh = UnitSquareMesh(4, 4)
-        V, R = FunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "R", 0)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
-        rate, f = Function(R, name="rate").assign(1.5), smooth(V, 3)
-        self.problem = LinearVariationalProblem((rate*w*v + inner(grad(w), grad(v)))*dx, exp(0.3*f)*v*dx, self.u,
-                                                bcs=DirichletBC(V, 0.2, (1, 2)))
-        self.controls = {"real rate": rate, "log source": f}
-
-
-class Elasticity(Case):
-    def __init__(self):
-        mesh = UnitSquareMesh(3, 3)
-        V = VectorFunctionSpace(mesh, "CG", 1)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="displacement")
-        modulus, load = smooth(FunctionSpace(mesh, "DG", 0), 4), smooth(V, 5)
-        with stop_annotating():
-            modulus.assign(2 + 0.3*modulus)
-        g = Constant((0.1, 0.0), name="grip")
-        a = (inner(modulus*sym(grad(w)), sym(grad(v))) + modulus*div(w)*div(v))*dx
-        self.problem = LinearVariationalProblem(a, inner(load, v)*dx, self.u, bcs=[DirichletBC(V, 0, 1), DirichletBC(V, g, 2)])
-        self.controls = {"modulus": modulus, "load": load}
-
-
-class Darcy(Case):
-    """A mixed problem."""
-
-    def __init__(self):
-        mesh = UnitSquareMesh(3, 3)
-        W = FunctionSpace(mesh, "RT", 1)*FunctionSpace(mesh, "DG", 0)
-        (s, p), (t, q), self.u = TrialFunctions(W), TestFunctions(W), Function(W, name="flow")
-        resistance, source = smooth(FunctionSpace(mesh, "CG", 1), 6), smooth(FunctionSpace(mesh, "DG", 0), 7)
-        self.problem = LinearVariationalProblem((exp(0.3*resistance)*inner(s, t) - p*div(t) - q*div(s) - p*q)*dx, -source*q*dx, self.u)
-        self.controls = {"resistance": resistance, "source": source}
-
-    def functional(self):
-        flux, pressure = split(self.u)
-        return assemble((inner(flux, flux)**2 + pressure**4)*dx)
-
-
-class Load(Case):
-    """A Cofunction in the right-hand side."""
-
-    def __init__(self):
-        mesh = UnitSquareMesh(4, 4)
-        V = FunctionSpace(mesh, "CG", 1)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
-        f = smooth(V, 8)
-        load = assemble(f*v*dx)
-        self.problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, 2*load, self.u, bcs=DirichletBC(V, 0, 1))
-        self.controls = {"through a cofunction": f}
-
-
-class Moving(Case):
-    """The coordinates of the mesh."""
-
-    def __init__(self):
-        with stop_annotating():
-            heat = HeatStep(4)
-        coordinates = heat.mesh.coordinates
-        displacement = Function(coordinates.function_space(), name="displacement")
-        coordinates.assign(coordinates + displacement)
-        self.u, self.problem, self.controls = heat.u, heat.problem, {"mesh": displacement}
-
-
-class NonlinearDiffusion(Case):
-    def __init__(self):
-        mesh = UnitSquareMesh(4, 4)
-        V = FunctionSpace(mesh, "CG", 1)
-        self.u, v = Function(V, name="u"), TestFunction(V)
-        f, c, g = smooth(V, 1, "f"), Constant(0.7, name="c"), smooth(V, 2, "g")
-        F = ((1 + c*self.u**2)*inner(grad(self.u), grad(v)) + self.u*v - f*v)*dx
-        self.problem = NonlinearVariationalProblem(F, self.u, bcs=DirichletBC(V, g, (2, 3)))
-        self.controls = {"source": f, "constant": c, "boundary": g}
-
-
-class Burgers(Case):
-    def __init__(self):
-        mesh = UnitSquareMesh(4, 4)
-        V = VectorFunctionSpace(mesh, "CG", 1)
-        self.u, u0, v, nu = Function(V, name="u"), smooth(V, 2, "u0"), TestFunction(V), smooth(FunctionSpace(mesh, "CG", 1), 4)
-        with stop_annotating():
-            nu.assign(0.3 + 0.1*nu)
-        F = (inner((self.u - u0)/0.1, v) + inner(dot(self.u, nabla_grad(self.u)), v) + nu*inner(grad(self.u), grad(v)))*dx
-        self.problem = NonlinearVariationalProblem(F, self.u, bcs=DirichletBC(V, 0, "on_boundary"))
-        self.controls = {"initial": u0, "viscosity": nu}
-
 
 GRID = [(case, control, ksp) for case, controls, ksps in (
     (Heat, ("initial", "diffusivity", "time step", "boundary"),
@@ -156,17 +32,6 @@ GRID = [(case, control, ksp) for case, controls, ksps in (
     (NonlinearDiffusion, ("source", "constant", "boundary"), ("gmres+jacobi", "lu")),
     (Burgers, ("initial", "viscosity"), ("gmres+jacobi", "bcgs+bjacobi")),
 ) for control in controls for ksp in ksps]
-
-
-def direction_of(control):
-    if isinstance(control, Constant):
-        return Constant(0.3)
-    if control.function_space().ufl_element().family() == "Real":
-        return Function(control.function_space()).assign(0.3)
-    direction = smooth(control.function_space(), 11)
-    with stop_annotating():
-        direction.assign({"displacement": 0.05}.get(control.name(), 0.5)*direction)
-    return direction
 
 
 @pytest.mark.parallel([1, 2, 3])

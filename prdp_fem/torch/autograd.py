@@ -14,8 +14,8 @@ from prdp_fem.point import Point
 
 __all__ = ["BoundaryValues", "FunctionalValue", "Solve"]
 
-# Among the arguments of Solve: where the boundary values are, and how many come before the inputs' tensors.
-_BOUNDARY, _BEFORE_TENSORS = 3, 5
+# Among the arguments of Solve: where the boundary values and the guess are, and how many come before the inputs' tensors.
+_BOUNDARY, _GUESS, _BEFORE_TENSORS = 3, 4, 5
 
 
 def _first_order(backward):
@@ -55,10 +55,10 @@ class Solve(torch.autograd.Function):
             point.guess = _rows(guess, batch) if guess.ndim > 1 else _row(guess)
         varying = _place(point, indices, batch, tensors)
         ctx.solver, ctx.batch, ctx.indices, ctx.setting, ctx.point, ctx.varying = solver, batch, indices, solver.setting, point, varying
-        ctx.boundary_shape = None if boundary is None else boundary.shape
+        ctx.boundary, ctx.guess = _like(boundary), _like(guess)
         ctx.save_for_backward(*tensors)
         solutions = np.empty((batch.numel(), system.size))
-        system.solve(point, ctx.setting, solutions, varying)
+        ctx.records = system.solve(point, ctx.setting, solutions, varying)
         ctx.mesh_stamp = system.mesh_stamp()
         # A copy: the caller may change what it gets in place, and the backward pass must not see it.
         ctx.solutions = solutions.copy() if boundary is not None or system.needs_solutions(indices) else None
@@ -74,11 +74,13 @@ class Solve(torch.autograd.Function):
         rows = batch.numel()
         gradients = {index: np.empty((rows, tensor.shape[-1])) for index, tensor, wanted in zip(ctx.indices, tensors, needed) if wanted}
         boundary = np.empty((rows, system.size)) if ctx.needs_input_grad[_BOUNDARY] else None
-        system.solve_adjoint(ctx.point, ctx.setting, _rows(cotangent, batch), ctx.solutions, gradients, varying=ctx.varying,
-                             boundary=boundary)
-        shaped = None if boundary is None else torch.from_numpy(boundary).view(*batch, -1).sum_to_size(ctx.boundary_shape)
-        return None, None, None, shaped, None, *(_reduced(gradients[index], batch, tensor) if index in gradients else None
-                                                 for index, tensor in zip(ctx.indices, tensors))
+        guess = np.empty((rows, system.size)) if ctx.needs_input_grad[_GUESS] else None
+        system.solve_adjoint(ctx.point, ctx.setting, _rows(cotangent, batch), ctx.solutions, ctx.records, gradients, varying=ctx.varying,
+                             boundary=boundary, guess=guess)
+        return (None, None, None, None if boundary is None else _reduced(boundary, batch, ctx.boundary),
+                None if guess is None else _reduced(guess, batch, ctx.guess),
+                *(_reduced(gradients[index], batch, tensor) if index in gradients else None
+                  for index, tensor in zip(ctx.indices, tensors)))
 
 
 class BoundaryValues(torch.autograd.Function):
@@ -136,7 +138,7 @@ def _row(tensor: torch.Tensor) -> np.ndarray:
 
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> np.ndarray:
     """A tensor as float64 rows, one a sample; without a copy where it is that already."""
-    tensor, shape = tensor.detach(), tensor.shape
+    tensor, shape = tensor.detach().resolve_neg(), tensor.shape
     if tensor.dtype is not torch.float64 or shape[:-1] != batch:
         tensor = tensor.to(torch.float64).expand(*batch, shape[-1])
     rows = tensor.numpy()
@@ -159,6 +161,11 @@ def _place(point: Point, indices: Sequence[int], batch: torch.Size, tensors: Seq
         else:
             varying[index] = _rows(tensor, batch)
     return varying
+
+
+def _like(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor of the same shape and type, that has no values."""
+    return None if tensor is None else torch.empty_like(tensor, device="meta")
 
 
 def _reduced(gradient: np.ndarray, batch: torch.Size, tensor: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,9 @@ class SolverLayer(torch.nn.Module):
             given = [tensors[place] for place in self._boundary.inputs]
             boundary = BoundaryValues.apply(self._boundary, _batch_axes(given), *given)
         if self._guess is not None:
-            guess = tensors[self._guess].detach()
+            guess = tensors[self._guess]
+            if not self.solver.system.depends_on_guess:
+                guess = guess.detach()
         solution = Solve.apply(self.solver, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
         outputs = tuple(output(solution, batch, tensors) for output in self._outputs)
         if all(tensor.dtype is torch.float32 for tensor in tensors):

@@ -1,0 +1,51 @@
+"""The small least-squares problem of GMRES."""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+__all__ = ["Column", "hessenberg", "least_squares", "solve_normal_equations"]
+
+
+class Column(NamedTuple):
+    """What a vector is in an orthonormal basis that grows by it.
+
+    Attributes
+    ----------
+    products : numpy.ndarray
+        Those with the basis before it.
+    norm : float
+        That of the rest.
+    derivative : object
+        What an arithmetic needs of the vector to differentiate its part in a minimisation.
+    """
+
+    products: np.ndarray
+    norm: float
+    derivative: Any = None
+
+
+def hessenberg(columns: list[Column]) -> np.ndarray:
+    """The matrix of shape (k + 1, k) with column j in its first j + 2 rows."""
+    size = len(columns)
+    H = np.zeros((size + 1, size))
+    for j, column in enumerate(columns):
+        H[:j + 1, j] = column.products
+        H[j + 1, j] = column.norm
+    return H
+
+
+def least_squares(beta: float, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y that makes ‖β e₁ - H y‖ least, shape (k,), and β e₁ - H y, shape (k + 1,)."""
+    Q, R = np.linalg.qr(H)
+    y = np.linalg.solve(R, beta*Q[0])
+    residual = -H@y
+    residual[0] += beta
+    return y, residual
+
+
+def solve_normal_equations(H: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(HᵀH)⁻¹ times a vector of shape (k,). HᵀH, whose condition is the square of that of H, is not formed."""
+    R = np.linalg.qr(H, mode="r")
+    return np.linalg.solve(R, np.linalg.solve(R.T, right))

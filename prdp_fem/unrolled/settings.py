@@ -1,0 +1,69 @@
+"""What a PETSc object is set to, where PETSc has no other way to ask than to read what it says of itself."""
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+
+from firedrake.petsc import PETSc
+
+__all__ = ["described", "setting", "settings"]
+
+# PETSc prints numbers as %g does, with six digits; one with fewer is all there.
+_PRINTED_DIGITS = 6
+
+
+def described(thing: PETSc.Object) -> str:
+    """The text of its view; collective."""
+    comm = thing.comm.tompi4py()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "view")
+        viewer = PETSc.Viewer().createASCII(path, mode="w", comm=thing.comm)
+        thing.view(viewer)
+        viewer.flush()
+        viewer.destroy()
+        text = None
+        if comm.rank == 0:
+            with open(path) as file:
+                text = file.read()
+        return comm.bcast(text)
+
+
+def settings(thing: PETSc.Object, text: str, pattern: str, option: str, options: Mapping | None) -> list[float]:
+    """Numbers that it is set to, to their last digit.
+
+    Parameters
+    ----------
+    thing : PETSc.Object
+    text : str
+        What it says of itself.
+    pattern : str
+        Regular expression with a group for each number.
+    option : str
+        The option that sets them, without prefix.
+    options : mapping or None
+        Options without prefix, to be looked at before PETSc's own.
+
+    Raises
+    ------
+    ValueError
+        Where a number was printed rounded, and no option says which it is.
+    """
+    printed = re.search(pattern, text).groups()
+    given = (options or {}).get(option)
+    if given is None:
+        given = PETSc.Options(thing.getOptionsPrefix()).getString(option, "")
+    numbers = [float(part) for part in re.split(r"[,\s()\[\]]+", str(given)) if part]
+    if len(numbers) == len(printed) and all(f"{number:g}" == f"{float(shown):g}" for number, shown in zip(numbers, printed)):
+        return numbers
+    if any(len(re.sub(r"e.*|[.\-+]", "", shown).lstrip("0")) >= _PRINTED_DIGITS for shown in printed):
+        raise ValueError(f"unrolled differentiation must know {option} to its last digit, and PETSc tells six ({', '.join(printed)}): "
+                         f"leave {thing.getOptionsPrefix() or ''}{option} in PETSc's options, give it by options=…, or round it to five "
+                         "digits")
+    return [float(shown) for shown in printed]
+
+
+def setting(thing: PETSc.Object, text: str, pattern: str, option: str, options: Mapping | None) -> float:
+    """One number: see :func:`settings`."""
+    return settings(thing, text, pattern, option, options)[0]

@@ -1,0 +1,136 @@
+"""A linear variational problem whose solves are differentiated as the iterations that they are.
+
+With w the K-th iterate for A w = b from a guess, its cotangent gives those of A, b and the guess; then b = L - a(g, ·) and A are
+differentiated by what they depend on.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from prdp_fem.batch import Batch, chunks
+from prdp_fem.differentiation import Unrolled
+from prdp_fem.forms import LinearForms
+from prdp_fem.inputs import vector_like
+from prdp_fem.ladders import Setting
+from prdp_fem.linear import LinearSystem
+from prdp_fem.operator_derivative import OperatorDerivative
+from prdp_fem.point import Direction, Point
+from prdp_fem.unrolled_system import UnrolledSystem
+
+__all__ = ["UnrolledLinearSystem"]
+
+
+class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
+    """The solve of a linear problem, and the exact derivatives of its iterates, as functions of the inputs.
+
+    Parameters
+    ----------
+    forms, solver, make_adjoint_solver, ksp_prefix
+        As in :class:`LinearSystem`.
+    differentiation : Unrolled
+
+    Raises
+    ------
+    ValueError
+        For a method that cannot be unrolled.
+    """
+
+    depends_on_guess = True
+
+    def __init__(self, forms: LinearForms, solver, make_adjoint_solver: Callable, ksp_prefix: str | None = None, *,
+                 differentiation: Unrolled):
+        super().__init__(forms, solver, make_adjoint_solver, ksp_prefix)
+        self._unroll(forms, solver, differentiation)
+        self._no_boundary = np.zeros(self.size)
+        self._of_guess, self._tangent = vector_like(forms.solution), vector_like(forms.solution)
+
+    def check_setting(self, setting: Setting) -> None:
+        super().check_setting(setting)
+        self._check_refined(self._krylov.refined)
+
+    def _record(self) -> int:
+        """The iterations that the last solution is the outcome of."""
+        return self._unrolled.completed_iterations()
+
+    def needs_solutions(self, indices: Iterable[int]) -> bool:
+        return False
+
+    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
+                      gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
+                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+        varying = {} if varying is None else varying
+        dofs, right_hand_side, by_mesh = self.forms.boundary_dofs, self._right_hand_side, {}
+        by_form = boundary is not None or bool(meshes) or not gradients.keys() <= self._terms.keys()
+        moves = by_form or not self._only_enters_terms(varying)
+        of_operators = [one for one in self._operators if meshes or one.inputs & gradients.keys()]
+        with self._work_on("adjoint"):
+            for rows in chunks(len(cotangents), self._chunk_size(moves)):
+                row = rows.start
+                if row == 0 or moves:
+                    at = point.at(varying, row) if moves else point
+                    self._linearise(at)
+                    right_hand_side.prepare(at, varying)
+                b = right_hand_side.rows(varying, rows)
+                multipliers = self._pull(b, cotangents[rows], records[rows], point.guess, guess, rows, of_operators)
+                if by_form:
+                    # b is what the residual is at the boundary values, with the opposite sign.
+                    self._derivatives.at(at, self._no_boundary if at.boundary is None else at.boundary, multipliers.array[0])
+                for index, gradient in gradients.items():
+                    self._gradient(index, multipliers, gradient[rows])
+                if boundary is not None:
+                    boundary[row] = 0.0
+                    boundary[row, dofs] = cotangents[row, dofs] + self._derivatives.by_solution()[dofs]
+                by_mesh = {mesh: self._derivatives.by_mesh(mesh) for mesh in meshes}
+                for operator in of_operators:
+                    values, cofunctions = operator.gradients(operator.inputs & gradients.keys(), meshes)
+                    for index, value in values.items():
+                        gradients[index][row] += value
+                    for mesh, cofunction in cofunctions.items():
+                        by_mesh[mesh] += cofunction
+        return by_mesh
+
+    def _pull(self, b: Batch, cotangents: np.ndarray, iterations: list[int], start: np.ndarray | None, guess: np.ndarray | None,
+              rows: slice, of_operators: list[OperatorDerivative]) -> Batch:
+        """The cotangents of right-hand sides; those of guesses and operators, where they are wanted, are written."""
+        dofs, count = self.forms.boundary_dofs, len(cotangents)
+        inner, multipliers = self._cotangents(count), self._multipliers(count)
+        inner.fill(cotangents)
+        inner.array[:, dofs] = 0.0
+        w = self._states(count)
+        if start is not None:
+            self._start(w, start, rows)
+        to_guess = None if guess is None else self._of_guess
+        for k in range(count):
+            self._pull_iterations(b.vectors[k], None if start is None else w.vectors[k], iterations[k], inner.vectors[k],
+                                  b_cotangent=multipliers.vectors[k], guess_cotangent=to_guess, of_operators=of_operators,
+                                  symmetric=self._krylov.has_symmetric_parts())
+            if guess is not None:
+                guess[rows.start + k] = to_guess.array_r
+                guess[rows.start + k, dofs] = 0.0
+        multipliers.array[:, dofs] = 0.0  # b is constant there
+        multipliers.changed()
+        self.statistics.adjoint_solves += count
+        return multipliers
+
+    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: int, direction: Direction,
+                      out: np.ndarray) -> None:
+        with self._work_on("tangent"):
+            self._linearise(point)
+            self._right_hand_side.prepare(point, {})
+            b, w = self._right_hand_side.rows({}, slice(0, 1)).vectors[0], self._states(1)
+            start = None
+            if point.guess is not None:
+                self._start(w, point.guess, slice(0, 1))
+                start = w.vectors[0]
+            b_tangent = self._right_hand_side_tangent(point, self._no_boundary if point.boundary is None else point.boundary, direction)
+            guess_tangent = None
+            if direction.guess is not None:
+                guess_tangent = self._of_guess
+                guess_tangent.setArray(direction.guess)
+                guess_tangent.getArray()[self.forms.boundary_dofs] = 0.0
+            self._push_iterations(b, start, record, self._tangent, direction, b_tangent=b_tangent, guess_tangent=guess_tangent)
+            out[:] = self._tangent.array_r
+            self._put_boundary(out, direction.boundary)
+        self.statistics.tangent_solves += 1

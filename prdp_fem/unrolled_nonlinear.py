@@ -1,0 +1,185 @@
+"""A nonlinear variational problem whose solves are differentiated as the Newton steps, and their iterations, that they are.
+
+A step u ← u - λ y has y the K-th iterate for J(u) y = F(u) from zero. Its cotangent gives those of J and F, which are differentiated by
+the state and by what they depend on; so on to the step before it. The step lengths λ of a line search count as constant.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from firedrake.petsc import PETSc
+
+from prdp_fem.differentiation import Unrolled
+from prdp_fem.forms import NonlinearForms
+from prdp_fem.inputs import set_local_values, vector_like
+from prdp_fem.ladders import Setting
+from prdp_fem.nonlinear import NonlinearSystem
+from prdp_fem.operator_derivative import SOLUTION
+from prdp_fem.point import Direction, Point
+from prdp_fem.unrolled_system import UnrolledSystem
+
+__all__ = ["UnrolledNonlinearSystem"]
+
+_SNES_TYPES = ("newtonls", "ksponly")
+# Options that have a step made with another Jacobian or preconditioner than those at its state.
+_LAGS = ("snes_lag_jacobian", "snes_lag_preconditioner")
+
+
+@dataclass
+class Trajectory:
+    """The steps of a solve.
+
+    Attributes
+    ----------
+    states : list of numpy.ndarray
+        Before each step, rank-local.
+    iterations : list of int
+        Of the linear solve of each step.
+    lengths : list of float
+        λ of each step.
+    """
+
+    states: list[np.ndarray] = field(default_factory=list)
+    iterations: list[int] = field(default_factory=list)
+    lengths: list[float] = field(default_factory=list)
+
+
+class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
+    """The solve of a nonlinear problem, and the exact derivatives of its steps, as functions of the inputs.
+
+    Parameters
+    ----------
+    forms, solver, make_linear_solver, ksp_prefix
+        As in :class:`NonlinearSystem`.
+    differentiation : Unrolled
+
+    Raises
+    ------
+    ValueError
+        For a linear or nonlinear method that cannot be unrolled.
+    """
+
+    def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None = None, *,
+                 differentiation: Unrolled):
+        super().__init__(forms, solver, make_linear_solver, ksp_prefix)
+        snes = self.newton.snes
+        if snes.getType() not in _SNES_TYPES:
+            raise ValueError(f"snes_type {snes.getType()} has no unrolled derivative: use one of {', '.join(_SNES_TYPES)}, or implicit "
+                             "differentiation")
+        for option in _LAGS:
+            if str(solver.parameters.get(option, 1)) != "1":
+                raise ValueError(f"{option} makes steps with the Jacobian of another state, which is not unrolled: leave it away")
+        if not self._applies_boundary_first:
+            raise ValueError("unrolled differentiation needs guesses with the boundary values: leave pre_apply_bcs=False away")
+        self._unroll(forms, solver, differentiation)
+        self._only_last = differentiation.steps == "last"
+        self.depends_on_guess = not self._only_last
+        self._residual, self._of_residual, self._step, self._of_step = (vector_like(forms.solution) for _ in range(4))
+        self._trajectory = Trajectory()
+        snes.setMonitor(self._note)
+
+    def check_setting(self, setting: Setting) -> None:
+        super().check_setting(setting)
+        self._check_refined(self.newton.refined)
+
+    def _note(self, snes: PETSc.SNES, step: int, norm: float) -> None:
+        """Keep what the derivatives of a step ask for."""
+        state = snes.getSolution()
+        if step == 0:
+            self._trajectory = Trajectory([state.array_r.copy()])
+            return
+        trajectory, update = self._trajectory, snes.getSolutionUpdate()
+        self._step.setArray(trajectory.states[-1])
+        self._step.axpy(-1.0, state)
+        squared = update.dot(update)
+        trajectory.lengths.append(self._step.dot(update)/squared if squared > 0 else 1.0)
+        trajectory.iterations.append(self._unrolled.completed_iterations())
+        trajectory.states.append(state.array_r.copy())
+
+    def _record(self) -> Trajectory:
+        return self._trajectory
+
+    def _at_step(self, state: np.ndarray) -> None:
+        """Assemble residual and Jacobian at a state; inside the solver's context, and where inputs have been written."""
+        self._work.setArray(state)
+        self._set_newton_up()
+        self.newton.snes.computeFunction(self._work, self._residual)
+
+    def _write_all(self, point: Point) -> None:
+        self._write_inputs(point)
+        set_local_values(self.forms.boundary, self._no_boundary if point.boundary is None else point.boundary)
+
+    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
+                      gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
+                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+        varying, dofs, by_mesh = {} if varying is None else varying, self.forms.boundary_dofs, {}
+        with self._work_on("adjoint", self._solver_context):
+            for row, (cotangent, trajectory) in enumerate(zip(cotangents, records)):
+                at = point.at(varying, row)
+                self._write_all(at)
+                by_mesh = {}
+                for gradient in gradients.values():
+                    gradient[row] = 0.0
+                of_state, steps = cotangent.copy(), len(trajectory.iterations)
+                for step in reversed(range(steps - 1 if self._only_last else 0, steps)):
+                    of_state += self._pull(at, trajectory, step, of_state, {index: gradient[row] for index, gradient in gradients.items()},
+                                           meshes, by_mesh)
+                if boundary is not None:
+                    boundary[row] = 0.0
+                    boundary[row, dofs] = of_state[dofs]
+                if guess is not None:
+                    guess[row] = of_state
+                    guess[row, dofs] = 0.0
+                self.statistics.adjoint_solves += 1
+        return by_mesh
+
+    def _pull(self, point: Point, trajectory: Trajectory, step: int, of_state: np.ndarray, gradients: Mapping[int, np.ndarray],
+              meshes: Iterable, by_mesh: dict) -> np.ndarray:
+        """What a step adds to the cotangent of the state before it; to gradients, and those by meshes, it is added."""
+        dofs, state, iterations = self.forms.boundary_dofs, trajectory.states[step], trajectory.iterations[step]
+        self._at_step(state)
+        multipliers = self._multipliers(1)
+        self._of_step.setArray(-trajectory.lengths[step]*of_state)
+        self._of_step.getArray()[dofs] = 0.0
+        self._pull_iterations(self._residual, None, iterations, self._of_step, b_cotangent=self._of_residual, of_operators=self._operators)
+        # Derivatives of -F, weighted by minus the cotangent of F.
+        multipliers.array[0] = -self._of_residual.array_r
+        multipliers.array[0, dofs] = 0.0
+        multipliers.changed()
+        self._derivatives.at(point, state, multipliers.array[0])
+        for index, gradient in gradients.items():
+            part = np.empty((1, gradient.size))
+            self._gradient(index, multipliers, part)
+            gradient += part[0]
+        total = self._derivatives.by_solution()
+        for mesh in meshes:
+            by_mesh[mesh] = self._derivatives.by_mesh(mesh) if mesh not in by_mesh else by_mesh[mesh] + self._derivatives.by_mesh(mesh)
+        for operator in self._operators:
+            values, cofunctions = operator.gradients([*(operator.inputs & gradients.keys()), SOLUTION], meshes)
+            total += values.pop(SOLUTION)
+            for index, value in values.items():
+                gradients[index] += value
+            for mesh, cofunction in cofunctions.items():
+                by_mesh[mesh] += cofunction
+        return total
+
+    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: Trajectory, direction: Direction,
+                      out: np.ndarray) -> None:
+        dofs, steps = self.forms.boundary_dofs, len(record.iterations)
+        with self._work_on("tangent", self._solver_context):
+            self._write_all(point)
+            out[:] = 0.0 if direction.guess is None or self._only_last else direction.guess
+            self._put_boundary(out, direction.boundary)
+            for step in range(steps - 1 if self._only_last else 0, steps):
+                state = record.states[step]
+                self._at_step(state)
+                # With the tangent of the state for that of the boundary values, which is minus the tangent of F.
+                b = self._right_hand_side_tangent(point, state, replace(direction, boundary=out.copy()))
+                b.scale(-1.0)
+                self._push_iterations(self._residual, None, record.iterations[step], self._of_step, direction, b_tangent=b, solution=out)
+                update = self._of_step.array_r.copy()
+                update[dofs] = 0.0
+                out -= record.lengths[step]*update
+            self.statistics.tangent_solves += 1

@@ -1,0 +1,79 @@
+"""What linear and nonlinear systems that are differentiated as their iterations have in common."""
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from firedrake.petsc import PETSc
+
+from prdp_fem.differentiation import Unrolled
+from prdp_fem.firedrake_internals import operators, pin_quadrature
+from prdp_fem.forms import Forms
+from prdp_fem.operator_derivative import OperatorDerivative
+from prdp_fem.point import Direction
+from prdp_fem.refined_ksp import RefinedKSP
+from prdp_fem.statistics import Statistics
+from prdp_fem.unrolled import UnrolledKSP
+
+__all__ = ["UnrolledSystem"]
+
+
+class UnrolledSystem:
+    """The derivatives of the iterations of a KSP, by its operators, too; in front of a System among the bases of a class."""
+
+    statistics: Statistics
+
+    def _unroll(self, forms: Forms, solver, differentiation: Unrolled) -> None:
+        """Take the KSP of a solver.
+
+        Parameters
+        ----------
+        forms : Forms
+        solver : firedrake.NonlinearVariationalSolver
+            Made for ``forms.problem``.
+        differentiation : Unrolled
+
+        Raises
+        ------
+        ValueError
+            For a method that cannot be unrolled.
+        """
+        self._unrolled = UnrolledKSP(solver.snes.getKSP(), checkpoints=differentiation.checkpoints, options=solver.parameters)
+        problem, (A, P) = forms.problem, operators(solver)
+        self._operator = OperatorDerivative(forms, pin_quadrature(problem.J, problem.form_compiler_parameters), A)
+        # Of the matrix that the preconditioner is made from, where that is another one.
+        self._preconditioner = None
+        if P.handle != A.handle:
+            self._preconditioner = OperatorDerivative(forms, pin_quadrature(problem.Jp, problem.form_compiler_parameters), P)
+
+    @staticmethod
+    def _check_refined(refined: RefinedKSP) -> None:
+        if refined.is_nested:
+            raise ValueError("differentiation='unrolled' is that of the outermost KSP, and the refinement follows one inside the "
+                             "preconditioner: use implicit differentiation, or refine the outermost KSP with ksp_prefix=\"\"")
+
+    @property
+    def _operators(self) -> list[OperatorDerivative]:
+        return [self._operator] if self._preconditioner is None else [self._operator, self._preconditioner]
+
+    def _pull_iterations(self, b: PETSc.Vec, start: PETSc.Vec | None, iterations: int, cotangent: PETSc.Vec, *, b_cotangent: PETSc.Vec,
+                         guess_cotangent: PETSc.Vec | None = None, of_operators: Iterable[OperatorDerivative] = (),
+                         symmetric: bool = False) -> None:
+        """Write the cotangents of b and of the guess, and those of the operators that are wanted."""
+        wanted = list(of_operators)
+        for one in wanted:
+            one.cotangent.zero()
+        operator, preconditioner = (one.cotangent if one in wanted else None for one in (self._operator, self._preconditioner))
+        self._unrolled.adjoint(b, start, iterations, cotangent, b_cotangent=b_cotangent, guess_cotangent=guess_cotangent,
+                               operator_cotangent=operator, preconditioner_cotangent=preconditioner, symmetric=symmetric)
+        self.statistics.adjoint_iterations += iterations
+
+    def _push_iterations(self, b: PETSc.Vec, start: PETSc.Vec | None, iterations: int, out: PETSc.Vec, direction: Direction, *,
+                         b_tangent: PETSc.Vec, guess_tangent: PETSc.Vec | None = None, solution=None) -> None:
+        """Write the tangent of the iterate; ``solution`` is the direction of the state that operators depend on."""
+        preconditioner = None if self._preconditioner is None else self._preconditioner.tangent(direction, solution)
+        self._unrolled.tangent(b, start, iterations, out, b_tangent=b_tangent, guess_tangent=guess_tangent,
+                               operator_tangent=self._operator.tangent(direction, solution), preconditioner_tangent=preconditioner)
+        self.statistics.tangent_iterations += iterations
+
+    def solve_second_adjoint(self, *arguments, **keywords) -> dict:
+        raise NotImplementedError("unrolled iterations have no second derivatives here: use differentiation='implicit' for Hessians")

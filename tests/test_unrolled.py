@@ -1,0 +1,282 @@
+"""Solves that are differentiated as the iterations that they are."""
+import numpy as np
+import pytest
+import torch
+from cases import Burgers, Darcy, Elasticity, Heat, Load, Moving, NonlinearDiffusion, Reaction, Transport, direction_of
+from firedrake import *
+from firedrake.adjoint import *
+from problems import CG, GMRES, RICHARDSON, HeatStep, smooth
+
+import prdp_fem
+from prdp_fem import FixedRefinement, Iterations, NewtonSteps, ScheduledRefinement, Tolerance, Unrolled
+from prdp_fem.torch import SolverLayer
+
+KSPS = {
+    "cg+jacobi": CG,
+    "cg+sor": {"ksp_type": "cg", "pc_type": "sor"},
+    "gmres+jacobi": GMRES,
+    "gmres+sor": {"ksp_type": "gmres", "pc_type": "sor", "ksp_gmres_restart": 3},
+    "fgmres+none": {"ksp_type": "fgmres", "pc_type": "none", "ksp_gmres_restart": 3},
+    "bcgs+pbjacobi": {"ksp_type": "bcgs", "pc_type": "pbjacobi"},
+    "richardson+jacobi": RICHARDSON,
+    "chebyshev+jacobi": {"ksp_type": "chebyshev", "pc_type": "jacobi", "ksp_chebyshev_eigenvalues": "0.05,2.1"},
+    "steepest descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.unrolled.SteepestDescent", "pc_type": "jacobi"},
+}
+BASIC = {"snes_linesearch_type": "basic"}
+
+
+def fixed(iterations: int, steps: int | None = None) -> FixedRefinement:
+    setting = Iterations(iterations)
+    return FixedRefinement(setting if steps is None else NewtonSteps(steps, setting))
+
+
+def remainder_rate(reduced, control, direction) -> float:
+    """The rate at which first remainders fall, for a step small enough for few iterations, which bend much."""
+    with stop_annotating():
+        return taylor_test(reduced, control._ad_copy(), direction._ad_mul(0.05))
+
+
+def dot(gradient, direction) -> float:
+    """A derivative in a direction from the gradient by dofs."""
+    own = float(gradient.dat.data_ro.reshape(-1) @ direction.dat.data_ro.reshape(-1))
+    shared = isinstance(direction, Constant) or direction.function_space().ufl_element().family() == "Real"
+    return own if shared else COMM_WORLD.allreduce(own)
+
+
+GRID = [(case, control, ksp) for case, controls, ksps in (
+    (Heat, ("initial", "diffusivity", "time step", "boundary"), tuple(KSPS)),
+    (Transport, ("source", "wind"), ("gmres+jacobi", "gmres+sor")),
+    (Reaction, ("real rate", "log source"), ("cg+jacobi", "gmres+sor")),
+    (Elasticity, ("modulus", "load"), ("cg+jacobi", "cg+sor", "bcgs+pbjacobi")),
+    (Darcy, ("source",), ("fgmres+none",)),
+    (Load, ("through a cofunction",), ("cg+jacobi",)),
+    (Moving, ("mesh",), ("cg+jacobi", "richardson+jacobi")),
+    (NonlinearDiffusion, ("source", "constant", "boundary"), ("gmres+jacobi", "gmres+sor")),
+    (Burgers, ("initial", "viscosity"), ("gmres+jacobi", "bcgs+pbjacobi")),
+) for control in controls for ksp in ksps]
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("case, control, ksp", GRID, ids=[f"{case.__name__}-{control}-{ksp}" for case, control, ksp in GRID])
+def test_remainders_at_every_number_of_iterations(case, control, ksp, taylor_table):
+    problem = case()
+    nonlinear = not isinstance(problem.problem, LinearVariationalProblem)
+    ladder = [fixed(iterations, 2 if nonlinear else None).setting for iterations in (1, 2, 4, 8)]
+    refinement = ScheduledRefinement(ladder, {1: 1, 2: 2, 3: 3})
+    problem.solver({**KSPS[ksp], **(BASIC if nonlinear else {})}, differentiation="unrolled", refinement=refinement).solve()
+    m, direction = problem.controls[control], direction_of(problem.controls[control])
+    reduced = ReducedFunctional(problem.functional(), Control(m))
+    with stop_annotating():
+        for _ in ladder:
+            rate = remainder_rate(reduced, m, direction)
+            taylor_table.append((case.__name__, control, f"{ksp}, {refinement.setting}", rate, float("nan")))
+            assert rate > 1.9, f"remainders by {control} with {ksp} after {refinement.setting} fall at rate {rate}"
+            reduced(m)
+            adjoint, tangent = dot(reduced.derivative(), direction), float(reduced.tlm(direction))
+            assert tangent == pytest.approx(adjoint, rel=1e-9), f"tangent and adjoint after {refinement.setting}"
+            refinement.step(1.0)
+
+
+# The forward pass
+
+@pytest.mark.parametrize("ksp", KSPS)
+def test_the_forward_pass_is_the_same_to_the_bit(ksp):
+    values = []
+    for differentiation in ("implicit", "unrolled"):
+        heat = Heat()
+        heat.solver(KSPS[ksp], differentiation=differentiation, refinement=fixed(3)).solve()
+        values.append(heat.u.dat.data_ro.copy())
+    np.testing.assert_array_equal(*values)
+
+
+# Against implicit differentiation
+
+@pytest.mark.parametrize("iterations", [1, 2, 4, 8])
+def test_richardson_from_zero_is_its_own_adjoint(iterations):
+    gradients = []
+    for differentiation in ("implicit", "unrolled"):
+        problem = HeatStep(4)
+        solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=RICHARDSON, differentiation=differentiation,
+                                                  refinement=fixed(iterations))
+        layer, x = SolverLayer(solver, [problem.u0]), torch.ones(2, problem.V.dim(), dtype=torch.float64, requires_grad=True)
+        (layer(x)**2).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-16)
+
+
+@pytest.mark.parametrize("control", ["diffusivity", "initial", "boundary", "time step"])
+def test_converged_solves_have_the_implicit_derivative(control):
+    gradients = []
+    for differentiation in ("implicit", "unrolled"):
+        heat = Heat()
+        with set_working_tape(Tape()):
+            heat.solver({**CG, "ksp_rtol": 1e-13, "ksp_atol": 1e-50}, differentiation=differentiation).solve()
+            gradient = ReducedFunctional(heat.functional(), Control(heat.controls[control])).derivative()
+        gradients.append(gradient.dat.data_ro.copy())
+    np.testing.assert_allclose(*gradients, rtol=1e-8, atol=1e-12)
+
+
+# Guesses
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("ksp", ["cg+jacobi", "gmres+sor", "steepest descent"])
+def test_guesses_matter(ksp):
+    problem = HeatStep(5)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=KSPS[ksp], differentiation="unrolled", warm_start=True,
+                                              refinement=fixed(2))
+    guess = smooth(problem.V, 7)
+    problem.u.assign(guess)
+    for _ in range(3):  # each from the last
+        solver.solve()
+    reduced = ReducedFunctional(assemble(problem.u**4*dx), Control(guess))
+    direction = smooth(problem.V, 9)
+    assert remainder_rate(reduced, guess, direction) > 1.9
+    reduced(guess)
+    assert float(reduced.tlm(direction)) == pytest.approx(dot(reduced.derivative(), direction), rel=1e-9)
+
+
+@pytest.mark.parametrize("steps, depends", [("all", True), ("last", False)])
+def test_nonlinear_guesses_matter_unless_only_the_last_step_is_unrolled(steps, depends):
+    problem = NonlinearDiffusion()
+    solver = problem.solver({**GMRES, **BASIC}, differentiation=Unrolled(steps=steps), refinement=fixed(3, 1))
+    guess = smooth(problem.u.function_space(), 3)
+    problem.u.assign(guess)
+    solver.solve()
+    gradient = ReducedFunctional(problem.functional(), Control(guess)).derivative()
+    assert (norm(gradient.riesz_representation("l2")) > 1e-8) == depends
+
+
+# The bridge to torch
+
+@pytest.mark.parametrize("ksp", ["cg+jacobi", "gmres+sor", "bcgs+pbjacobi", "chebyshev+jacobi"])
+def test_batches_of_all_controls_at_once(ksp):
+    heat = Heat()
+    solver = heat.solver(KSPS[ksp], differentiation="unrolled", warm_start=True, refinement=fixed(3))
+    controls = [*heat.controls.values(), heat.u]
+    layer = SolverLayer(solver, controls)
+    generator = torch.Generator().manual_seed(1)
+    batches = [(2,), (2,), (), (), (2,)]
+    inputs = [(0.8 + 0.4*torch.rand(*batch, size, dtype=torch.float64, generator=generator)).requires_grad_()
+              for batch, size in zip(batches, layer._sizes)]
+    assert torch.autograd.gradcheck(layer, inputs, eps=1e-6, atol=1e-7, rtol=1e-6)
+
+
+def test_a_batch_is_what_its_samples_are():
+    heat = Heat()
+    solver = heat.solver(CG, differentiation="unrolled", refinement=fixed(3))
+    layer = SolverLayer(solver, [heat.controls["initial"], heat.controls["diffusivity"]])
+    generator = torch.Generator().manual_seed(2)
+    x = [(1 + 0.1*torch.rand(3, size, dtype=torch.float64, generator=generator)).requires_grad_() for size in layer._sizes]
+    together = torch.autograd.grad((layer(*x)**2).sum(), x)
+    for k in range(3):
+        alone = [part[k].detach().requires_grad_() for part in x]
+        for one, row in zip(torch.autograd.grad((layer(*alone)**2).sum(), alone), together):
+            torch.testing.assert_close(one, row[k], rtol=0, atol=0)
+
+
+def test_a_backward_pass_uses_the_iterations_of_its_forward_pass():
+    problem = HeatStep(4)
+    refinement = ScheduledRefinement([Iterations(2), Iterations(5)], {1: 1})
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG, differentiation="unrolled",
+                                                         refinement=refinement), [problem.kappa])
+    x = torch.ones(problem.V.dim(), dtype=torch.float64, requires_grad=True)
+    expected, = torch.autograd.grad(layer(x).sum(), x)
+    value = layer(x).sum()
+    refinement.step(1.0)
+    layer(x)
+    torch.testing.assert_close(torch.autograd.grad(value, x)[0], expected, rtol=0, atol=0)
+
+
+def test_a_tolerance_unrolls_the_iterations_that_it_took():
+    problem, gradients, setting = HeatStep(5), [], Tolerance(1e-3)
+    for _ in range(2):
+        solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG, differentiation="unrolled",
+                                                  refinement=FixedRefinement(setting))
+        x = torch.ones(problem.V.dim(), dtype=torch.float64, requires_grad=True)
+        SolverLayer(solver, [problem.kappa])(x).sum().backward()
+        gradients.append(x.grad)
+        assert solver.statistics.adjoint_iterations == solver.statistics.forward_iterations > 2
+        setting = Iterations(solver.statistics.forward_iterations)
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-16)
+
+
+# Settings of the differentiation
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+@pytest.mark.parametrize("ksp", ["cg+jacobi", "gmres+sor"])
+def test_checkpoints_change_nothing(ksp, checkpoints):
+    gradients = []
+    for differentiation in ("unrolled", Unrolled(checkpoints=checkpoints)):
+        heat = Heat()
+        with set_working_tape(Tape()):
+            heat.solver(KSPS[ksp], differentiation=differentiation, refinement=fixed(8)).solve()
+            gradients.append(ReducedFunctional(heat.functional(), Control(heat.controls["diffusivity"])).derivative().dat.data_ro.copy())
+    np.testing.assert_allclose(*gradients, rtol=1e-9, atol=1e-13)
+
+
+def test_one_newton_step_is_the_last():
+    gradients = []
+    for steps in ("all", "last"):
+        problem = NonlinearDiffusion()
+        with set_working_tape(Tape()):
+            problem.solver({**GMRES, **BASIC}, differentiation=Unrolled(steps=steps), refinement=fixed(4, 1)).solve()
+            gradients.append(ReducedFunctional(problem.functional(), Control(problem.controls["source"])).derivative().dat.data_ro.copy())
+    np.testing.assert_array_equal(*gradients)
+
+
+@pytest.mark.parametrize("differentiation, message", [
+    ("exact", "one of 'implicit', 'unrolled'"),
+    (None, "one of 'implicit', 'unrolled'"),
+    ({"checkpoints": 3}, "such as Unrolled"),
+])
+def test_unknown_differentiations_are_refused(differentiation, message):
+    with pytest.raises(ValueError, match=message):
+        prdp_fem.LinearVariationalSolver(HeatStep(2).problem, differentiation=differentiation)
+
+
+@pytest.mark.parametrize("settings, message", [({"checkpoints": 0}, "at least 1"), ({"checkpoints": True}, "at least 1"),
+                                               ({"steps": "first"}, "'all' or 'last'")])
+def test_meaningless_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Unrolled(**settings)
+
+
+@pytest.mark.parametrize("parameters", [{"ksp_type": "minres"}, {"ksp_type": "preonly", "pc_type": "lu"}, {"ksp_type": "tfqmr"}])
+def test_methods_without_an_unrolled_derivative_are_refused_at_construction(parameters):
+    with pytest.raises(ValueError, match=r"no unrolled derivative.*bcgs, cg, chebyshev, fgmres, gmres, richardson"):
+        prdp_fem.LinearVariationalSolver(HeatStep(2).problem, solver_parameters=parameters, differentiation="unrolled")
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"snes_type": "newtontr"}, "snes_type newtontr has no unrolled derivative.*newtonls, ksponly"),
+    ({"snes_lag_jacobian": 2}, "snes_lag_jacobian"),
+])
+def test_newton_methods_without_an_unrolled_derivative_are_refused(parameters, message):
+    with pytest.raises(ValueError, match=message):
+        NonlinearDiffusion().solver({**GMRES, **parameters}, differentiation="unrolled")
+
+
+def test_iterations_inside_a_preconditioner_are_refused():
+    parameters = {"ksp_type": "fgmres", "pc_type": "ksp", "ksp_ksp_type": "cg", "ksp_pc_type": "jacobi"}
+    with pytest.raises(ValueError, match="outermost KSP"):
+        prdp_fem.LinearVariationalSolver(HeatStep(2).problem, solver_parameters=parameters, differentiation="unrolled", refinement=fixed(2),
+                                         ksp_prefix="ksp_")
+
+
+def test_second_derivatives_are_refused():
+    heat = Heat()
+    heat.solver(CG, differentiation="unrolled", refinement=fixed(2)).solve()
+    control = heat.controls["initial"]
+    reduced = ReducedFunctional(heat.functional(), Control(control))
+    reduced.derivative()
+    with pytest.raises(NotImplementedError, match="implicit"):
+        reduced.hessian(direction_of(control))
+
+
+def test_a_solver_under_control_can_be_unrolled():
+    problem = HeatStep(3)
+    solver = LinearVariationalSolver(problem.problem, solver_parameters=CG)
+    prdp_fem.control(solver, fixed(2), differentiation="unrolled")
+    solver.solve()
+    reduced = ReducedFunctional(assemble(problem.u**4*dx), Control(problem.kappa))
+    assert remainder_rate(reduced, problem.kappa, smooth(problem.V, 3)) > 1.9
