@@ -51,7 +51,7 @@ PETSc.Options().setValue("options_left", False)  # PETSc reads the command line 
 METHODS = {
     "Richardson": {"ksp_type": "richardson", "ksp_richardson_scale": 0.7},
     "Chebyshev": {"ksp_type": "chebyshev", "ksp_chebyshev_eigenvalues": "0.4,2.1"},
-    "steepest descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.unrolled.SteepestDescent"},
+    "steepest descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.SteepestDescent"},
     "CG": {"ksp_type": "cg"},
     "BiCGStab": {"ksp_type": "bcgs"},
     "GMRES": {"ksp_type": "gmres"},

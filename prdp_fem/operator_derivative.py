@@ -57,6 +57,13 @@ class OperatorDerivative:
         self._assemblers: dict[Hashable, list[tuple]] = {}
         self._matrix_assemblers: dict[Hashable, MatrixAssembler] = {}
 
+    def check_type(self) -> None:
+        """Raise a ValueError where the matrix has no entries to differentiate."""
+        kind = self._matrix.getType()
+        if kind not in ("seqaij", "mpiaij"):
+            raise ValueError(f"unrolled iterations are differentiated by the operator's entries, and a matrix of type {kind} has none at "
+                             "hand: assemble it with mat_type aij, or use implicit differentiation")
+
     @cached_property
     def cotangent(self) -> OperatorCotangent:
         """Ā; whoever adds to it calls ``zero`` first."""

@@ -49,7 +49,7 @@ class RefinedSolver:
                              "installation with real scalars")
         if not isinstance(problem, NonlinearVariationalProblem):
             raise TypeError(f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}")
-        self.differentiation = differentiation_of(differentiation)
+        self._differentiation = differentiation_of(differentiation)
         for name, remedy in self._refused_callbacks.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: {remedy}")
@@ -106,6 +106,11 @@ class RefinedSolver:
             self.system.check_setting(refinement.setting)
             cite()
         self._refinement = refinement
+
+    @property
+    def differentiation(self) -> Implicit | Unrolled:
+        """How solves are differentiated; chosen when the solver is made."""
+        return self._differentiation
 
     @property
     def statistics(self) -> Statistics:

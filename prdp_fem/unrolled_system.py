@@ -16,6 +16,8 @@ from prdp_fem.unrolled import UnrolledKSP
 
 __all__ = ["UnrolledSystem"]
 
+_DIRECT = frozenset({"lu", "cholesky"})
+
 
 class UnrolledSystem:
     """The derivatives of the iterations of a KSP, by its operators, too; in front of a System among the bases of a class."""
@@ -51,6 +53,12 @@ class UnrolledSystem:
             raise ValueError("differentiation='unrolled' is that of the outermost KSP, and the refinement follows one inside the "
                              "preconditioner: use implicit differentiation, or refine the outermost KSP with ksp_prefix=\"\"")
 
+    def check_derivative(self, index: int) -> None:
+        super().check_derivative(index)
+        for operator in self._operators:
+            if index in operator.inputs:
+                operator.check_type()
+
     @property
     def _operators(self) -> list[OperatorDerivative]:
         return [self._operator] if self._preconditioner is None else [self._operator, self._preconditioner]
@@ -60,6 +68,11 @@ class UnrolledSystem:
                          symmetric: bool = False) -> None:
         """Write the cotangents of b and of the guess, and those of the operators that are wanted."""
         wanted = list(of_operators)
+        kind = self._unrolled.ksp.getPC().getType()
+        if wanted and kind in _DIRECT:
+            raise ValueError(f"pc_type {kind} solves the system by itself, and counts as constant when iterations are unrolled: nothing "
+                             "would be left of the derivative by what the operator depends on; use implicit differentiation, or another "
+                             "pc_type")
         for one in wanted:
             one.cotangent.zero()
         operator, preconditioner = (one.cotangent if one in wanted else None for one in (self._operator, self._preconditioner))

@@ -12,7 +12,7 @@ from prdp_fem import FixedRefinement, Iterations
 README = (Path(__file__).parent.parent/"README.md").read_text()
 
 
-TRAINING, NEWTON, CONTROL, EXCHANGE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINING, NEWTON, UNROLLED, CONTROL, EXCHANGE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run(script, variables):
@@ -38,7 +38,9 @@ def test_the_other_scripts_run_as_printed():
     stock = LinearVariationalSolver(problem.problem, solver_parameters=CG)
     run(CONTROL, {"prdp_fem": prdp_fem, "solver": stock, "refinement": refinement})
     exchanged = run(EXCHANGE, {"prdp_fem": prdp_fem, "problem": problem.problem, "parameters": CG, "refinement": refinement})["solver"]
-    for solver in (stock, exchanged):
+    names = {"LinearVariationalSolver": prdp_fem.LinearVariationalSolver, "problem": problem.problem, "parameters": CG}
+    unrolled = run(UNROLLED, {**names, "refinement": refinement})["solver"]
+    for solver in (stock, exchanged, unrolled):
         solver.solve()
         assert solver.statistics.forward_iterations == 3
 

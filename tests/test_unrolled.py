@@ -20,7 +20,7 @@ KSPS = {
     "bcgs+pbjacobi": {"ksp_type": "bcgs", "pc_type": "pbjacobi"},
     "richardson+jacobi": RICHARDSON,
     "chebyshev+jacobi": {"ksp_type": "chebyshev", "pc_type": "jacobi", "ksp_chebyshev_eigenvalues": "0.05,2.1"},
-    "steepest descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.unrolled.SteepestDescent", "pc_type": "jacobi"},
+    "steepest descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.SteepestDescent", "pc_type": "jacobi"},
 }
 BASIC = {"snes_linesearch_type": "basic"}
 
@@ -261,6 +261,24 @@ def test_iterations_inside_a_preconditioner_are_refused():
     with pytest.raises(ValueError, match="outermost KSP"):
         prdp_fem.LinearVariationalSolver(HeatStep(2).problem, solver_parameters=parameters, differentiation="unrolled", refinement=fixed(2),
                                          ksp_prefix="ksp_")
+
+
+def test_derivatives_by_the_operator_need_more_than_a_direct_preconditioner():
+    parameters, problem = {"ksp_type": "richardson", "pc_type": "lu"}, HeatStep(2)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters, differentiation="unrolled")
+    x = torch.ones(problem.V.dim(), dtype=torch.float64, requires_grad=True)
+    SolverLayer(solver, [problem.u0])(x).sum().backward()
+    with pytest.raises(ValueError, match="pc_type lu solves the system by itself"):
+        SolverLayer(solver, [problem.kappa])(x).sum().backward()
+
+
+def test_derivatives_by_the_operator_need_its_entries():
+    problem = HeatStep(2)
+    parameters = {"mat_type": "matfree", "ksp_type": "cg", "pc_type": "none"}
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters, differentiation="unrolled")
+    SolverLayer(solver, [problem.u0])
+    with pytest.raises(ValueError, match="mat_type aij"):
+        SolverLayer(solver, [problem.kappa])
 
 
 def test_second_derivatives_are_refused():

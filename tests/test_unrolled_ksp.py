@@ -537,3 +537,25 @@ def test_steepest_descent_is_a_ksp(matrices):
         ksp.solveTranspose(b, before)
         assert (x - before).norm() < 1e-12*x.norm()
     assert norms[0] != norms[1]
+
+
+@pytest.mark.parametrize("kind, side", [("gmres", "left"), ("gmres", "right"), ("fgmres", "right")])
+def test_long_cycles_of_gmres_stay_accurate(kind, side):
+    """Tangents of a basis must not grow from vector to vector, and rounding errors with them."""
+    mesh = UnitSquareMesh(24, 24)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, kappa = TrialFunction(V), TestFunction(V), Function(FunctionSpace(mesh, "DG", 0))
+    kappa.dat.data[:] = np.exp(0.5*np.random.default_rng(1).standard_normal(kappa.dat.data.size))
+    conditions = DirichletBC(V, 0, "on_boundary")
+    A = assemble(kappa*inner(grad(w), grad(v))*dx, bcs=conditions).petscmat
+    A_dot = A.duplicate(copy=False)
+    A_dot.axpy(1.0, assemble(inner(grad(w), grad(v))*dx, bcs=conditions, weight=0.0).petscmat,
+               structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
+    direct, b = solver(A, ksp_type="preonly", pc_type="lu"), vector(A, 1)
+    u, right, expected, found = (b.duplicate() for _ in range(4))
+    direct.solve(b, u)
+    A_dot.mult(u, right)
+    direct.solve(-right, expected)
+    ksp = solver(A, ksp_type=kind, pc_type="jacobi", ksp_gmres_restart=400, ksp_pc_side=side)
+    UnrolledKSP(ksp).tangent(b, None, 150, found, operator_tangent=A_dot)
+    assert difference(found.array, expected.array) < 1e-10

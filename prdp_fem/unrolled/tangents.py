@@ -142,6 +142,7 @@ class Tangents:
             parts = [(c/norm, v.tangent) for c, v in zip([1.0, *-products], [x, *basis]) if v.tangent is not None]
             if parts:
                 tangent = self._on.combine(None, [c for c, _ in parts], *[v for _, v in parts])
+                tangent = self._on.without(tangent, [*(v.value for v in basis), value])
         return _TangentVector(value, tangent), Column(products, norm, x.tangent)
 
     def minimiser(self, r, columns, basis):

@@ -302,16 +302,19 @@ class Trace:
             of_x.add(factor, bar, self.pool)
 
     def orthonormalised(self, x: TracedVector, basis: list[TracedVector]) -> tuple[TracedVector, Column]:
-        value, (products, norm, _) = self._on.orthonormalised(_read(x), [_read(v) for v in basis])
+        vectors = [_read(v) for v in basis]
+        value, (products, norm, _) = self._on.orthonormalised(_read(x), vectors)
         v = TracedVector(value)
-        self._nodes.append(partial(self._pull_orthonormalised, v.cotangent, x.cotangent, [v.cotangent for v in basis], products, norm))
+        self._nodes.append(partial(self._pull_orthonormalised, v.cotangent, x.cotangent, [v.cotangent for v in basis], products, norm,
+                                   [*vectors, value]))
         return v, Column(products, norm, x.cotangent)
 
-    def _pull_orthonormalised(self, of_v: Cotangent, of_x: Cotangent, of_basis: list[Cotangent], products: np.ndarray,
-                              norm: float) -> None:
+    def _pull_orthonormalised(self, of_v: Cotangent, of_x: Cotangent, of_basis: list[Cotangent], products: np.ndarray, norm: float,
+                              basis: list[Vector]) -> None:
         factor, bar = of_v.total(self.pool)
         if bar is None:
             return
+        bar = self._on.without(bar, basis)
         for h, of_u in zip(products.tolist(), of_basis):
             of_u.add(-factor*h/norm, bar, self.pool)
         of_x.add(factor/norm, bar, self.pool)

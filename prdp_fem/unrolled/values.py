@@ -113,7 +113,8 @@ class Values:
         """The part of x that is orthogonal to a basis, scaled to length 1 unless it is zero, and what x is in that longer basis.
 
         The numbers of the latter are plain ones in any arithmetic, which does not differentiate them: they may be used for no more than
-        the space that such vectors span.
+        the space that such vectors span. Nor does what a tangent has in that space matter; it is left out, as it would grow from vector to
+        vector, and rounding errors with it.
         """
         # Classical Gram-Schmidt orthogonalisation.
         products = self.dots(basis, x)
@@ -126,6 +127,10 @@ class Values:
         if norm >= sys.float_info.min:
             part.vec.scale(1/norm)
         return part, Column(products, norm)
+
+    def without(self, x: Vector, basis: list[Vector]) -> Vector:
+        """x less what it has in the space of an orthonormal basis."""
+        return self.combine(x, -self.dots(basis, x), *basis)
 
     def minimiser(self, r: Column, columns: list[Column], basis: list[Vector]) -> np.ndarray:
         """y that makes ‖r - W y‖ least, for the vectors in W, of which each gave the basis a vector, as r gave it the first."""
