@@ -19,9 +19,6 @@ __all__ = ["Krylov"]
 _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
                                 "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
 
-# These are symmetric where the operator is.
-_SYMMETRIC_PRECONDITIONERS = frozenset({"none", "jacobi", "pbjacobi"})
-
 
 class Krylov:
     """The solves of a linear system and its transpose, each told how far to go.
@@ -49,6 +46,7 @@ class Krylov:
         self._refined_transposed: RefinedKSP | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
+        self._has_symmetric_parts: bool | None = None
         self._changed: frozenset = frozenset()
         self._symmetric_after: set[frozenset] = set()
 
@@ -63,6 +61,7 @@ class Krylov:
         if not (self._symmetric and inputs in self._symmetric_after):
             self._changed = inputs if self._symmetric is not None else self._changed | inputs
             self._symmetric = None
+        self._has_symmetric_parts = None
         self.refined.set_up()
 
     def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
@@ -124,19 +123,18 @@ class Krylov:
 
     def is_symmetric(self) -> bool:
         """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
-        return self.ksp.getType() in _SYMMETRIC_METHODS and self._has_symmetric_operator()
-
-    def has_symmetric_parts(self) -> bool:
-        """Whether the operator is symmetric, and the preconditioner then is, too, whatever the method asks for."""
-        return (self.ksp.getType() in _SYMMETRIC_METHODS or self.ksp.getPC().getType() in _SYMMETRIC_PRECONDITIONERS) and (
-            self._has_symmetric_operator())
-
-    def _has_symmetric_operator(self) -> bool:
         if self._symmetric is None:
-            self._symmetric = self._probe.finds_symmetric(self.ksp.getOperators()[0])
+            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._probe.finds_symmetric(self.ksp.getOperators()[0].mult)
             if self._symmetric:
                 self._symmetric_after.add(self._changed)
         return self._symmetric
+
+    def has_symmetric_parts(self) -> bool:
+        """Whether operator and preconditioner are symmetric, both as they are now, and whatever the method asks for."""
+        if self._has_symmetric_parts is None:
+            products = self.ksp.getOperators()[0].mult, self.ksp.getPC().apply
+            self._has_symmetric_parts = all(map(self._probe.finds_symmetric, products))
+        return self._has_symmetric_parts
 
     def _is_transposable(self) -> bool:
         """Whether the preconditioner has a transpose, which PETSc tells only by trying."""
@@ -176,10 +174,10 @@ class _Probe:
         self.y.setArray(np.cos(2 + 0.7*index))
         self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
 
-    def finds_symmetric(self, A: PETSc.Mat) -> bool:
+    def finds_symmetric(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> bool:
         """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""
-        A.mult(self.x, self.Ax)
-        A.mult(self.y, self.Ay)
+        multiply(self.x, self.Ax)
+        multiply(self.y, self.Ay)
         size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
         return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
 

@@ -50,7 +50,7 @@ class LinearSystem(System):
         varying = {} if varying is None else varying
         dofs, right_hand_side, statistics = self.forms.boundary_dofs, self._right_hand_side, self.statistics
         guess, records = point.guess, []
-        moves = not self._only_enters_terms(varying) or (point.boundary is not None and point.boundary.ndim == 2)
+        moves = self._moves(point, varying)
         with self._work_on("forward"):
             for rows in chunks(len(solutions), self._chunk_size(moves)):
                 if rows.start == 0 or moves:
@@ -70,6 +70,10 @@ class LinearSystem(System):
             if point.boundary is not None:
                 solutions += point.boundary
         return records
+
+    def _moves(self, point: Point, varying: Mapping[int, np.ndarray]) -> bool:
+        """Whether something is assembled between rows of a batch."""
+        return not self._only_enters_terms(varying) or (point.boundary is not None and point.boundary.ndim == 2)
 
     def _start(self, w: Batch, guess: np.ndarray, rows: slice) -> None:
         """Have rows start from a guess, of shape (n,) or (batch, n), without its boundary values."""

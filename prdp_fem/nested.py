@@ -5,13 +5,15 @@ from collections.abc import Iterator
 
 from firedrake.petsc import PETSc
 
-__all__ = ["find_iterative", "has_memory_inside", "has_truncated_inside", "needs_set_up"]
+__all__ = ["find_iterative", "has_memory_inside", "has_truncated_inside", "krylov_method_inside", "needs_set_up"]
 
 # Inside these there may be an iteration, which is known only once they are set up.
 _NESTING = frozenset({"fieldsplit", "ksp", "composite", "python", "asm", "bjacobi"})
 _MULTIGRID = frozenset({"mg", "gamg", "hmg"})
 # These keep something of the values they were first set up with, such as the interpolation of algebraic multigrid.
 _WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
+# What these do to a vector is linear in it.
+_LINEAR = frozenset({"preonly", "none", "richardson", "chebyshev"})
 # These keep something of earlier solves, such as vectors that enlarge the next Krylov space.
 _REMEMBERING_METHODS = frozenset({"lgmres"})
 
@@ -71,6 +73,11 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
 def has_truncated_inside(ksp: PETSc.KSP) -> bool:
     """Whether there is an iteration in the preconditioner that makes it another one with each setting."""
     return any(not smooths and not _is_direct(nested) for nested, smooths in _walk_preconditioner(ksp.getPC(), False))
+
+
+def krylov_method_inside(ksp: PETSc.KSP) -> str | None:
+    """The type of a Krylov method in the preconditioner, which makes that another map of each vector; None where there is none."""
+    return next((nested.getType() for nested, _ in _walk_preconditioner(ksp.getPC(), False) if nested.getType() not in _LINEAR), None)
 
 
 def has_memory_inside(ksp: PETSc.KSP) -> bool:

@@ -16,12 +16,11 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import expand_derivatives
 
-from prdp_fem.colouring import colour_columns
 from prdp_fem.firedrake_internals import MatrixAssembler
 from prdp_fem.forms import Forms, assembled_values, derivative_of
 from prdp_fem.inputs import coefficients_of, set_local_values
 from prdp_fem.point import Direction
-from prdp_fem.unrolled import OperatorCotangent
+from prdp_fem.unrolled import OperatorCotangent, colour_columns
 
 __all__ = ["SOLUTION", "OperatorDerivative"]
 
@@ -142,7 +141,7 @@ class OperatorDerivative:
     # Forward
 
     def tangent(self, direction: Direction, solution: np.ndarray | None = None) -> PETSc.Mat | None:
-        """The derivative of the matrix in a direction, with its pattern; None where it is zero.
+        """The derivative of the matrix in a direction, with its pattern, until the next call; None where it is zero.
 
         Parameters
         ----------
@@ -181,6 +180,11 @@ class OperatorDerivative:
         return sum(parts[1:], parts[0]) if parts else None
 
     def _with_pattern(self, matrix: PETSc.Mat) -> PETSc.Mat:
-        whole = self._matrix.duplicate(copy=False)
-        whole.axpy(1.0, matrix, structure=PETSc.Mat.Structure.DIFFERENT_NONZERO_PATTERN)
-        return whole
+        """A matrix with more entries, zero ones; until the next call."""
+        self._whole.zeroEntries()
+        self._whole.axpy(1.0, matrix, structure=PETSc.Mat.Structure.SUBSET_NONZERO_PATTERN)
+        return self._whole
+
+    @cached_property
+    def _whole(self) -> PETSc.Mat:
+        return self._matrix.duplicate(copy=False)

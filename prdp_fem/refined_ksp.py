@@ -117,6 +117,11 @@ class RefinedKSP:
                              if handle in (self.ksp.handle, self._refined.handle)}
 
     @property
+    def is_budget(self) -> bool:
+        """Whether a budget of iterations is on the KSP."""
+        return self._is_budget
+
+    @property
     def is_nested(self) -> bool:
         """Whether settings are put on a KSP inside the preconditioner."""
         return self._refined is not None and self._refined is not self.ksp

@@ -63,6 +63,10 @@ class RefinedSolver:
             self.snes = self._adopted_snes
             self.snes.getKSP().reset()
             attach_callbacks(self)
+        guess_type = self.parameters.get("ksp_guess_type")
+        if guess_type is not None:
+            raise ValueError(f"ksp_guess_type {guess_type} starts a solve from what was solved before, so that it would not be a function "
+                             "of its inputs: leave it away, or use warm_start=True")
         assemble_directly(self)
         self.problem = problem
         self.warm_start = bool(warm_start)
@@ -78,7 +82,7 @@ class RefinedSolver:
 
         self.system = self._make_system(forms, make_linear_solver)
         self.refinement = refinement
-        _collect_garbage(problem.u)
+        self.system.collect_garbage()
 
     @staticmethod
     @abstractmethod
@@ -168,7 +172,7 @@ class RefinedSolver:
             set_local_values(u, solution)
         if annotate:
             block.add_output(u.create_block_variable())
-        _collect_garbage(u)
+        self.system.collect_garbage()
         return u
 
     def point(self, without: Sequence[int] = (), *, has_boundary: bool = True) -> Point:
@@ -407,10 +411,3 @@ def _assembled_problem(A, P, x: firedrake.Function, b: firedrake.Cofunction) -> 
                                  "and make the solver anew")
     return LinearVariationalProblem(forms[0], b, x, bcs=A.bcs, aP=None if P is A else forms[1],
                                     form_compiler_parameters=A.form_compiler_parameters)
-
-
-def _collect_garbage(u: firedrake.Function) -> None:
-    """Destroy the PETSc objects that Python has dropped on all ranks, as Firedrake's solvers do after each solve."""
-    comm = u.function_space().mesh().comm
-    if comm.size > 1:
-        PETSc.garbage_cleanup(comm)

@@ -214,6 +214,11 @@ class System(ABC):
         """Whether there is one rank only."""
         return self._comm.size == 1
 
+    def collect_garbage(self) -> None:
+        """Destroy the PETSc objects that Python has dropped on all ranks, as Firedrake's solvers do after each solve."""
+        if not self.is_serial:
+            PETSc.garbage_cleanup(self._comm)
+
     def _agreed(self, flag: bool) -> bool:
         """Whether a flag is true on any rank."""
         return flag if self.is_serial else self._comm.allreduce(flag, MPI.LOR)

@@ -98,6 +98,7 @@ class SolveBlock(Block):
         if type(solution) is not Function or not self._may_reuse or sys.getrefcount(solution) > _OURS_ALONE:
             solution = Function(self._problem.u.function_space())
         output.checkpoint = maybe_disk_checkpoint(_with_values(solution, values))
+        self._system.collect_garbage()
 
     @no_annotations
     def evaluate_adj(self, markings: bool = False) -> None:
@@ -115,6 +116,7 @@ class SolveBlock(Block):
             self._source(self._guess, markings).add_adj_output(_with_values(Cofunction(self._problem.u.function_space().dual()), guess[0]))
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):
             self._source(variable, markings).add_adj_output(value)
+        self._system.collect_garbage()
 
     def _source(self, variable, markings: bool):
         """Where a derivative by a variable belongs: to what it was assigned from, which spares the adjoint of the assignment."""
@@ -133,6 +135,7 @@ class SolveBlock(Block):
         point = self._point()
         self._system.solve_tangent(point, self._setting, self._solution(), self._record, self._direction(), values)
         output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
+        self._system.collect_garbage()
 
     @no_annotations
     def evaluate_hessian(self, markings: bool = False) -> None:
@@ -150,6 +153,7 @@ class SolveBlock(Block):
                                                     self._direction(), tangent, gradients, boundary=boundary, meshes=meshes)
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):
             variable.add_hessian_output(value)
+        self._system.collect_garbage()
 
     def _check_conditions(self) -> None:
         """Refuse to replay with values that were given to a condition since, of which the tape has not saved the ones before."""

@@ -52,7 +52,14 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
 
     def _record(self) -> int:
         """The iterations that the last solution is the outcome of."""
-        return self._unrolled.completed_iterations()
+        self._check_method(self._krylov.has_symmetric_parts)
+        iterations = self._unrolled.completed_iterations()
+        if iterations == 0:
+            if self._krylov.refined.is_budget and self._unrolled.is_linear:
+                # PETSc has stopped before the first, having nothing to do; so would all others have had.
+                return self._krylov.ksp.getTolerances()[3]
+            self._warn_of_no_iterations()
+        return iterations
 
     def needs_solutions(self, indices: Iterable[int]) -> bool:
         return False
@@ -63,7 +70,7 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
         varying = {} if varying is None else varying
         dofs, right_hand_side, by_mesh = self.forms.boundary_dofs, self._right_hand_side, {}
         by_form = boundary is not None or bool(meshes) or not gradients.keys() <= self._terms.keys()
-        moves = by_form or not self._only_enters_terms(varying)
+        moves = by_form or self._moves(point, varying)
         of_operators = [one for one in self._operators if meshes or one.inputs & gradients.keys()]
         with self._work_on("adjoint"):
             for rows in chunks(len(cotangents), self._chunk_size(moves)):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from firedrake.logging import warning
 from firedrake.petsc import PETSc
 
 from prdp_fem.differentiation import Unrolled
@@ -71,13 +72,17 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         for option in _LAGS:
             if str(solver.parameters.get(option, 1)) != "1":
                 raise ValueError(f"{option} makes steps with the Jacobian of another state, which is not unrolled: leave it away")
+        if snes.hasNPC():
+            raise ValueError("a nonlinear preconditioner (npc_snes_type) is no part of what is unrolled: leave it away, or use implicit "
+                             "differentiation")
         if not self._applies_boundary_first:
             raise ValueError("unrolled differentiation needs guesses with the boundary values: leave pre_apply_bcs=False away")
         self._unroll(forms, solver, differentiation)
         self._only_last = differentiation.steps == "last"
         self.depends_on_guess = not self._only_last
         self._residual, self._of_residual, self._step, self._of_step = (vector_like(forms.solution) for _ in range(4))
-        self._trajectory = Trajectory()
+        self._trajectory: Trajectory | None = None
+        self._has_warned_of_lengths = snes.getLineSearch().getType() == "basic"
         snes.setMonitor(self._note)
 
     def check_setting(self, setting: Setting) -> None:
@@ -94,12 +99,26 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         self._step.setArray(trajectory.states[-1])
         self._step.axpy(-1.0, state)
         squared = update.dot(update)
-        trajectory.lengths.append(self._step.dot(update)/squared if squared > 0 else 1.0)
+        length = self._step.dot(update)/squared if squared > 0 else 1.0
+        if abs(length - 1) > 1e-8 and not self._has_warned_of_lengths:
+            self._has_warned_of_lengths = True
+            if snes.comm.rank == 0:
+                warning(f"a line search has made a step of length {length:g}, which counts as constant where Newton steps are unrolled: "
+                        "their derivative is exact with snes_linesearch_type basic, and wherever full steps are made")
+        trajectory.lengths.append(length)
         trajectory.iterations.append(self._unrolled.completed_iterations())
         trajectory.states.append(state.array_r.copy())
 
     def _record(self) -> Trajectory:
-        return self._trajectory
+        trajectory, self._trajectory = self._trajectory, None
+        if trajectory is None or len(trajectory.iterations) != self.newton.snes.getIterationNumber():
+            raise RuntimeError("the Newton steps of a solve were not seen by the monitor that unrolled differentiation has on its SNES: "
+                               "has monitorCancel() been called?")
+        if not trajectory.iterations:
+            self._warn_of_no_iterations()
+        else:
+            self._check_method(lambda: False)
+        return trajectory
 
     def _at_step(self, state: np.ndarray) -> None:
         """Assemble residual and Jacobian at a state; inside the solver's context, and where inputs have been written."""

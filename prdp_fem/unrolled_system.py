@@ -1,8 +1,9 @@
 """What linear and nonlinear systems that are differentiated as their iterations have in common."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
+from firedrake.logging import warning
 from firedrake.petsc import PETSc
 
 from prdp_fem.differentiation import Unrolled
@@ -40,12 +41,26 @@ class UnrolledSystem:
             For a method that cannot be unrolled.
         """
         self._unrolled = UnrolledKSP(solver.snes.getKSP(), checkpoints=differentiation.checkpoints, options=solver.parameters)
+        self._is_checked = self._has_warned = False
         problem, (A, P) = forms.problem, operators(solver)
         self._operator = OperatorDerivative(forms, pin_quadrature(problem.J, problem.form_compiler_parameters), A)
         # Of the matrix that the preconditioner is made from, where that is another one.
         self._preconditioner = None
         if P.handle != A.handle:
             self._preconditioner = OperatorDerivative(forms, pin_quadrature(problem.Jp, problem.form_compiler_parameters), P)
+
+    def _check_method(self, symmetric: Callable[[], bool]) -> None:
+        """Refuse, after the first solve, what PETSc tells of a KSP that is set up only."""
+        if not self._is_checked:
+            self._unrolled.prepare(symmetric())
+            self._is_checked = True
+
+    def _warn_of_no_iterations(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            if self._unrolled.ksp.comm.rank == 0:
+                warning("a solve that is differentiated as its iterations had none to make, since its residual was zero or below the "
+                        "tolerance at the start: its unrolled derivative by right-hand side and operator is zero; implicit is not")
 
     @staticmethod
     def _check_refined(refined: RefinedKSP) -> None:

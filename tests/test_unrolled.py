@@ -146,6 +146,153 @@ def test_nonlinear_guesses_matter_unless_only_the_last_step_is_unrolled(steps, d
     assert (norm(gradient.riesz_representation("l2")) > 1e-8) == depends
 
 
+# Central differences of the forward solve
+
+def assert_central_differences_agree(problem, solver, control, *, tolerance=1e-6):
+    """A layer's gradient, and the tangent on the tape, against the solves that they are the derivatives of."""
+    layer, generator = SolverLayer(solver, [control]), torch.Generator().manual_seed(1)
+    x = torch.tensor(np.array(control.dat.data_ro).reshape(-1), requires_grad=True)
+    direction = torch.rand(len(x), dtype=torch.float64, generator=generator)
+    weights = torch.rand(problem.V.dim(), dtype=torch.float64, generator=generator)
+    gradient, = torch.autograd.grad((layer(x)*weights).sum(), x)
+    with torch.no_grad():
+        difference = ((layer(x + 1e-6*direction) - layer(x - 1e-6*direction))*weights).sum()/2e-6
+    assert float(gradient@direction) == pytest.approx(float(difference), rel=tolerance, abs=1e-12)
+
+
+class Plain:
+    """Diffusion with reaction and wind."""
+
+    def __init__(self, *, neumann=False, wind=False):
+        mesh = UnitSquareMesh(4, 4)
+        V = self.V = FunctionSpace(mesh, "CG", 1)
+        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+        self.kappa, self.f, self.c = smooth(V, 1, "kappa"), smooth(V, 2, "f"), Constant(float(wind), name="c")
+        with stop_annotating():
+            self.kappa.assign(2 + 0.5*self.kappa)
+        x, y = SpatialCoordinate(mesh)
+        a = self.kappa*inner(grad(w), grad(v)) + 10*self.c*w.dx(0)*v + (0 if neumann else 1)*w*v
+        L = (self.f - assemble(self.f*dx) if neumann else self.f)*v
+        self.problem = LinearVariationalProblem(a*dx, L*dx, self.u, bcs=None if neumann else DirichletBC(V, 0, 1))
+
+    def solver(self, parameters, **options):
+        return prdp_fem.LinearVariationalSolver(self.problem, solver_parameters=parameters, differentiation="unrolled", refinement=fixed(4),
+                                                **options)
+
+
+@pytest.mark.parametrize("control", ["f", "kappa"])
+@pytest.mark.parametrize("parameters", [
+    {"ksp_type": "cg", "pc_type": "sor", "pc_sor_forward": None},
+    {"ksp_type": "cg", "pc_type": "sor", "pc_sor_backward": None},
+    {"ksp_type": "richardson", "pc_type": "sor", "pc_sor_forward": None},
+], ids=["cg+forward", "cg+backward", "richardson+forward"])
+def test_unsymmetric_preconditioners_of_symmetric_operators(parameters, control):
+    problem = Plain()
+    assert_central_differences_agree(problem, problem.solver(parameters), getattr(problem, control))
+
+
+@pytest.mark.parametrize("parameters", [
+    {"ksp_type": "gmres", "pc_type": "asm", "pc_asm_blocks": 4, "pc_asm_type": "basic"},
+    {"ksp_type": "cg", "pc_type": "ilu"},
+    {"ksp_type": "fgmres", "pc_type": "gamg"},
+    {"ksp_type": "bcgs", "pc_type": "bjacobi"},
+])
+def test_constant_preconditioners_are_exact_by_right_hand_sides(parameters):
+    problem = Plain(wind=True)
+    assert_central_differences_agree(problem, problem.solver(parameters), problem.f)
+
+
+@pytest.mark.parametrize("control", ["f", "kappa"])
+@pytest.mark.parametrize("ksp", ["cg+jacobi", "cg+sor", "gmres+sor", "richardson+jacobi", "bcgs+pbjacobi", "fgmres+none"])
+def test_null_spaces(ksp, control):
+    problem = Plain(neumann=True)
+    constants = VectorSpaceBasis(constant=True, comm=COMM_WORLD)
+    solver = problem.solver(KSPS[ksp], nullspace=constants, transpose_nullspace=constants)
+    assert_central_differences_agree(problem, solver, getattr(problem, control))
+
+
+@pytest.mark.parametrize("ksp", ["gmres+jacobi", "richardson+jacobi", "bcgs+pbjacobi"])
+def test_operators_that_become_symmetric_and_cease_to_be(ksp):
+    problem = Plain(wind=True)
+    layer = SolverLayer(problem.solver(KSPS[ksp]), [problem.c])
+    gradients = []
+    for value in (1.0, 0.0, 1.0, 0.0):
+        x = torch.tensor([value], dtype=torch.float64, requires_grad=True)
+        layer(x).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(gradients[2:], gradients[:2], rtol=0, atol=0)
+    assert_central_differences_agree(problem, layer.solver, problem.c)
+
+
+@pytest.mark.parametrize("ksp", ["richardson+jacobi", "chebyshev+jacobi"])
+def test_linear_methods_have_a_derivative_where_there_is_nothing_to_do(ksp):
+    problem = Plain()
+    problem.f.assign(0)
+    assert_central_differences_agree(problem, problem.solver(KSPS[ksp]), problem.f)
+
+
+def test_others_warn_where_there_is_nothing_to_do(caplog):
+    problem = Plain()
+    problem.f.assign(0)
+    solver = problem.solver(CG)
+    for _ in range(2):
+        solver.solve()
+    assert sum("none to make" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_boundary_values_of_a_batch_that_need_no_gradient():
+    heat = Heat()
+    solver = heat.solver(CG, differentiation="unrolled", refinement=fixed(3))
+    layer = SolverLayer(solver, [heat.controls["initial"], heat.controls["boundary"]])
+    x, g = (torch.rand(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) for size in layer._sizes)
+    x.requires_grad_()
+    expected = [torch.autograd.grad(layer(x[k], g[k]).sum(), x)[0][k] for k in range(2)]
+    gradient, = torch.autograd.grad(layer(x, g).sum(), x)
+    torch.testing.assert_close(gradient, torch.stack(expected), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("parameters, message", [
+    ({"ksp_type": "cg", "pc_type": "eisenstat"}, "eisenstat"),
+    ({"ksp_type": "fgmres", "pc_type": "bjacobi", "sub_ksp_type": "gmres"}, "a gmres inside the preconditioner"),
+    ({"ksp_type": "gmres", "pc_type": "asm", "pc_asm_blocks": 4}, "asm, as it is set, has none"),  # restricted: PETSc's transpose is not
+    ({"ksp_type": "gmres", "pc_type": "sor", "pc_sor_its": 2}, "sor, as it is set, has none"),
+    ({"ksp_type": "chebyshev", "pc_type": "jacobi"}, "ksp_chebyshev_eigenvalues"),
+    ({"ksp_type": "bcgs", "ksp_pc_side": "right"}, "ksp_pc_side"),
+])
+def test_what_cannot_be_unrolled_is_refused_at_the_first_solve(parameters, message):
+    problem = Plain(wind=True)
+    solver = problem.solver(parameters, ksp_prefix="")
+    before = problem.u.dat.data_ro.copy()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            solver.solve()
+    np.testing.assert_array_equal(problem.u.dat.data_ro, before)
+
+
+def test_cancelled_monitors_are_noticed():
+    problem = NonlinearDiffusion()
+    solver = problem.solver({**GMRES, **BASIC}, differentiation="unrolled", refinement=fixed(3, 1))
+    solver.solve()
+    solver.snes.cancelMonitor() if hasattr(solver.snes, "cancelMonitor") else solver.snes.monitorCancel()
+    with pytest.raises(RuntimeError, match="monitor"):
+        solver.solve()
+
+
+def test_step_lengths_of_a_line_search_are_warned_of(caplog):
+    V = FunctionSpace(UnitSquareMesh(2, 2), "CG", 1)
+    u, v = Function(V).assign(3.0), TestFunction(V)  # where full Newton steps for atan(u) = 0 lead away
+    problem = NonlinearVariationalProblem((atan(u)*v + 1e-3*inner(grad(u), grad(v)))*dx, u)
+    solver = prdp_fem.NonlinearVariationalSolver(problem, solver_parameters={**GMRES, "snes_linesearch_type": "bt"},
+                                                 differentiation="unrolled", refinement=fixed(8, 2))
+    solver.solve()
+    assert sum("counts as constant" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_guesses_from_earlier_solves_are_refused():
+    with pytest.raises(ValueError, match="ksp_guess_type fischer"):
+        prdp_fem.LinearVariationalSolver(HeatStep(2).problem, solver_parameters={**CG, "ksp_guess_type": "fischer"})
+
+
 # The bridge to torch
 
 @pytest.mark.parametrize("ksp", ["cg+jacobi", "gmres+sor", "bcgs+pbjacobi", "chebyshev+jacobi"])

@@ -36,7 +36,7 @@ class Preconditioner:
 
     is_identity = False
     _warns = True
-    _warned: set[str] = set()
+    _is_transposable: bool | None = None
 
     def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat):
         self.pc, self.matrix = pc, matrix
@@ -56,12 +56,28 @@ class Preconditioner:
         if self.symmetric:
             self.pc.apply(x, y)
         else:
+            self.pc.applyTranspose(x, y)
+
+    def require_transpose(self) -> None:
+        """Raise a ValueError where PETSc has no transpose of it, or another matrix in its place, which only trying tells."""
+        if self._is_transposable is None:
+            (x, Bx), (y, By) = self.matrix.createVecs(), self.matrix.createVecs()
+            _fill(x)
+            y.setArray(np.cos(2 + 0.7*np.arange(*y.getOwnershipRange())))
             try:
-                self.pc.applyTranspose(x, y)
-            except PETSc.Error as error:
-                raise ValueError("the derivative of unrolled iterations needs the transpose of the preconditioner, and that of pc_type "
-                                 f"{self.kind} has none here: use jacobi, pbjacobi, sor, ilu or lu, or say symmetric=True if it is "
-                                 "symmetric") from error
+                self.pc.apply(x, Bx)
+                self.pc.applyTranspose(y, By)
+                self._is_transposable = abs(Bx.dot(y) - By.dot(x)) <= _AGREEMENT*Bx.norm()*y.norm()
+            except PETSc.Error:
+                self._is_transposable = False
+                operators = self.pc.getOperators()
+                self.pc.reset()
+                self.pc.setOperators(*operators)
+                self.pc.setUp()
+        if not self._is_transposable:
+            raise ValueError("the derivative of unrolled iterations needs the transpose of the preconditioner, and pc_type "
+                             f"{self.kind}, as it is set, has none: use jacobi, pbjacobi, sor with one sweep, ilu or bjacobi, or "
+                             "implicit differentiation")
 
     def add_cotangent(self, cotangent: OperatorCotangent, factor: float, z_cotangent: PETSc.Vec, r_cotangent: PETSc.Vec,
                       r: PETSc.Vec, z: PETSc.Vec) -> None:
@@ -91,8 +107,8 @@ class Preconditioner:
 
     def warn_once(self) -> None:
         """Say that the preconditioner is taken for constant."""
-        if self._warns and self.kind not in self._warned:
-            self._warned.add(self.kind)
+        if self._warns:
+            self._warns = False
             if self.pc.comm.rank == 0:
                 firedrake.logging.warning(
                     f"unrolled differentiation takes the preconditioner for a constant: how pc_type {self.kind} (as it is set) depends "
@@ -107,6 +123,9 @@ class _Identity(Preconditioner):
         r.copy(z)
 
     apply_transposed = apply
+
+    def require_transpose(self):
+        """It is its own."""
 
 
 class _Entries:
@@ -159,6 +178,10 @@ class _OfBlocks(Preconditioner):
             self.pc.apply(x, y)  # whatever it makes its diagonal from
         else:
             super().apply_transposed(x, y)
+
+    def require_transpose(self):
+        if self.kind != "jacobi":
+            super().require_transpose()
 
     def _is_differentiable(self) -> bool:
         """Whether it is what formulas say it is: Jacobi's has variants, and a preconditioner may be reused."""
@@ -290,6 +313,9 @@ class _Relaxation(Preconditioner):
                              "backwards or symmetric, with any pc_sor_omega and no pc_sor_diagonal_shift, set up for the present values of "
                              "the operator")
         self._state = state
+
+    def require_transpose(self):
+        """It has one here, whatever PETSc has."""
 
     def _apply(self, r: np.ndarray) -> list[np.ndarray]:
         """The results of the sweeps."""

@@ -108,7 +108,7 @@ class Tangents:
                 tangent = self.pool.take()
                 tangent.vec.zeroEntries()
             change = self.pool.take()
-            self._preconditioner_tangent(r.value.vec, z.vec, change.vec)
+            self._preconditioner_tangent(r.value.vec, self._on.with_null_space(r.value, z).vec, change.vec)
             self.system.project(change.vec)
             tangent.vec.axpy(1.0, change.vec)
         return _TangentVector(z, tangent)

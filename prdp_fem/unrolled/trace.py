@@ -221,7 +221,7 @@ class Trace:
         is_constant = self._preconditioner_cotangent is None
         is_symmetric = self.system.symmetric and is_constant and not self.system.has_null_space
         z = self._applied(self._on.precondition, r, is_symmetric)
-        kept = (None, None) if is_constant else (r.value, z.value)
+        kept = (None, None) if is_constant else (r.value, self._on.with_null_space(r.value, z.value))
         self._nodes.append(partial(self._pull_precondition, z.cotangent, r.cotangent, *kept))
         return z
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from firedrake.petsc import PETSc
 
+from prdp_fem.nested import krylov_method_inside
 from prdp_fem.unrolled import methods
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
@@ -68,14 +69,34 @@ class UnrolledKSP:
         self._options = options
         self._method = None
 
-    def _set_up(self, symmetric: bool = False) -> None:
+    @property
+    def is_linear(self) -> bool:
+        """Whether the iterate is an affine function of right-hand side and guess; once the KSP is set up."""
+        self.prepare()
+        return self._method.is_linear
+
+    def prepare(self, symmetric: bool | None = None) -> None:
+        """Look at how the KSP is set, which is set up if it is not; the methods below do so by themselves.
+
+        Parameters
+        ----------
+        symmetric : bool or None
+            As in :meth:`adjoint`; None where no transpose is asked for.
+
+        Raises
+        ------
+        ValueError
+            For what cannot be unrolled; where ``symmetric`` is False, also for a preconditioner without a transpose.
+        """
         if self._method is None:
             self.ksp.setUp()
             self._method = _method_of(self.ksp, self._options)
             A, _ = self.ksp.getOperators()
             self._pool = VectorPool(A.createVecRight)
             self._system = PreconditionedSystem(self.ksp, self._options)
-        self._system.refresh(symmetric)
+        self._system.refresh(bool(symmetric))
+        if symmetric is False:
+            self._system.preconditioner.require_transpose()
 
     def _right_hand_side(self, b: PETSc.Vec) -> Vector:
         if not self._system.has_left_null_space:
@@ -110,7 +131,7 @@ class UnrolledKSP:
         out : PETSc.Vec
             Written to; not one of the others.
         """
-        self._set_up()
+        self.prepare()
         on, method = Values(self._system, self._pool), self._method
         state = method.initial(on, self._right_hand_side(b), None if guess is None else Vector(guess))
         state = _advance(on, method, state, method.steps(iterations))
@@ -138,7 +159,7 @@ class UnrolledKSP:
             Of the matrix that the preconditioner is made from, with the pattern of that. Where this is the operator itself, the tangent of
             the operator is taken unless another is given here.
         """
-        self._set_up()
+        self.prepare()
         system, method = self._system, self._method
         if preconditioner_tangent is None and system.P.handle == system.A.handle:
             preconditioner_tangent = operator_tangent
@@ -175,7 +196,7 @@ class UnrolledKSP:
         symmetric : bool
             Whether A and the preconditioner are known to be symmetric, so that a product with A does for one with Aᵀ, which is slower.
         """
-        self._set_up(symmetric)
+        self.prepare(symmetric)
         system, pool, method = self._system, self._pool, self._method
         if preconditioner_cotangent is None and system.P.handle == system.A.handle:
             preconditioner_cotangent = operator_cotangent
@@ -264,6 +285,12 @@ def _method_of(ksp: PETSc.KSP, options: Mapping | None):
         raise ValueError("ksp_knoll makes a guess of the right-hand side: unrolled differentiation needs to be given the guess")
     if "diagonally scaled" in text:
         raise ValueError("ksp_diagonal_scale changes the operator for the time of a solve, which is not unrolled: use pc_type jacobi")
+    if ksp.getPC().getType() == "eisenstat":
+        raise ValueError("pc_type eisenstat changes the operator for the time of a solve, which is not unrolled: use pc_type sor")
+    inner = krylov_method_inside(ksp)
+    if inner is not None:
+        raise ValueError(f"there is a {inner} inside the preconditioner, which is not linear then, and cannot be unrolled: use "
+                         "implicit differentiation, or preonly, richardson or chebyshev there")
     side = ksp.getPCSide()
     match ksp.getType():
         case "richardson":

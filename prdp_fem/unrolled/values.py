@@ -85,6 +85,14 @@ class Values:
         self.system.precondition(r.vec, z.vec)
         return z
 
+    def with_null_space(self, r: Vector, z: Vector) -> Vector:
+        """B r before the null space of A is taken out of it, where z is what is left."""
+        if not self.system.has_null_space:
+            return z
+        whole = self.pool.take()
+        self.system.preconditioner.apply(r.vec, whole.vec)
+        return whole
+
     def dot(self, x: Vector, y: Vector) -> float:
         """(x, y)."""
         return x.vec.dot(y.vec)

@@ -5,7 +5,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from prdp_fem.unrolled import SparsityPattern
+from prdp_fem.unrolled.operator_cotangent import SparsityPattern
 
 __all__ = ["colour_columns"]
 
