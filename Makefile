@@ -1,4 +1,5 @@
-# make demo            set up what is missing, and train the heat emulator twice (QUICK=1: under a minute; RANKS=2: in parallel)
+# make demo            set up what is missing, and train the heat emulator twice (QUICK=1: under a minute; RANKS=2: in parallel);
+#                      DEMO=suboptimality: how wrong truncated solves and their derivatives are
 # make test            set up what is missing, lint, and run all tests, serial and on 2 and 3 ranks
 # make lint, install   parts of these
 # make clean           remove the virtual environment and what runs left behind; the caches of built wheels and kernels stay

@@ -178,7 +178,8 @@ def draw(times: list[dict], memory: list[dict], iterations: int, path: Path) -> 
         left.bar([k + 0.27*(offset - 1) for k in range(len(methods))], heights, 0.25, color=COLOURS[label], label=name)
     left.set_xticks(range(len(methods)), methods, rotation=25, ha="right")
     left.set(ylabel="backward pass / forward pass", title=f"Time, {iterations} iterations")
-    left.legend(frameon=False, fontsize=9)
+    left.set_ylim(0, 1.35*left.get_ylim()[1])  # room for the legend
+    left.legend(frameon=False, fontsize=9, loc="upper left")
     left.spines[["top", "right"]].set_visible(False)
     for has_checkpoints, style in ((False, {"marker": "o"}), (True, {"marker": "s", "linestyle": "--"})):
         points = [(row["iterations"], row["megabytes"]) for row in memory if (row["checkpoints"] is not None) == has_checkpoints]

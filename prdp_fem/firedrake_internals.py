@@ -17,7 +17,7 @@ from tsfc.ufl_utils import compute_form_data
 
 __all__ = ["CoordinateAssembler", "MatrixAssembler", "SolverContext", "applies_boundary_first", "assemble_directly", "assemble_into",
            "assemble_operators", "assigned_from", "attach_callbacks", "boundary_expression", "constructor_arguments", "extract_subfunction",
-           "forget_set_up", "has_schedule", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
+           "forget_set_up", "has_schedule", "is_lost", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -313,6 +313,11 @@ def assigned_from(variable):
     """The block variable that one was given the value of, by ``f.assign(g)``; None where it was not."""
     checkpoint = variable.checkpoint
     return checkpoint.other if isinstance(checkpoint, DelegatedFunctionCheckpoint) else None
+
+
+def is_lost(variable) -> bool:
+    """Whether a block variable was made on the tape, and its value is not there any more."""
+    return variable.checkpoint is None and variable.creation_timestep >= 0
 
 
 def has_schedule(tape) -> bool:

@@ -11,7 +11,7 @@ import ufl
 from firedrake import Cofunction, Constant, Function, FunctionSpace
 from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
-from pyop2 import Global
+from pyop2 import Global, MixedDat
 from ufl.algorithms.analysis import extract_coefficients, extract_type
 
 __all__ = ["Input", "coefficients_of", "deep_copy", "is_real", "is_real_space", "local_values", "name_of", "same_bits", "set_local_values",
@@ -46,31 +46,33 @@ def local_values(coefficient) -> np.ndarray:
     numpy.ndarray
         Shape (n,): the dofs this rank owns, or all components of a Constant or a Real space.
     """
-    if isinstance(coefficient, Constant):
-        return coefficient.dat.data_ro.reshape(-1).copy()
-    if _has_real_part(coefficient):
-        with coefficient.dat.vec_ro as vector:
+    dat = coefficient.dat
+    if not isinstance(dat, MixedDat):
+        return dat.data_ro.reshape(-1).copy()
+    if _has_real_part(dat):
+        with dat.vec_ro as vector:
             return vector.array_r.copy()
-    parts = [part.data_ro.reshape(-1) for part in coefficient.dat]
-    return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+    return np.concatenate([part.data_ro.reshape(-1) for part in dat])
 
 
-def _has_real_part(coefficient) -> bool:
-    """Whether it is mixed with a Real space, whose value stands on every rank but belongs to the first in a PETSc vector."""
-    return len(coefficient.dat) > 1 and any(isinstance(part, Global) for part in coefficient.dat)
+def _has_real_part(dat: MixedDat) -> bool:
+    """Whether values are mixed with those of a Real space, which stand on every rank but belong to the first in a PETSc vector."""
+    return any(isinstance(part, Global) for part in dat)
 
 
 def set_local_values(coefficient, values: np.ndarray) -> None:
     """The inverse of :func:`local_values`."""
-    if isinstance(coefficient, Constant):
-        coefficient.dat.data[...] = values.reshape(coefficient.dat.data_ro.shape)
+    dat = coefficient.dat
+    if not isinstance(dat, MixedDat):
+        data = dat.data if isinstance(coefficient, Constant) else dat.data_wo
+        data[...] = values.reshape(data.shape)
         return
-    if _has_real_part(coefficient):
-        with coefficient.dat.vec_wo as vector:
+    if _has_real_part(dat):
+        with dat.vec_wo as vector:
             vector.setArray(values)
         return
     start = 0
-    for part in coefficient.dat:
+    for part in dat:
         data = part.data_wo
         data[...] = values[start:start + data.size].reshape(data.shape)
         start += data.size

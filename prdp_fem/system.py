@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 
@@ -292,6 +292,15 @@ class System(ABC):
     def _only_enters_terms(self, varying: Mapping[int, np.ndarray]) -> bool:
         """Whether what varies enters the residual by a matrix only: then nothing is assembled between rows."""
         return varying.keys() <= self._terms.keys()
+
+    def needs_value(self, index: int) -> bool:
+        """Whether derivatives depend on the value of an input."""
+        return self._state is not None or index not in self._terms
+
+    @property
+    def unread_inputs(self) -> Container[int]:
+        """The inputs whose values derivatives do not look at where :meth:`needs_solutions` is False."""
+        return () if self._state is not None else self._terms.keys()
 
     def needs_solutions(self, indices: Iterable[int]) -> bool:
         """Whether derivatives by inputs depend on the solution."""

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from numbers import Number
 
 import numpy as np
@@ -11,7 +11,7 @@ from pyadjoint import Block, get_working_tape
 from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
-from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, has_schedule, maybe_disk_checkpoint
+from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, has_schedule, is_lost, maybe_disk_checkpoint
 from prdp_fem.inputs import is_real, local_values, set_local_values
 from prdp_fem.point import Direction, Point
 from prdp_fem.system import System
@@ -20,6 +20,7 @@ __all__ = ["SolveBlock"]
 
 # References to a checkpoint while it is looked at: the block variable's, the local name, and the argument of sys.getrefcount.
 _OURS_ALONE = 3
+_NO_VALUES = np.empty(0)
 
 
 class SolveBlock(Block):
@@ -64,12 +65,22 @@ class SolveBlock(Block):
     def __str__(self) -> str:
         return f"solve({ufl2unicode(self._problem.F)} = 0)"
 
-    def _point(self) -> Point:
+    def _derivative_point(self, unread: Container[int] = ()) -> Point:
+        """Where this block is differentiated, without the values of inputs that nobody will read."""
+        for index, variable in enumerate(self._inputs):
+            if index not in unread and is_lost(variable) and self._system.needs_value(index):
+                raise RuntimeError("the checkpointing schedule of the tape has let go of the value that "
+                                   f"'{self._system.inputs[index].name}' had when '{self._problem.u.name()}' was solved for, and the "
+                                   "derivative of that solve depends on it: use a schedule that keeps it, such as "
+                                   "SingleMemoryStorageSchedule, or none")
+        return self._point(unread)
+
+    def _point(self, unread: Container[int] = ()) -> Point:
         """Where this block is evaluated, from what the tape saved."""
         for variable in self._meshes:
             self._system.restore_mesh(variable)
         return Point(
-            [_saved_values(variable) for variable in self._inputs],
+            [_NO_VALUES if index in unread else _saved_values(variable) for index, variable in enumerate(self._inputs)],
             self._system.boundary_values([variable.saved_output for variable in self._conditions]),
             None if self._guess is None else _saved_values(self._guess),
         )
@@ -109,9 +120,12 @@ class SolveBlock(Block):
             return
         gradients, boundary, meshes = self._wanted(relevant)
         guess = np.empty((1, self._system.size)) if self._system.depends_on_guess and self._guess in relevant else None
-        point = self._point()
-        by_mesh = self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], self._solution()[None],
-                                             [self._record], gradients, boundary=boundary, guess=guess, meshes=meshes)
+        # Where all is a matrix product, neither the solution nor what is multiplied by matrices is looked at.
+        assembles = boundary is not None or bool(meshes) or self._system.needs_solutions(gradients)
+        point = self._derivative_point(() if assembles else self._system.unread_inputs)
+        solutions = self._solution()[None] if assembles else None
+        by_mesh = self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], solutions, [self._record],
+                                             gradients, boundary=boundary, guess=guess, meshes=meshes)
         if guess is not None:
             self._source(self._guess, markings).add_adj_output(_with_values(Cofunction(self._problem.u.function_space().dual()), guess[0]))
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):
@@ -132,7 +146,7 @@ class SolveBlock(Block):
         if (markings and not output.is_control_dependent) or all(variable.tlm_value is None for variable in self.get_dependencies()):
             return
         values = np.empty(self._system.size)
-        point = self._point()
+        point = self._derivative_point()
         self._system.solve_tangent(point, self._setting, self._solution(), self._record, self._direction(), values)
         output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
         self._system.collect_garbage()
@@ -148,7 +162,7 @@ class SolveBlock(Block):
         cotangent, second, tangent = (np.zeros(self._system.size) if value is None else local_values(value)
                                       for value in (output.adj_value, output.hessian_value, output.tlm_value))
         gradients, boundary, meshes = self._wanted(relevant)
-        point = self._point()
+        point = self._derivative_point()
         by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), self._record, cotangent, second,
                                                     self._direction(), tangent, gradients, boundary=boundary, meshes=meshes)
         for variable, value in self._components(relevant, gradients, boundary, by_mesh):

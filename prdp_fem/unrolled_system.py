@@ -74,6 +74,12 @@ class UnrolledSystem:
             if index in operator.inputs:
                 operator.check_type()
 
+    # The right-hand side is computed again from all of them.
+    unread_inputs = ()
+
+    def needs_value(self, index: int) -> bool:
+        return True
+
     @property
     def _operators(self) -> list[OperatorDerivative]:
         return [self._operator] if self._preconditioner is None else [self._operator, self._preconditioner]

@@ -160,14 +160,17 @@ def test_long_time_loops_replay_to_the_bit_and_keep_one_assembly():
     assert solver.statistics.assemblies == 1
 
 
-@pytest.mark.parametrize("schedule", [lambda steps: Revolve(steps, 3), lambda steps: SingleMemoryStorageSchedule()])
-def test_schedules_give_what_unscheduled_runs_give(schedule):
+@pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
+@pytest.mark.parametrize("schedule", [lambda steps: Revolve(steps, 3), lambda steps: SingleMemoryStorageSchedule()],
+                         ids=["Revolve", "SingleMemoryStorage"])
+def test_schedules_give_what_unscheduled_runs_give(schedule, differentiation):
     def results(schedule):
         with set_working_tape(Tape()) as tape:
             if schedule is not None:
                 tape.enable_checkpointing(schedule(8))
             problem = HeatStep()
-            solver = prdp_fem.control(LinearVariationalSolver(problem.problem, solver_parameters=CG), FixedRefinement(Iterations(3)))
+            solver = prdp_fem.control(LinearVariationalSolver(problem.problem, solver_parameters=CG), FixedRefinement(Iterations(3)),
+                                      differentiation=differentiation)
             controls = [Control(problem.u0), Control(problem.kappa)]
             start = [problem.u0.copy(deepcopy=True), problem.kappa.copy(deepcopy=True)]
             for _ in tape.timestepper(iter(range(8))):
@@ -180,6 +183,20 @@ def test_schedules_give_what_unscheduled_runs_give(schedule):
                 return [value, *(derivative.dat.data_ro.copy() for derivative in reduced.derivative())]
     for one, other in zip(results(schedule), results(None)):
         np.testing.assert_array_equal(one, other)
+
+
+def test_values_that_a_schedule_has_let_go_of_are_noticed():
+    get_working_tape().enable_checkpointing(Revolve(8, 3))
+    problem = HeatStep()
+    solver = prdp_fem.control(LinearVariationalSolver(problem.problem, solver_parameters=CG), FixedRefinement(Iterations(3)),
+                              differentiation="unrolled")
+    control = Control(problem.kappa)
+    for _ in get_working_tape().timestepper(iter(range(8))):
+        solver.solve()
+        problem.u0.assign(problem.u)
+    reduced = ReducedFunctional(assemble(problem.u**2*dx), control)
+    with pytest.raises(RuntimeError, match="schedule of the tape has let go of the value that 'initial' had"):
+        reduced.derivative()
 
 
 def test_what_cannot_be_controlled_is_refused_and_left_as_it_was():
