@@ -316,8 +316,8 @@ def assigned_from(variable):
 
 
 def is_lost(variable) -> bool:
-    """Whether a block variable was made on the tape, and its value is not there any more."""
-    return variable.checkpoint is None and variable.creation_timestep >= 0
+    """Whether the value of a block variable is neither saved nor what its object has now."""
+    return variable.checkpoint is None and variable.creation_timestep >= 0 and variable.output.block_variable is not variable
 
 
 def has_schedule(tape) -> bool:

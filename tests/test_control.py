@@ -160,9 +160,11 @@ def test_long_time_loops_replay_to_the_bit_and_keep_one_assembly():
     assert solver.statistics.assemblies == 1
 
 
-@pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
-@pytest.mark.parametrize("schedule", [lambda steps: Revolve(steps, 3), lambda steps: SingleMemoryStorageSchedule()],
-                         ids=["Revolve", "SingleMemoryStorage"])
+@pytest.mark.parametrize("schedule, differentiation", [
+    (lambda steps: Revolve(steps, 3), "implicit"),
+    (lambda steps: SingleMemoryStorageSchedule(), "implicit"),
+    (lambda steps: SingleMemoryStorageSchedule(), "unrolled"),
+], ids=["Revolve", "SingleMemoryStorage", "SingleMemoryStorage, unrolled"])
 def test_schedules_give_what_unscheduled_runs_give(schedule, differentiation):
     def results(schedule):
         with set_working_tape(Tape()) as tape:
