@@ -31,11 +31,11 @@ def fixed(iterations: int, steps: int | None = None) -> FixedRefinement:
 
 
 def remainder_rate(reduced, control, direction) -> float:
-    """The rate at which first remainders fall between the two smallest of four steps, small ones, since few iterations bend much."""
+    """The rate at which first remainders fall between the two smallest of four steps: few iterations bend much, and rounding is near."""
     with stop_annotating():
         m = control._ad_copy()
         value, derivative = reduced(m), dot(reduced.derivative(), direction)
-        steps = [5e-4/2**k for k in range(4)]
+        steps = [4e-3/2**k for k in range(4)]
         remainders = [abs(reduced(m._ad_add(direction._ad_mul(step))) - value - step*derivative) for step in steps]
     return float(np.log2(remainders[-2]/remainders[-1]))
 
