@@ -125,9 +125,3 @@ class OperatorCotangent:
             Shape (m,).
         """
         self.values[entries] += values
-
-    def as_matrix(self, matrix: PETSc.Mat) -> PETSc.Mat:
-        """Write it into the values of a matrix with the same pattern, and return that."""
-        matrix.setValuesCSR(self.pattern.indptr, self.pattern.columns.astype(PETSc.IntType), self.values)
-        matrix.assemble()
-        return matrix
