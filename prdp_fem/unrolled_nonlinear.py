@@ -120,6 +120,11 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
             self._check_method(lambda: False)
         return trajectory
 
+    def _unrolled_steps(self, trajectory: Trajectory) -> range:
+        """The steps that are differentiated; none where none was made."""
+        steps = range(len(trajectory.iterations))
+        return steps[-1:] if self._only_last else steps
+
     def _at_step(self, state: np.ndarray) -> None:
         """Assemble residual and Jacobian at a state; inside the solver's context, and where inputs have been written."""
         self._work.setArray(state)
@@ -141,8 +146,8 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
                 by_mesh = {}
                 for gradient in gradients.values():
                     gradient[row] = 0.0
-                of_state, steps = cotangent.copy(), len(trajectory.iterations)
-                for step in reversed(range(steps - 1 if self._only_last else 0, steps)):
+                of_state = cotangent.copy()
+                for step in reversed(self._unrolled_steps(trajectory)):
                     of_state += self._pull(at, trajectory, step, of_state, {index: gradient[row] for index, gradient in gradients.items()},
                                            meshes, by_mesh)
                 if boundary is not None:
@@ -186,12 +191,12 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
 
     def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: Trajectory, direction: Direction,
                       out: np.ndarray) -> None:
-        dofs, steps = self.forms.boundary_dofs, len(record.iterations)
+        dofs = self.forms.boundary_dofs
         with self._work_on("tangent", self._solver_context):
             self._write_all(point)
             out[:] = 0.0 if direction.guess is None or self._only_last else direction.guess
             self._put_boundary(out, direction.boundary)
-            for step in range(steps - 1 if self._only_last else 0, steps):
+            for step in self._unrolled_steps(record):
                 state = record.states[step]
                 self._at_step(state)
                 # With the tangent of the state for that of the boundary values, which is minus the tangent of F.

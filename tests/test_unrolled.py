@@ -244,6 +244,19 @@ def test_others_warn_where_there_is_nothing_to_do(caplog):
     assert sum("none to make" in record.getMessage() for record in caplog.records) == 1
 
 
+@pytest.mark.parametrize("steps", ["all", "last"])
+def test_converged_guesses_make_no_steps(steps):
+    problem = NonlinearDiffusion()
+    problem.solve(GMRES)
+    with set_working_tape(Tape()):
+        solver = problem.solver({**GMRES, **BASIC, "snes_atol": 1e-6}, differentiation=Unrolled(steps=steps))
+        solver.solve()
+        reduced = ReducedFunctional(problem.functional(), Control(problem.controls["source"]))
+        assert solver.statistics.newton_steps == 0
+        assert not reduced.derivative().dat.data_ro.any()
+        assert float(reduced.tlm(problem.controls["source"])) == 0
+
+
 def test_boundary_values_of_a_batch_that_need_no_gradient():
     heat = Heat()
     solver = heat.solver(CG, differentiation="unrolled", refinement=fixed(3))
