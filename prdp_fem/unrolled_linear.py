@@ -90,12 +90,7 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
                     boundary[row] = 0.0
                     boundary[row, dofs] = cotangents[row, dofs] + self._derivatives.by_solution()[dofs]
                 by_mesh = {mesh: self._derivatives.by_mesh(mesh) for mesh in meshes}
-                for operator in of_operators:
-                    values, cofunctions = operator.gradients(operator.inputs & gradients.keys(), meshes)
-                    for index, value in values.items():
-                        gradients[index][row] += value
-                    for mesh, cofunction in cofunctions.items():
-                        by_mesh[mesh] += cofunction
+                self._add_by_operators(of_operators, {index: gradient[row] for index, gradient in gradients.items()}, by_mesh)
         return by_mesh
 
     def _pull(self, b: Batch, cotangents: np.ndarray, iterations: list[int], start: np.ndarray | None, guess: np.ndarray | None,

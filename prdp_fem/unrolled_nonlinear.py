@@ -180,13 +180,7 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         total = self._derivatives.by_solution()
         for mesh in meshes:
             by_mesh[mesh] = self._derivatives.by_mesh(mesh) if mesh not in by_mesh else by_mesh[mesh] + self._derivatives.by_mesh(mesh)
-        for operator in self._operators:
-            values, cofunctions = operator.gradients([*(operator.inputs & gradients.keys()), SOLUTION], meshes)
-            total += values.pop(SOLUTION)
-            for index, value in values.items():
-                gradients[index] += value
-            for mesh, cofunction in cofunctions.items():
-                by_mesh[mesh] += cofunction
+        self._add_by_operators(self._operators, {**gradients, SOLUTION: total}, by_mesh)
         return total
 
     def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: Trajectory, direction: Direction,

@@ -1,7 +1,7 @@
 """What linear and nonlinear systems that are differentiated as their iterations have in common."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from firedrake.logging import warning
 from firedrake.petsc import PETSc
@@ -9,7 +9,7 @@ from firedrake.petsc import PETSc
 from prdp_fem.differentiation import Unrolled
 from prdp_fem.firedrake_internals import operators, pin_quadrature
 from prdp_fem.forms import Forms
-from prdp_fem.operator_derivative import OperatorDerivative
+from prdp_fem.operator_derivative import SOLUTION, OperatorDerivative
 from prdp_fem.point import Direction
 from prdp_fem.refined_ksp import RefinedKSP
 from prdp_fem.statistics import Statistics
@@ -100,6 +100,18 @@ class UnrolledSystem:
         self._unrolled.adjoint(b, start, iterations, cotangent, b_cotangent=b_cotangent, guess_cotangent=guess_cotangent,
                                operator_cotangent=operator, preconditioner_cotangent=preconditioner, symmetric=symmetric)
         self.statistics.adjoint_iterations += iterations
+
+    @staticmethod
+    def _add_by_operators(of_operators: Iterable[OperatorDerivative], gradients: Mapping, by_mesh: dict) -> None:
+        """Add what the cotangents of operators give to gradients by inputs and SOLUTION, and to those by meshes."""
+        for operator in of_operators:
+            # In an order that is the same on all ranks, which assemble together.
+            what = [m for m in gradients if m == SOLUTION or m in operator.inputs]
+            values, cofunctions = operator.gradients(what, by_mesh)
+            for m, value in values.items():
+                gradients[m][:] += value
+            for mesh, cofunction in cofunctions.items():
+                by_mesh[mesh] += cofunction
 
     def _push_iterations(self, b: PETSc.Vec, start: PETSc.Vec | None, iterations: int, out: PETSc.Vec, direction: Direction, *,
                          b_tangent: PETSc.Vec, guess_tangent: PETSc.Vec | None = None, solution=None) -> None:
