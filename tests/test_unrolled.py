@@ -134,8 +134,10 @@ def test_guesses_matter(ksp):
         solver.solve()
     reduced = ReducedFunctional(assemble(problem.u**4*dx), Control(guess))
     direction = smooth(problem.V, 9)
-    assert remainder_rate(reduced, guess, direction) > 1.9
-    reduced(guess)
+    with stop_annotating():  # a remainder of second order may vanish here, by how the mesh is cut into parts
+        ahead, behind = (reduced(guess._ad_add(direction._ad_mul(step))) for step in (1e-5, -1e-5))
+        reduced(guess)
+    assert dot(reduced.derivative(), direction) == pytest.approx((ahead - behind)/2e-5, rel=1e-6)
     assert float(reduced.tlm(direction)) == pytest.approx(dot(reduced.derivative(), direction), rel=1e-9)
 
 
