@@ -1,0 +1,95 @@
+"""The record of a training run: what each outer iteration achieved, and what all of them have cost so far."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from mpi4py import MPI
+
+from prdp_fem.refinement import Refinement
+
+__all__ = ["Account", "History"]
+
+_COUNTS = ("solves", "adjoint_solves", "forward_iterations", "adjoint_iterations")
+
+
+@dataclass
+class History:
+    """Outer iterations of a training run, oldest first: lists of equal length, made of plain numbers so that JSON takes them.
+
+    Attributes
+    ----------
+    metric : list of float
+        What the refinement was told after each outer iteration, such as a validation error.
+    level : list of int
+        The level during the outer iteration, that is, before the refinement was told.
+    settings : dict of int to str
+        What the levels that were seen meant.
+    solves, adjoint_solves, forward_iterations, adjoint_iterations : list of int
+        What the solvers have done since the start, training and validation together.
+    solver_seconds, seconds : list of float
+        Wall-clock time since the start, in the solvers and in all; of the slowest rank.
+    """
+
+    metric: list[float] = field(default_factory=list)
+    level: list[int] = field(default_factory=list)
+    settings: dict[int, str] = field(default_factory=dict)
+    solves: list[int] = field(default_factory=list)
+    adjoint_solves: list[int] = field(default_factory=list)
+    forward_iterations: list[int] = field(default_factory=list)
+    adjoint_iterations: list[int] = field(default_factory=list)
+    solver_seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.metric)
+
+    @property
+    def iterations(self) -> list[int]:
+        """KSP iterations since the start, forward and adjoint."""
+        return [forward + adjoint for forward, adjoint in zip(self.forward_iterations, self.adjoint_iterations)]
+
+    @property
+    def iterations_per_solve(self) -> np.ndarray:
+        """KSP iterations per linear or nonlinear solve in each outer iteration, forward and adjoint."""
+        solves = np.add(self.solves, self.adjoint_solves)
+        return np.diff(self.iterations, prepend=0)/np.maximum(np.diff(solves, prepend=0), 1)
+
+    def record(self, metric: float, refinement: Refinement, account: Account) -> None:
+        """Note an outer iteration; to be called before ``refinement.step(metric)``, on all ranks."""
+        self.settings[int(refinement.level)] = str(refinement.setting)
+        for name, value in {"metric": float(metric), "level": int(refinement.level), **account.spent()}.items():
+            getattr(self, name).append(value)
+
+
+class Account:
+    """What solvers do and what it costs, from the moment when the account is opened.
+
+    Parameters
+    ----------
+    solvers : iterable of LinearVariationalSolver or NonlinearVariationalSolver
+        Those whose work is counted.
+    comm : mpi4py.MPI.Comm
+        Over which times are compared; ``spent`` is collective on it.
+    """
+
+    def __init__(self, solvers: Iterable, comm: MPI.Comm = MPI.COMM_SELF):
+        self._statistics = [solver.statistics for solver in solvers]
+        self._comm = comm
+        self._opening = self._sums()
+        self._start = time.perf_counter()
+
+    def _sums(self) -> dict[str, float]:
+        return {name: sum(getattr(statistics, name) for statistics in self._statistics) for name in (*_COUNTS, "seconds")}
+
+    def spent(self) -> dict[str, float]:
+        """Counts, ``solver_seconds`` and ``seconds`` so far."""
+        seconds = time.perf_counter() - self._start
+        sums = self._sums()
+        spent = {name: int(sums[name] - self._opening[name]) for name in _COUNTS}
+        slowest = np.array([sums["seconds"] - self._opening["seconds"], seconds])
+        self._comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+        spent["solver_seconds"], spent["seconds"] = slowest.round(4).tolist()
+        return spent

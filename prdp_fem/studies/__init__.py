@@ -1,0 +1,13 @@
+"""Comparisons of refinements: the same training under several schedules and seeds, what it reached and what it took."""
+try:
+    import matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError('prdp_fem.studies draws with Matplotlib: pip install "prdp-fem[demos]"') from error
+
+from prdp_fem.studies.command_line import command_line
+from prdp_fem.studies.figures import draw_training
+from prdp_fem.studies.runs import Run
+from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.study import Study
+
+__all__ = ["Run", "Schedule", "Study", "command_line", "draw_training"]

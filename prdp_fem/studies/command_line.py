@@ -1,0 +1,101 @@
+"""The command line that all studies share."""
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from prdp_fem.studies.schedules import Schedule
+
+__all__ = ["command_line", "count"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """One message, not one from every rank."""
+
+    def _print_message(self, message, file=None):
+        if MPI.COMM_WORLD.rank == 0:
+            super()._print_message(message, file)
+
+
+def count(text: str) -> int:
+    """A whole number, as the type of an option."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text}")
+    return int(text)
+
+
+def _schedule(text: str) -> Schedule:
+    try:
+        return Schedule.from_text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def command_line(script: str, description: str, *, configure: Callable[[argparse.ArgumentParser], None] | None = None,
+                 check: Callable[[argparse.Namespace], str | None] | None = None) -> argparse.Namespace:
+    """What a study's command line says.
+
+    ::
+
+        --seed N [N ...]             of data, initial weights and order of samples
+        --schedules S [S ...]        converged, prdp, prdp:TAU_STEP:TAU_STOP, or a number of iterations
+        --quick, --full              a short run, or one for larger machines; QUICK=1 in the environment means --quick
+        --epochs N                   instead of what the size says
+        --output DIR                 where runs and figures are put
+        --resume                     take runs that are there already from their files
+
+    Options with a single dash are PETSc's, which reads them itself.
+
+    Parameters
+    ----------
+    script : str
+        ``__file__`` of the study: results go to the folder output beside it, where nothing else is said.
+    description : str
+        Its first line is printed by ``--help``.
+    configure : callable or None
+        Adds options of the study's own to the parser that it is given.
+    check : callable or None
+        Given what was read, returns what is wrong with it, or None.
+
+    Returns
+    -------
+    argparse.Namespace
+        With ``seeds``, ``schedules``, ``size`` (``"quick"``, ``"default"`` or ``"full"``), ``epochs`` (or None), ``output`` and
+        ``resume``, and what ``configure`` has added.
+    """
+    parser = _Parser(prog=Path(script).name, description=description.strip().partition("\n")[0],
+                     epilog="Options with a single dash are PETSc's, for example -log_view.")
+    parser.add_argument("--seed", dest="seeds", type=count, nargs="+", default=[1], metavar="N",
+                        help="of data, initial weights and order of samples; several for several runs (default: 1)")
+    parser.add_argument("--schedules", type=_schedule, nargs="+", default=[Schedule("converged"), Schedule("prdp")], metavar="S",
+                        help="what is compared: converged, prdp, prdp:TAU_STEP:TAU_STOP for other thresholds than the package's, or a "
+                             "number of iterations (default: converged prdp)")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick",
+                      help="a short run, which ends while refining; QUICK=1 in the environment does the same")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="a large run, for hours on a larger machine")
+    parser.set_defaults(size="quick" if os.environ.get("QUICK", "") not in ("", "0") else "default")
+    parser.add_argument("--epochs", type=count, metavar="N", help="outer iterations (default: as the size says)")
+    parser.add_argument("--output", type=Path, default=Path(script).resolve().parent/"output", metavar="DIR",
+                        help="where runs and figures are put (default: output beside this script)")
+    parser.add_argument("--resume", action="store_true", help="take runs that are in DIR already from there")
+    if configure is not None:
+        configure(parser)
+    arguments, others = parser.parse_known_args()
+    if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
+        parser.error(f"cannot make anything of {' '.join(unknown)}")
+    if arguments.epochs == 0:
+        parser.error("there must be at least one epoch")
+    if check is not None and (problem := check(arguments)):
+        parser.error(problem)
+    try:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"cannot put results into {arguments.output}: {error.strerror}")
+    PETSc.Options().setValue("options_left", False)  # argparse's are no mistakes
+    return arguments

@@ -1,0 +1,140 @@
+"""Figures of studies."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from prdp_fem.studies.runs import Run
+from prdp_fem.studies.savings import TOLERATED, savings
+from prdp_fem.studies.schedules import Schedule
+
+__all__ = ["draw_study", "draw_training"]
+
+BLUE, RED = "#0072B2", "#D55E00"  # told apart by the colour-blind as well
+_CONVERGED, _PRDP = Schedule("converged"), Schedule("prdp")
+
+Runs = Mapping[Schedule, Mapping[int, Run]]
+
+
+def draw_training(runs: Runs, path: Path, *, outer: str = "epoch") -> None:
+    """Errors and iterations per solve against the epoch, after Figure 2 of the PRDP paper, for the first seed.
+
+    Parameters
+    ----------
+    runs : mapping of Schedule to mapping of int to Run
+        By schedule and seed.
+    path : Path
+        Of the PNG file.
+    outer : str
+        What an outer iteration is called.
+    """
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot_errors(left, runs, outer)
+    _plot_iterations(right, runs, outer)
+    figure.savefig(path, dpi=110)
+
+
+def draw_study(runs: Runs, path: Path, *, outer: str = "epoch") -> None:
+    """The same, and beside it what each schedule reaches against what it takes: medians over the seeds.
+
+    Parameters
+    ----------
+    runs, path, outer
+        See :func:`draw_training`.
+    """
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    _plot_errors(left, runs, outer)
+    _plot_iterations(middle, runs, outer)
+    _plot_costs(right, runs)
+    figure.savefig(path, dpi=100)
+
+
+def _first_seed(runs: Runs) -> dict[Schedule, Run]:
+    """The runs to be drawn as curves: constants first, so that the others lie on top; none with thresholds of their own."""
+    chosen = [schedule for schedule, by_seed in runs.items() if by_seed and schedule.tau_step is None]
+    chosen.sort(key=lambda schedule: (("constant", "converged", "prdp").index(schedule.kind), schedule.iterations or 0))
+    return {schedule: runs[schedule][min(runs[schedule])] for schedule in chosen}
+
+
+def _styles(schedules) -> dict[Schedule, dict]:
+    constants = [schedule for schedule in schedules if schedule.kind == "constant"]
+    greys = matplotlib.colormaps["Greys"](np.linspace(0.35, 0.8, max(len(constants), 1)))
+    styles = {schedule: {"color": grey, "linewidth": 1.0} for schedule, grey in zip(constants, greys)}
+    return styles | {_CONVERGED: {"color": RED, "linewidth": 1.6}, _PRDP: {"color": BLUE, "linewidth": 1.6}}
+
+
+def _plot_errors(axes: Axes, runs: Runs, outer: str) -> None:
+    chosen = _first_seed(runs)
+    styles = _styles(chosen)
+    for schedule, run in chosen.items():
+        axes.semilogy(np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule])
+    if (prdp := chosen.get(_PRDP)) is not None:
+        refined = np.flatnonzero(np.diff(prdp.history.level))
+        axes.plot(refined + 1, prdp.errors[refined], "^", color=BLUE, markersize=4, label=f"refined after this {outer}")
+    low, high = axes.get_ylim()
+    if high/low < 30:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:g} %"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel=outer, ylabel="relative error", title="Validation error")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.25)
+
+
+def _plot_iterations(axes: Axes, runs: Runs, outer: str) -> None:
+    chosen = _first_seed(runs)
+    styles = _styles(chosen)
+    for schedule, run in chosen.items():
+        axes.plot(np.arange(1, len(run.history) + 1), run.history.iterations_per_solve, drawstyle="steps-mid", **styles[schedule])
+    prdp, converged = chosen.get(_PRDP), chosen.get(_CONVERGED)
+    if prdp is not None and converged is not None:
+        epochs = np.arange(1, min(len(prdp.history), len(converged.history)) + 1)
+        low, high = (run.history.iterations_per_solve[:len(epochs)] for run in (prdp, converged))
+        axes.fill_between(epochs, low, high, step="mid", color=BLUE, alpha=0.15, linewidth=0)
+        axes.text(0.5, 0.55, f"{savings(prdp, converged).iterations:.0%} of iterations saved", transform=axes.transAxes, ha="center",
+                  fontsize=13)
+        axes.annotate("converged", (epochs[-1], high[-1]), (0, -4), textcoords="offset points", color=RED, ha="right", va="top")
+        axes.annotate("PRDP", (epochs[-1], low[-1]), (0, 4), textcoords="offset points", color=BLUE, ha="right", va="bottom")
+    axes.set(xlabel=outer, ylabel="iterations per solve", title="Forward and adjoint solves", ylim=(0, None))
+    axes.grid(alpha=0.25)
+
+
+def _plot_costs(axes: Axes, runs: Runs) -> None:
+    converged = runs.get(_CONVERGED, {})
+    points = {}
+    for schedule, by_seed in runs.items():
+        saved = [savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged]
+        if saved:
+            points[schedule] = 1 - np.median([saving.iterations for saving in saved]), np.median([saving.excess for saving in saved])
+    constants = sorted((schedule for schedule in points if schedule.kind == "constant"), key=lambda schedule: schedule.iterations)
+    if constants:
+        axes.plot(*np.transpose([points[schedule] for schedule in constants]), "o-", color="0.5", markersize=4, label="constant K")
+    for schedule in constants:
+        axes.annotate(str(schedule.iterations), points[schedule], (4, 4), textcoords="offset points", fontsize="small", color="0.4")
+    others = [schedule for schedule in points if schedule.tau_step is not None]
+    for index, schedule in enumerate(others):
+        axes.plot(*points[schedule], "s", color=BLUE, alpha=0.5, markersize=4, label=None if index else "PRDP, other thresholds")
+        axes.annotate(f"{schedule.tau_step:g}, {schedule.tau_stop:g}", points[schedule], (4, -8), textcoords="offset points",
+                      fontsize="x-small", color=BLUE)
+    if _PRDP in points:
+        axes.plot(*points[_PRDP], "*", color=BLUE, markersize=13, label="PRDP")
+    axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
+    axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100*fraction:g} %"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlabel="inner iterations, of those of converged physics", ylabel="error above converged physics",
+             title="What it reaches, what it takes")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.25)

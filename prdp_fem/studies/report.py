@@ -1,0 +1,152 @@
+"""A report on studies: their tables and figures, put between the lines of a text that says what they mean.
+
+``python -m prdp_fem.studies.report RUNS REPORT.md`` reads all runs in a folder, and renews in the report what stands between
+``<!-- summary -->`` or ``<!-- study NAME -->`` and the next ``<!-- end -->``. Figures are put into a folder beside the report that is
+called as the report is.
+"""
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import astuple
+from pathlib import Path
+
+import numpy as np
+
+from prdp_fem.studies.figures import draw_study
+from prdp_fem.studies.runs import Run
+from prdp_fem.studies.savings import Savings, best_constant, savings
+from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.tables import markdown_table
+
+__all__ = ["read_runs", "write_report"]
+
+Runs = dict[Schedule, dict[int, Run]]
+
+_BLOCK = re.compile(r"<!-- (summary|study (?P<name>\S+)) -->\n.*?<!-- end -->", re.DOTALL)
+_CONVERGED, _PRDP = Schedule("converged"), Schedule("prdp")
+_KINDS = ("converged", "prdp", "constant")
+
+
+def read_runs(folder: Path) -> dict[str, Runs]:
+    """All runs in a folder, by study, schedule and seed: converged physics first, then progressive refinement, then constants.
+
+    Raises
+    ------
+    ValueError
+        Where runs of a study differ in their set-up.
+    """
+    runs = sorted((Run.read(path) for path in sorted(folder.glob("*.json"))),
+                  key=lambda run: (run.study, _place(Schedule.from_text(run.schedule)), run.seed))
+    studies: dict[str, Runs] = {}
+    setups: dict[str, dict] = {}
+    for run in runs:
+        setup = setups.setdefault(run.study, run.setup)
+        if run.setup != setup:
+            raise ValueError(f"the runs of {run.study} in {folder} have different set-ups: {run.setup} and {setup}")
+        studies.setdefault(run.study, {}).setdefault(Schedule.from_text(run.schedule), {})[run.seed] = run
+    return studies
+
+
+def _place(schedule: Schedule) -> tuple:
+    return (schedule.tau_step is not None, _KINDS.index(schedule.kind), schedule.iterations or 0, schedule.tau_step or 0,
+            schedule.tau_stop or 0)
+
+
+def write_report(folder: Path, report: Path) -> list[str]:
+    """Renew the tables and figures in a report.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the runs.
+    report : Path
+        A Markdown file with the marks that the module's docstring names.
+
+    Returns
+    -------
+    list of str
+        Studies that have runs but no place in the report.
+
+    Raises
+    ------
+    ValueError
+        Where the report names a study without runs.
+    """
+    studies = read_runs(folder)
+    figures = report.with_suffix("")
+    figures.mkdir(exist_ok=True)
+    text = report.read_text()
+    named = [match["name"] for match in _BLOCK.finditer(text) if match["name"]]
+    if missing := [name for name in named if name not in studies]:
+        raise ValueError(f"there are no runs of {', '.join(missing)} in {folder}: make reproduce makes them")
+
+    def block(match):
+        name = match["name"]
+        content = _summary({name: studies[name] for name in named}) if name is None else _section(name, studies[name], figures)
+        return f"<!-- {match[1]} -->\n{content}\n<!-- end -->"
+
+    report.write_text(_BLOCK.sub(block, text))
+    return [name for name in studies if name not in named]
+
+
+def _summary(studies: dict[str, Runs]) -> str:
+    """One row a study: progressive refinement against converged physics, medians over the seeds."""
+    lines = ["| study | error, against converged | inner iterations saved | by refining late + by never converging | solver time saved | "
+             "all time saved | best K in hindsight saves |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for name, runs in studies.items():
+        prdp = _medians(runs, _PRDP)
+        if prdp is None:
+            continue
+        best = best_constant(runs)
+        in_hindsight = f"{_medians(runs, best).iterations:.1%} ({best.title})" if best else "none tried is good enough"
+        lines.append(f"| {name} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} + {prdp.incomplete:.0%} | "
+                     f"{prdp.solver_seconds:.0%} | {prdp.seconds:.0%} | {in_hindsight} |")
+    return "\n".join(lines)
+
+
+def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
+    """Over the seeds; None where a schedule has none in common with converged physics."""
+    converged = runs.get(_CONVERGED, {})
+    saved = [astuple(savings(run, converged[seed])) for seed, run in runs.get(schedule, {}).items() if seed in converged]
+    return Savings(*np.median(saved, axis=0)) if saved else None
+
+
+def _section(name: str, runs: Runs, figures: Path) -> str:
+    some = next(iter(next(iter(runs.values())).values()))
+    setup = ", ".join(f"{key}: {value}" for key, value in some.setup.items())
+    machines = sorted({f"{run.machine['processor']}, {run.machine['ranks']} rank{'s' if run.machine['ranks'] > 1 else ''}"
+                       for by_seed in runs.values() for run in by_seed.values()})
+    seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
+    draw_study(runs, figures/f"{name}.png")
+    parts = [f"*{setup}. Seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}.*",
+             markdown_table({schedule: by_seed for schedule, by_seed in runs.items() if schedule.tau_step is None})]
+    if varied := {schedule: by_seed for schedule, by_seed in runs.items() if schedule.tau_step is not None}:
+        # Compared at equal seeds: thresholds are varied for some of them only.
+        chosen = set.intersection(*(set(by_seed) for by_seed in varied.values()))
+        compared = {schedule: {seed: runs[schedule][seed] for seed in chosen if seed in runs[schedule]}
+                    for schedule in (_CONVERGED, _PRDP, *varied) if schedule in runs}
+        parts += [f"Other thresholds (tau_step, tau_stop), seed{'s' if len(chosen) > 1 else ''} {', '.join(map(str, sorted(chosen)))}:",
+                  markdown_table(compared)]
+    parts.append(f"![{name}: errors, iterations, and what is reached against what it takes]({figures.name}/{name}.png)")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Renew the tables and figures in a report on studies.")
+    parser.add_argument("runs", type=Path, help="folder of the runs")
+    parser.add_argument("report", type=Path, help="Markdown file")
+    arguments = parser.parse_args()
+    for path in (arguments.runs, arguments.report):
+        if not path.exists():
+            parser.error(f"there is no {path}")
+    try:
+        unplaced = write_report(arguments.runs, arguments.report)
+    except ValueError as error:
+        parser.error(str(error))
+    if unplaced:
+        print(f"no place in {arguments.report} for {', '.join(unplaced)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""One training run, and its file."""
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prdp_fem.history import History
+from prdp_fem.studies.schedules import Schedule
+
+__all__ = ["Run", "machine"]
+
+# The error of a run is that of its last epochs, which a single one does not decide.
+LAST_EPOCHS = 10
+
+
+@dataclass
+class Run:
+    """A training run, and all that is needed to compare it.
+
+    Attributes
+    ----------
+    study : str
+        Name of the study.
+    schedule : str
+        Name of the schedule, see :class:`~prdp_fem.studies.schedules.Schedule`.
+    seed : int
+    history : History
+    setup : dict
+        What was trained and how: runs are compared only where these are equal.
+    extras : dict
+        What the study wants to keep beside, as plain numbers and lists.
+    machine : dict
+        Where it ran, and with which versions.
+    """
+
+    study: str
+    schedule: str
+    seed: int
+    history: History
+    setup: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> np.ndarray:
+        """The relative error at each epoch: the square root of the metric, which is a relative mean square."""
+        return np.sqrt(self.history.metric)
+
+    @property
+    def error(self) -> float:
+        """The mean of the errors over the last ten epochs."""
+        return float(self.errors[-LAST_EPOCHS:].mean())
+
+    @property
+    def iterations(self) -> int:
+        """KSP iterations, forward and adjoint, of training and validation."""
+        return self.history.iterations[-1]
+
+    @property
+    def solver_seconds(self) -> float:
+        return self.history.solver_seconds[-1]
+
+    @property
+    def seconds(self) -> float:
+        return self.history.seconds[-1]
+
+    @staticmethod
+    def file_name(study: str, schedule: Schedule, seed: int) -> str:
+        """Of the run's file: one for each study, schedule and seed."""
+        return f"{study}-{schedule.name.replace(':', '-')}-seed{seed}.json"
+
+    def write(self, path: Path) -> None:
+        """Put the run into a file, whole or not at all."""
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(asdict(self), separators=(",", ":")) + "\n")
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Run:
+        """The run in a file.
+
+        Raises
+        ------
+        ValueError
+            Where the file holds something else.
+        """
+        try:
+            entries = json.loads(path.read_text())
+            history = History(**entries.pop("history"))
+            history.settings = {int(level): setting for level, setting in history.settings.items()}  # JSON's keys are strings
+            return cls(history=history, **entries)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} does not hold a run of a study ({error}): remove it, and run again") from None
+
+
+def machine(ranks: int) -> dict[str, Any]:
+    """Processor, number of ranks, and versions."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        models = [line.partition(":")[2].strip() for line in information.read_text().splitlines() if line.startswith("model name")]
+        processor = models[0] if models else processor
+    return {"processor": processor, "ranks": ranks, "python": platform.python_version(),
+            **{name: version(name) for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")}}

@@ -1,0 +1,95 @@
+"""The refinements that a study compares, by name."""
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from prdp_fem.ladders import Iterations
+from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Refinement
+
+__all__ = ["Schedule"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A refinement to be made anew for each run.
+
+    Parameters
+    ----------
+    kind : str
+        ``"converged"``, ``"constant"`` or ``"prdp"``.
+    iterations : int or None
+        Of a constant schedule.
+    tau_step, tau_stop : float or None
+        Of progressive refinement, where they are not the package's defaults.
+    """
+
+    kind: str
+    iterations: int | None = None
+    tau_step: float | None = None
+    tau_stop: float | None = None
+
+    @classmethod
+    def from_text(cls, text: str) -> Schedule:
+        """The schedule that a name means.
+
+        Parameters
+        ----------
+        text : str
+            ``converged``; a number K, for K iterations throughout; ``prdp``, or ``prdp:TAU_STEP:TAU_STOP``.
+
+        Raises
+        ------
+        ValueError
+            For anything else.
+        """
+        if text == "converged":
+            return cls("converged")
+        if re.fullmatch("[1-9][0-9]*", text):
+            return cls("constant", iterations=int(text))
+        kind, *thresholds = text.split(":")
+        if kind == "prdp" and len(thresholds) in (0, 2):
+            try:
+                step, stop = (float(threshold) for threshold in thresholds) if thresholds else (None, None)
+                ProgressiveRefinement([Iterations(1)], **{} if step is None else {"tau_step": step, "tau_stop": stop})
+            except ValueError as error:
+                raise ValueError(f"{text!r}: {error}") from None
+            return cls("prdp", tau_step=step, tau_stop=stop)
+        raise ValueError(f"a schedule is converged, prdp, prdp:TAU_STEP:TAU_STOP or a number of iterations, found {text!r}")
+
+    @property
+    def name(self) -> str:
+        """What ``from_text`` reads."""
+        if self.kind == "constant":
+            return str(self.iterations)
+        return self.kind if self.tau_step is None else f"{self.kind}:{self.tau_step:g}:{self.tau_stop:g}"
+
+    @property
+    def title(self) -> str:
+        """What tables and figures say."""
+        if self.kind == "constant":
+            return f"K = {self.iterations}"
+        if self.kind == "converged":
+            return "converged"
+        return "PRDP" if self.tau_step is None else f"PRDP {self.tau_step:g}, {self.tau_stop:g}"
+
+    def refinement(self, *, ladder, converged, constant=Iterations, comm=None) -> Refinement:
+        """The refinement, at its start.
+
+        Parameters
+        ----------
+        ladder : Sequence of Setting
+            What progressive refinement goes up.
+        converged : Setting
+            What "converged" means.
+        constant : callable
+            From a number of iterations to a setting.
+        comm : mpi4py.MPI.Comm or None
+            See :class:`~prdp_fem.refinement.Refinement`.
+        """
+        if self.kind == "constant":
+            return FixedRefinement(constant(self.iterations), comm=comm)
+        if self.kind == "converged":
+            return FixedRefinement(converged, comm=comm)
+        thresholds = {} if self.tau_step is None else {"tau_step": self.tau_step, "tau_stop": self.tau_stop}
+        return ProgressiveRefinement(ladder, comm=comm, **thresholds)
