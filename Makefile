@@ -1,5 +1,8 @@
-# make demo            set up what is missing, and train the heat emulator twice (QUICK=1: under a minute; RANKS=2: in parallel);
-#                      DEMO=suboptimality: how wrong truncated solves and their derivatives are
+# make demo            set up what is missing, and train the heat emulator (QUICK=1: under a minute; RANKS=2: in parallel; ARGS="--help");
+#                      DEMO=folder or DEMO=folder/script: another demo
+# make reproduce       run all scenarios under all schedules, and renew the tables and figures of docs/results.md (about two hours of
+#                      one core; make -j2 for two at a time; runs that are in docs/runs already are taken from there;
+#                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: one scenario
 # make test            set up what is missing, lint, and run all tests, serial and on 2 and 3 ranks
 # make lint, install   parts of these
 # make clean           remove the virtual environment and what runs left behind; the caches of built wheels and kernels stay
@@ -7,11 +10,43 @@ SHELL := /bin/bash
 ACTIVATE := . $${VENV:-.venv}/bin/activate
 RANKS ?= 1
 DEMO ?= heat_emulator
+SCENARIOS := poisson heat burgers navier_stokes autoregressive
 
-.PHONY: demo test lint install clean
+.PHONY: demo reproduce report $(SCENARIOS) test lint install clean
 
 demo: install
-	$(ACTIVATE) && mpiexec -n $(RANKS) python demos/$(DEMO)/$(DEMO).py $(if $(QUICK),--quick) $(ARGS)
+	$(ACTIVATE) && mpiexec -n $(RANKS) python demos/$(DEMO)$(if $(findstring /,$(DEMO)),,/$(DEMO)).py $(if $(QUICK),--quick) $(ARGS)
+
+# What is compared in each scenario: converged and progressively refined physics and constant numbers of iterations with each seed, and
+# other thresholds with the first.
+RUNS := $(if $(QUICK),build/runs,docs/runs)
+REPORT := $(if $(QUICK),build/results.md,docs/results.md)
+SEEDS := $(if $(QUICK),1,1 2 3)
+THRESHOLDS := $(if $(QUICK),prdp:0.9:0.9,prdp:0.9:0.9 prdp:0.95:0.9 prdp:0.99:0.9 prdp:0.98:0.8 prdp:0.98:0.95 prdp:0.98:0.99)
+
+# $(call study,script and options,constants)
+define study
+	$(ACTIVATE) && export OMP_NUM_THREADS=1 && python demos/$(1) --resume --output $(RUNS) $(if $(QUICK),--quick) --seed $(SEEDS) \
+		--schedules converged prdp $(if $(QUICK),$(firstword $(2)),$(2))
+	$(ACTIVATE) && export OMP_NUM_THREADS=1 && python demos/$(1) --resume --output $(RUNS) $(if $(QUICK),--quick) --seed 1 \
+		--schedules $(THRESHOLDS)
+endef
+
+HEAT := heat_emulator/heat_emulator.py
+
+heat: install
+	$(call study,$(HEAT) --domain plate,2 3 4 6)
+	$(call study,$(HEAT) --domain interval --solver jacobi,4 8 12 16)
+	$(call study,$(HEAT) --domain square --solver jacobi,4 8 16 24)
+	$(call study,$(HEAT) --domain square --solver steepest_descent,4 8 16 24)
+	$(call study,$(HEAT) --domain square --solver cg,2 4 6 8)
+	$(call study,$(HEAT) --domain cube,2 3 4 6)
+
+reproduce: report
+
+report: $(SCENARIOS)
+	$(if $(QUICK),cp docs/results.md $(REPORT))
+	$(ACTIVATE) && python -m prdp_fem.studies.report $(RUNS) $(REPORT)
 
 test: lint
 	$(ACTIVATE) && export PYOP2_SPMD_STRICT=1 FIREDRAKE_DISABLE_OPTIONS_LEFT=1 && \

@@ -12,7 +12,7 @@ from prdp_fem import FixedRefinement, Iterations
 README = (Path(__file__).parent.parent/"README.md").read_text()
 
 
-TRAINING, NEWTON, UNROLLED, CONTROL, EXCHANGE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TRAINING, LOOP, NEWTON, UNROLLED, CONTROL, EXCHANGE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def run(script, variables):
@@ -21,10 +21,13 @@ def run(script, variables):
 
 
 def test_the_training_script_runs_as_printed(capsys):
-    refinement = run(TRAINING, {})["refinement"]
+    variables = run(TRAINING, {})
+    refinement = variables["refinement"]
     assert len(refinement.history) == 100 and refinement.level > 0
     assert refinement.history[-1].metric < refinement.history[0].metric
     assert "iterations" in capsys.readouterr().out
+    history = run(LOOP, variables)["history"]
+    assert len(history) == 30 and history.metric[-1] < 0.01*history.metric[0]
 
 
 def test_the_other_scripts_run_as_printed():

@@ -50,8 +50,6 @@ SOLVERS = {
     "steepest_descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.SteepestDescent", "pc_type": "none"},
 }
 
-# What a level adds: as many iterations as halve the error, or so.
-LADDER_STEP = {"cg": 1, "jacobi": 3, "steepest_descent": 3}
 
 
 def mesh_file(text):
@@ -111,11 +109,12 @@ comm = mesh.comm
 
 # The solver
 # ----------
-# An implicit Euler step from u_old to u_old + w, with a lumped mass matrix; diffusivity times time step is 1e-3. It is the increment
+# An implicit Euler step from u_old to u_old + w, with a lumped mass matrix. It is the increment
 # w that is solved for: the iteration starts at w = 0, which is the old temperature, so a single iteration is a rough step
-# already, and all others improve on it.
+# already, and all others improve on it. A level of the refinement adds as many iterations as halve the solver's error, or so.
 
-DIFFUSION = 1e-3
+DIFFUSION = 2e-3 if mesh.geometric_dimension == 3 else 1e-3  # diffusivity times time step
+LEVEL = {"cg": 2 if mesh.geometric_dimension == 3 else 1, "jacobi": 3, "steepest_descent": 3}[arguments.solver]
 lumped = dx(scheme="KMV", degree=1)
 V = FunctionSpace(mesh, "CG", 1)
 w, v = TrialFunction(V), TestFunction(V)
@@ -215,8 +214,20 @@ class Emulator(torch.nn.Module):
 # Adam, the weights at the start, the order of the samples.
 
 EPOCHS = arguments.epochs or {"quick": 60, "default": 60 if dimension == 3 else 150, "full": 300}[arguments.size]
-BATCH, LEARNING_RATE = 20, 2e-4 if arguments.network == "mlp" else 2e-3
+BATCH = 5 if dimension == 3 else 20
 shown = {}  # the last prediction, for the picture
+
+
+def adam(network):
+    if arguments.network != "mlp":
+        return torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
+    # The first layer has a weight for each node. Adam moves all of them at once, and the sum over the nodes moves by as much: the
+    # more nodes, the slower they must be.
+    first, *others = network.layers.layers
+    rate = 3e-4 if dimension == 3 else 2e-4
+    return torch.optim.Adam([{"params": list(first.parameters()), "lr": rate*min(1, 1000/n)},
+                             {"params": [parameter for layer in others for parameter in layer.parameters()]}], lr=rate, fused=True)
+
 
 
 def train_one(seed, refinement, label):
@@ -234,8 +245,7 @@ def train_one(seed, refinement, label):
         return field.total(data.squared_errors(u2, validation)).mean().item()
 
     history = train(network, loss, validate, refinement=refinement, solvers=[step.solver], samples=TRAINING, batch_size=BATCH,
-                    epochs=EPOCHS, optimiser=torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True), seed=seed, comm=comm,
-                    label=label)
+                    epochs=EPOCHS, optimiser=adam(network), seed=seed, comm=comm, label=label)
 
     # What the last network is worth with converged physics, and without any: coarse physics may have taught it to make up
     # for the solver's errors. This is not counted as training.
@@ -251,7 +261,7 @@ def train_one(seed, refinement, label):
 PETSc.Sys.Print(f"{domain}: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
 study = Study(f"heat_{Path(domain).stem}_{arguments.solver}" + (f"_{arguments.network}" if arguments.network != "mlp" else ""), arguments,
-              ladder=IterationLadder(start=1, step=LADDER_STEP[arguments.solver]),
+              ladder=IterationLadder(start=1, step=LEVEL),
               setup={"domain": domain, "nodes": n, "solver": arguments.solver, "network": arguments.network, "training samples": TRAINING,
                      "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "diffusivity times time step": DIFFUSION})
 runs = study.run(train_one)

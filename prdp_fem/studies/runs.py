@@ -51,8 +51,11 @@ class Run:
 
     @property
     def errors(self) -> np.ndarray:
-        """The relative error at each epoch: the square root of the metric, which is a relative mean square."""
-        return np.sqrt(self.history.metric)
+        """The relative error at each epoch: the square root of the metric, which is a relative mean square.
+
+        Where the refinement is told something else than what is judged in the end, the study keeps the errors as ``extras["errors"]``.
+        """
+        return np.asarray(self.extras["errors"]) if "errors" in self.extras else np.sqrt(self.history.metric)
 
     @property
     def error(self) -> float:

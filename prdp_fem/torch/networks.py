@@ -5,6 +5,7 @@ at first.
 """
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ def _starts_at_zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """Dense layers: shape (..., inputs) to (..., outputs).
 
     Parameters
@@ -35,8 +36,12 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, inputs: int, outputs: int, *, width: int = 64, depth: int = 2, activation: type[nn.Module] = nn.Tanh):
+        super().__init__()
         hidden = [nn.Sequential(nn.Linear(inputs if layer == 0 else width, width), activation()) for layer in range(depth)]
-        super().__init__(*hidden, _starts_at_zero(nn.Linear(width, outputs)))
+        self.layers = nn.Sequential(*hidden, _starts_at_zero(nn.Linear(width, outputs)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
 
 
 class _ResidualBlock(nn.Module):
@@ -99,9 +104,14 @@ class ResNet(nn.Module):
 class GraphNetwork(nn.Module):
     """Messages passed along the edges of a mesh: shape (..., inputs, n) to (..., outputs, n).
 
-    A node's state changes by what it makes of the mean of its neighbours' messages, and of itself; a message depends on both
-    ends of an edge and on its length and direction. The first layer of a message is linear in both states before its
-    nonlinearity, and the last one linear behind it, so both are applied at nodes: edges cost sums, not matrix products.
+    A node's state changes by what the node makes of itself and of three (in d dimensions: d + 1) means over its neighbours: of the
+    differences between their states and its own, and of these differences weighted such that they are the gradient of a
+    function that is linear around the node. All of them are of the same size for states that vary over a few edges,
+    and zero for constant ones.
+
+    The weights depend on the mesh alone, so the means are products with one sparse matrix, and all that is learned is learned at
+    nodes: with messages that are nonlinear themselves there are six times as many numbers to go through, and training is slower still,
+    as such networks have to find out what a gradient is.
 
     Parameters
     ----------
@@ -120,41 +130,83 @@ class GraphNetwork(nn.Module):
 
     References
     ----------
-    Pfaff, Fortunato, Sanchez-Gonzalez, Battaglia, *Learning mesh-based simulation with graph networks*, ICLR 2021.
+    Monti, Boscaini, Masci, Rodolà, Svoboda, Bronstein, *Geometric deep learning on graphs and manifolds using mixture model CNNs*,
+    CVPR 2017; Pfaff, Fortunato, Sanchez-Gonzalez, Battaglia, *Learning mesh-based simulation with graph networks*, ICLR 2021.
     """
 
-    def __init__(self, inputs: int, outputs: int, edges: torch.Tensor, coordinates, *, width: int = 32, steps: int = 4,
-                 activation: type[nn.Module] = nn.GELU):
+    def __init__(self, inputs: int, outputs: int, edges: torch.Tensor, coordinates, *, width: int = 16, steps: int = 4,
+                 activation: type[nn.Module] = nn.ReLU):
         super().__init__()
-        dtype = torch.get_default_dtype()
-        coordinates = torch.as_tensor(coordinates, dtype=dtype)
-        source, target = edges
-        offset = coordinates[source] - coordinates[target]
-        offset = offset/offset.norm(dim=-1).mean()
-        degree = torch.bincount(target, minlength=len(coordinates)).clamp(min=1)
-        self.register_buffer("source", source, persistent=False)
-        self.register_buffer("target", target, persistent=False)
-        self.register_buffer("geometry", torch.cat([offset, offset.norm(dim=-1, keepdim=True)], dim=-1), persistent=False)
-        # The mean over the messages at a node as a product with a sparse matrix: (n, e).
-        mean = torch.sparse_coo_tensor(torch.stack([target, torch.arange(len(target))]), 1/degree[target].to(dtype),
-                                       (len(coordinates), len(target))).coalesce()
-        self.register_buffer("mean", mean, persistent=False)
+        means = _neighbour_means(edges, torch.as_tensor(coordinates, dtype=torch.float64)).to(torch.get_default_dtype())
+        self.means = _SparseProduct(means)
+        self.operators = means.shape[0]//means.shape[1]
         self.activation = activation()
         self.encode = nn.Linear(inputs, width)
-        self.send = nn.ModuleList(nn.Linear(width, width) for _ in range(steps))
-        self.receive = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(steps))
-        self.along = nn.ModuleList(nn.Linear(self.geometry.shape[1], width, bias=False) for _ in range(steps))
-        self.update = nn.ModuleList(nn.Linear(2*width, width) for _ in range(steps))
+        self.update = nn.ModuleList(nn.Linear((1 + self.operators)*width, width) for _ in range(steps))
         self.mix = nn.ModuleList(nn.Linear(width, width) for _ in range(steps))
         self.decode = _starts_at_zero(nn.Linear(width, outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch = x.shape[:-2]
-        # Nodes first, so that gathering along edges copies rows, and averaging is one product for all samples.
+        batch, n = x.shape[:-2], x.shape[-1]
+        # Nodes first, so that one sparse product serves all samples and states.
         state = self.encode(x.reshape(-1, *x.shape[-2:]).permute(2, 0, 1))
-        for send, receive, along, update, mix in zip(self.send, self.receive, self.along, self.update, self.mix):
-            message = self.activation(send(state).index_select(0, self.source) + receive(state).index_select(0, self.target)
-                                      + along(self.geometry)[:, None])
-            mean = (self.mean @ message.flatten(1)).view_as(state)
-            state = state + mix(self.activation(update(torch.cat([state, mean], dim=-1))))
-        return self.decode(state).permute(1, 2, 0).reshape(*batch, -1, x.shape[-1])
+        for update, mix in zip(self.update, self.mix):
+            means = self.means(state.flatten(1)).view(self.operators, *state.shape)
+            state = state + mix(self.activation(update(torch.cat([state, *means], dim=-1))))
+        return self.decode(state).permute(1, 2, 0).reshape(*batch, -1, n)
+
+
+def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+    """Shape ((d + 1) n, n), sparse: the mean difference to the neighbours, and each component of the gradient by least squares.
+
+    Lengths are in units of the mean edge, and the mean difference is scaled to the Laplacian where neighbours lie evenly.
+    """
+    source, target = edges
+    n, dimension = coordinates.shape
+    offset = coordinates[source] - coordinates[target]
+    offset = offset/offset.norm(dim=-1).mean()
+    share = 1/torch.bincount(target, minlength=n)[target].to(offset.dtype)
+    moments = offset.new_zeros(n, dimension, dimension).index_add(0, target, share[:, None, None]*offset[:, :, None]*offset[:, None])
+    gradient = share[:, None]*torch.einsum("eij,ej->ei", torch.linalg.pinv(moments, rtol=1e-6, hermitian=True)[target], offset)
+    weights = torch.cat([2*dimension*share[None], gradient.T]).flatten()  # (d + 1) e
+    operator = torch.arange(dimension + 1).repeat_interleave(len(source))*n
+    rows, columns = operator + target.repeat(dimension + 1), source.repeat(dimension + 1)
+    own = target.repeat(dimension + 1)
+    return torch.sparse_coo_tensor(torch.cat([torch.stack([rows, columns]), torch.stack([rows, own])], dim=1),
+                                   torch.cat([weights, -weights]), ((dimension + 1)*n, n), check_invariants=True).coalesce()
+
+
+class _SparseProduct(nn.Module):
+    """A constant sparse matrix times dense ones: shape (n, k) to (m, k).
+
+    Stored by rows, and so is the transpose: several times as fast as torch's other formats, and as its own derivative, which
+    transposes the matrix in each backward pass. Of the three arrays of each, since torch cannot copy or convert such matrices.
+    """
+
+    def __init__(self, matrix: torch.Tensor):
+        super().__init__()
+        self.shape = tuple(matrix.shape)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            for name, by_rows in (("matrix", matrix.to_sparse_csr()), ("transposed", matrix.T.to_sparse_csr())):
+                self.register_buffer(f"{name}_rows", by_rows.crow_indices(), persistent=False)
+                self.register_buffer(f"{name}_columns", by_rows.col_indices(), persistent=False)
+                self.register_buffer(f"{name}_values", by_rows.values(), persistent=False)
+
+    def _parts(self, name: str) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, f"{name}_{part}") for part in ("rows", "columns", "values"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _MatrixProduct.apply(self.shape, self._parts("matrix"), self._parts("transposed"), x)
+
+
+class _MatrixProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, shape, matrix, transposed, x):
+        ctx.shape, ctx.transposed = shape[::-1], transposed
+        return torch.sparse_csr_tensor(*matrix, shape, check_invariants=False) @ x
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        transposed = torch.sparse_csr_tensor(*ctx.transposed, ctx.shape, check_invariants=False)
+        return None, None, None, transposed @ cotangent.contiguous()

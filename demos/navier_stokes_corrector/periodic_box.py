@@ -1,0 +1,221 @@
+"""A corrector for coarse Navier-Stokes solves in a periodic box, trained through the finite element solver.
+
+A coarse mesh smears out eddies that a mesh twice as fine resolves. A network learns to make up for that: after each time step on
+the coarse mesh it adds a correction to the velocities, and the corrected ones go into the next step,
+
+    u0 --solver--> --network--> u1 --solver--> --network--> u2,
+
+and the loss compares u1 and u2 with a reference from the fine mesh. The gradient goes back through the second solve, so each
+training sample needs two forward and two adjoint solves, and that is where the time goes. The setting is that of the PRDP paper
+(Bhatia, Koehler, Thuerey, ICLR 2025): a unit box, random eddies of velocity 1, viscosity 1e-4, implicit Euler steps of 0.1 with one
+Picard iteration, GMRES restarted after 8 iterations. The script trains the same network several times, from the same weights
+and with the same batches:
+
+* with converged physics: every linear system is solved to a relative residual of 1e-10;
+* with progressively refined physics (PRDP): each is given a few iterations at first, and more whenever the validation error stops
+  improving, until more iterations no longer help;
+* with constant numbers of iterations, where asked for.
+
+It prints what they have reached and what they cost, and draws it:
+
+    python periodic_box.py                                              two or three minutes
+    python periodic_box.py --quick                                      less than half a minute; or QUICK=1 in the environment
+    python periodic_box.py --schedules converged prdp 16 32 64 --seed 1 2 3
+    mpiexec -n 2 python periodic_box.py --output out                    in parallel
+
+Options with a single dash are PETSc's: -log_view, or -physics_pc_type and whatever else configures the solver with prefix physics_.
+"""
+import os
+from functools import lru_cache
+
+import numpy as np
+import torch
+from firedrake import *
+from firedrake.petsc import PETSc
+from matplotlib.figure import Figure
+
+from prdp_fem import IterationLadder, LinearVariationalSolver
+from prdp_fem.studies import Study, command_line, draw_training
+from prdp_fem.torch import Gathering, ResNet, SolverLayer, train
+
+arguments = command_line(__file__, __doc__)
+torch.set_num_threads(1)
+
+CELLS = {"quick": 12, "default": 32, "full": 48}[arguments.size]  # in each direction; the reference has twice as many
+TRAINING, VALIDATION = {"quick": (8, 8), "default": (40, 50), "full": (200, 50)}[arguments.size]
+EPOCHS = arguments.epochs or {"quick": 10, "default": 40, "full": 100}[arguments.size]
+BATCH, LEARNING_RATE = 4, 3e-3
+WIDTH, BLOCKS = {"quick": (8, 1), "default": (16, 2), "full": (64, 3)}[arguments.size]
+LADDER = IterationLadder(start=16, step=8)
+
+# The flow
+# --------
+# An implicit Euler step from the velocity u_old to u_old + w, advected by the old velocity: that is one Picard iteration, and
+# linear in w and the new pressure p. All three components are piecewise linear and belong to the same nodes, so that the matrix
+# consists of blocks of 3 x 3. What such elements need is added in proportion to the residual of the momentum equation: along the
+# flow (SUPG) because there is hardly any viscosity, and along pressure gradients (PSPG) because the pressure would oscillate; and a
+# penalty on the divergence. The iteration starts at w = 0 and p = 0, which is the old velocity.
+#
+# The pressure is determined up to a constant, in the solution as well as in the equations.
+
+VISCOSITY, TIME_STEP = 1e-4, 0.1
+
+
+class Flow:
+    """The problem of a step on a mesh, and the order in which networks see its unknowns."""
+
+    def __init__(self, cells):
+        self.mesh = PeriodicUnitSquareMesh(cells, cells)
+        V, W = VectorFunctionSpace(self.mesh, "CG", 1, dim=2), VectorFunctionSpace(self.mesh, "CG", 1, dim=3)
+        trial, test = TrialFunction(W), TestFunction(W)
+        w, p = as_vector([trial[0], trial[1]]), trial[2]
+        v, q = as_vector([test[0], test[1]]), test[2]
+        self.u_old, solution = Function(V, name="u_old"), Function(W, name="increment and pressure")
+        u, h = self.u_old, 1/cells
+
+        def advected(f):
+            return dot(u, nabla_grad(f))
+
+        def weak(residual, f):
+            """The momentum equation's residual, viscosity aside, and what of f enters the rest."""
+            tau = 1/sqrt((2/TIME_STEP)**2 + 4*dot(u, u)/h**2 + (4*VISCOSITY/h**2)**2)
+            return (dot(residual, v) + 0.5*div(u)*dot(f, v) + VISCOSITY*inner(grad(f), grad(v)) + div(f)*q
+                    + tau*dot(residual, advected(v) + grad(q)) + h*div(f)*div(v))*dx(degree=2)
+
+        a = weak(w/TIME_STEP + advected(w) + grad(p), w)
+        L = -weak(advected(u), u)
+        self.problem = LinearVariationalProblem(a, L, solution)
+        constant_pressure = Function(W)
+        constant_pressure.sub(2).assign(1)
+        self.nullspace = VectorSpaceBasis([constant_pressure])
+        self.nullspace.orthonormalize()
+        self.velocity, self.unknowns = Gathering(V, period=(1, 1)), Gathering(W, period=(1, 1))
+
+
+class Step(torch.nn.Module):
+    """The step as a layer of a network: from old velocities, shape (..., 2, n), to new ones and the pressure, (..., 3, n)."""
+
+    def __init__(self, flow, **options):
+        super().__init__()
+        self.flow = flow
+        self.solver = LinearVariationalSolver(flow.problem, nullspace=flow.nullspace, transpose_nullspace=flow.nullspace, **options)
+        self.layer = SolverLayer(self.solver, controls=[flow.u_old])
+
+    def forward(self, u):
+        solution = self.flow.unknowns.gather(self.layer(self.flow.velocity.scatter(u)))
+        return solution + torch.nn.functional.pad(u, (0, 0, 0, 1))
+
+
+# GMRES with the inverses of the 3 x 3 blocks on the diagonal: as in the paper, whose GMRES has no preconditioner at all, but these
+# are as good as free. Restarts, too, are the paper's.
+
+GMRES = {"ksp_type": "gmres", "ksp_gmres_restart": 8, "pc_type": "pbjacobi"}
+ACCURATE = {"ksp_type": "gmres", "ksp_gmres_restart": 60, "pc_type": "bjacobi", "ksp_rtol": 1e-8}
+coarse, fine = Flow(CELLS), Flow(2*CELLS)
+coarse_step, fine_step = Step(coarse, solver_parameters=ACCURATE), Step(fine, solver_parameters=ACCURATE)
+grid, n, comm = coarse.velocity.grid, len(coarse.velocity), coarse.mesh.comm
+
+# The data
+# --------
+# Initial velocities are smoothed white noise without divergence: the curl of a random stream function, scaled to components of mean
+# square 1. Training takes two steps, validation five. All ranks have all of the data, on the coarse mesh's nodes, which are every
+# other one of the fine mesh's.
+
+MODES, SMOOTHING, STEPS = 16, 1.2e-3, 5  # smoothing: diffusivity times time of what the noise has gone through
+
+
+def initial_velocities(seed, samples):
+    k = np.arange(-MODES, MODES + 1)
+    size = np.hypot(*np.meshgrid(k, k))
+    size[MODES, MODES] = np.inf  # there is no mean flow
+    parts = np.random.default_rng(seed).standard_normal((2, samples, *size.shape))
+    stream = (parts[0] + 1j*parts[1])*np.exp(-SMOOTHING*(2*np.pi*size)**2)/size
+    modes = np.stack([1j*k*stream, -1j*k[:, None]*stream], axis=1)  # along x they are numbered by rows
+    waves = np.exp(2j*np.pi*np.outer(k, np.arange(2*CELLS)/(2*CELLS)))
+    u = np.einsum("sckl,ki,lj->scij", modes, waves, waves, optimize=True).real.reshape(samples, 2, -1)
+    return torch.from_numpy(u/np.sqrt((u**2).mean(axis=(1, 2), keepdims=True)))
+
+
+def on_coarse_nodes(u):
+    return u.unflatten(-1, fine.velocity.grid)[..., ::2, ::2].flatten(-2)
+
+
+@lru_cache(1)
+def reference(seed):
+    """Velocities, shape (samples, 1 + STEPS, 2, n), and their squared norms; zero behind the second step for training."""
+    u = initial_velocities(seed, TRAINING + VALIDATION)
+    velocities = torch.zeros(len(u), 1 + STEPS, 2, n, dtype=torch.float64)
+    with torch.no_grad():
+        velocities[:, 0] = on_coarse_nodes(u)
+        for step in range(1, 1 + STEPS):
+            u = fine_step(u if step <= 2 else u[-VALIDATION:])[:, :2]
+            velocities[-len(u):, step] = on_coarse_nodes(u)
+    return velocities, (velocities**2).sum(dim=(2, 3))
+
+
+validation = torch.arange(TRAINING, TRAINING + VALIDATION)
+
+# The network
+# -----------
+# Convolutions with residual blocks see the velocities and the pressure of a step and give a correction of the velocities, which is zero
+# at first. They compute in single precision.
+
+
+class Corrector(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = ResNet(3, 2, grid, width=WIDTH, blocks=BLOCKS, periodic=True)
+
+    def forward(self, solution):
+        return solution[..., :2, :] + self.layers(solution.float()).double()
+
+
+# Training
+# --------
+# A refinement makes the whole difference between the runs: it is handed to the solver, and told the validation error of the second
+# step after each epoch. That error is the relative mean square, as in the paper; tables and figures show its root.
+
+def train_one(seed, refinement, label):
+    velocities, norms = reference(seed)
+    torch.manual_seed(seed)
+    corrector = Corrector()
+    step = Step(coarse, refinement=refinement, options_prefix="physics_", solver_parameters=GMRES)
+
+    def squared_errors(u, samples, number):
+        """This rank's part of the squared errors after so many steps, relative to the reference."""
+        return coarse.velocity.scatter(u - velocities[samples, number]).square().sum(dim=-1)/norms[samples, number]
+
+    def loss(samples):
+        u1 = corrector(step(velocities[samples, 0]))
+        u2 = corrector(step(u1))
+        return (squared_errors(u1, samples, 1) + squared_errors(u2, samples, 2)).mean()
+
+    def errors(steps, step=step, corrector=corrector):
+        """Relative mean squares after each step."""
+        u, found = velocities[validation, 0], []
+        for number in range(1, steps + 1):
+            u = corrector(step(u))
+            found.append(coarse.velocity.total(squared_errors(u, validation, number)).mean().item())
+        return found
+
+    history = train(corrector, loss, lambda: errors(2)[-1], refinement=refinement, solvers=[step.solver], samples=TRAINING, batch_size=BATCH,
+                    epochs=EPOCHS, optimiser=torch.optim.Adam(corrector.parameters(), lr=LEARNING_RATE), seed=seed, comm=comm, label=label)
+    with torch.no_grad():
+        extras = {"after five steps, with converged physics": np.sqrt(errors(STEPS, coarse_step)).tolist(),
+                  "after five steps": np.sqrt(errors(STEPS)).tolist(),
+                  "after five steps, without corrections": np.sqrt(errors(STEPS, coarse_step, lambda solution: solution[..., :2, :])).tolist()}
+    return history, extras
+
+
+PETSc.Sys.Print(f"periodic box: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; "
+                f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
+study = Study("periodic_box", arguments, ladder=LADDER,
+              setup={"cells": CELLS, "training samples": TRAINING, "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH,
+                     "learning rate": LEARNING_RATE, "width": WIDTH, "blocks": BLOCKS, "viscosity": VISCOSITY, "smoothing": SMOOTHING})
+runs = study.run(train_one)
+study.print_table(runs)
+for title in next(iter(next(iter(runs.values())).values())).extras:
+    PETSc.Sys.Print(f"\n{title}: " + ", ".join(
+        f"{schedule.title} {np.round(np.mean([run.extras[title] for run in by_seed.values()],axis=0),4)}" for schedule, by_seed in runs.items()))
+if comm.rank == 0:
+    draw_training(runs, arguments.output/"training.png")

@@ -1,0 +1,242 @@
+"""Studies: schedules by name, runs in files, savings, tables, figures and reports."""
+import argparse
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from prdp_fem import FixedRefinement, IterationLadder, Iterations, ProgressiveRefinement, Tolerance
+from prdp_fem.history import Account, History
+from prdp_fem.statistics import Statistics
+from prdp_fem.studies import Run, Schedule, Study, draw_training
+from prdp_fem.studies.report import read_runs, write_report
+from prdp_fem.studies.savings import best_constant, savings
+from prdp_fem.studies.tables import markdown_table, plain_table
+
+CONVERGED, PRDP = Schedule("converged"), Schedule("prdp")
+
+
+def history(metrics, iterations, *, seconds=1.0):
+    """Two solves (one of them adjoint) an epoch, of the given iterations each."""
+    epochs = np.arange(1, len(metrics) + 1)
+    spent = np.cumsum(iterations).tolist()
+    return History(metric=list(metrics), level=[0]*len(metrics), settings={0: "1 iteration"}, solves=epochs.tolist(),
+                   adjoint_solves=epochs.tolist(), forward_iterations=spent, adjoint_iterations=spent,
+                   solver_seconds=(0.5*seconds*epochs).tolist(), seconds=(seconds*epochs).tolist())
+
+
+def run_of(schedule, error, iterations, *, seed=1, seconds=1.0, epochs=20, study="study"):
+    return Run(study, schedule.name, seed, history([error**2]*epochs, iterations, seconds=seconds), {"size": "default"}, {},
+               {"processor": "abacus", "ranks": 1})
+
+
+@pytest.mark.parametrize("text", ["converged", "prdp", "prdp:0.9:0.8", "1", "25"])
+def test_schedules_have_names_that_are_read_again(text):
+    schedule = Schedule.from_text(text)
+    assert schedule.name == text and Schedule.from_text(schedule.name) == schedule
+
+
+@pytest.mark.parametrize(("text", "message"), [("fast", "found 'fast'"), ("0", "found '0'"), ("-3", "found '-3'"), ("prdp:0.9", "found"),
+                                               ("prdp:x:1", "could not convert"), ("prdp:0.9:1.5", "tau_stop must lie in")])
+def test_other_schedules_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_text(text)
+
+
+def test_schedules_make_refinements():
+    how = {"ladder": IterationLadder(2, 3), "converged": Tolerance(1e-10)}
+    assert Schedule("converged").refinement(**how).setting == Tolerance(1e-10)
+    assert Schedule.from_text("7").refinement(**how).setting == Iterations(7)
+    assert Schedule.from_text("7").refinement(constant=lambda k: Tolerance(10.0**-k), **how).setting == Tolerance(1e-7)
+    prdp = Schedule.from_text("prdp:0.9:0.8").refinement(**how)
+    assert isinstance(prdp, ProgressiveRefinement) and (prdp.tau_step, prdp.tau_stop, prdp.setting) == (0.9, 0.8, Iterations(2))
+    default, ours = ProgressiveRefinement(IterationLadder()), Schedule("prdp").refinement(**how)
+    assert (ours.tau_step, ours.tau_stop) == (default.tau_step, default.tau_stop)
+
+
+def test_an_account_counts_from_its_opening():
+    class Solver:
+        statistics = Statistics(solves=5, forward_iterations=50, forward_seconds=3.0)
+
+    refinement = FixedRefinement(Iterations(10))
+    record, account = History(), Account([Solver()])
+    Solver.statistics.solves += 2
+    Solver.statistics.forward_iterations += 20
+    Solver.statistics.adjoint_solves += 1
+    Solver.statistics.adjoint_iterations += 7
+    Solver.statistics.adjoint_seconds += 0.25
+    record.record(0.5, refinement, account)
+    assert (record.solves, record.adjoint_solves, record.iterations, record.solver_seconds) == ([2], [1], [27], [0.25])
+    assert record.settings == {0: "10 iterations"} and record.iterations_per_solve.tolist() == [9.0] and len(record) == 1
+
+
+def test_savings_split_into_refining_late_and_never_converging():
+    converged = run_of(CONVERGED, 0.01, [100]*20, seconds=4.0)
+    prdp = run_of(PRDP, 0.0102, [1]*10 + [20]*10, seconds=1.0)
+    saved = savings(prdp, converged)
+    assert saved.excess == pytest.approx(0.02)
+    assert saved.iterations == pytest.approx(1 - 210/2000)
+    assert saved.incomplete == pytest.approx(1 - 20/100)       # had K been 20 throughout
+    assert saved.progressive == pytest.approx((400 - 210)/2000)
+    assert saved.progressive + saved.incomplete == pytest.approx(saved.iterations)
+    assert saved.solver_seconds == saved.seconds == pytest.approx(0.75)
+
+
+def test_the_error_is_the_mean_of_the_last_ten_epochs():
+    metrics = [1.0]*10 + [0.04]*5 + [0.01]*5
+    assert Run("study", "prdp", 1, history(metrics, [1]*20)).error == pytest.approx((5*0.2 + 5*0.1)/10)
+
+
+def test_the_best_constant_is_the_smallest_that_is_good_enough():
+    runs = {CONVERGED: {s: run_of(CONVERGED, 0.01, [100]*20, seed=s) for s in (1, 2, 3)}}
+    errors = {2: (0.02, 0.02, 0.02), 8: (0.0101, 0.02, 0.0101), 16: (0.01, 0.01, 0.01)}  # K = 8: the median counts
+    for iterations, values in errors.items():
+        schedule = Schedule("constant", iterations)
+        runs[schedule] = {seed: run_of(schedule, error, [iterations]*20, seed=seed) for seed, error in enumerate(values, 1)}
+    assert best_constant(runs) == Schedule("constant", 8)
+    assert best_constant({CONVERGED: runs[CONVERGED], Schedule("constant", 2): runs[Schedule("constant", 2)]}) is None
+
+
+def test_tables_show_medians():
+    runs = {CONVERGED: {s: run_of(CONVERGED, 0.01, [100]*20, seed=s, seconds=4.0) for s in (1, 2)},
+            PRDP: {s: run_of(PRDP, 0.0101, [10]*20, seed=s) for s in (1, 2)}}
+    for table in (plain_table(runs), markdown_table(runs)):
+        for figure in ("1.010%", "+1.0%", "4,000", "400", "90.0%", "75.0%"):
+            assert figure in table
+    assert "**PRDP**" in markdown_table(runs)
+
+
+def arguments(tmp_path, **others):
+    return argparse.Namespace(**{"schedules": [CONVERGED, PRDP], "seeds": [1, 2], "output": tmp_path, "resume": False, "size": "default",
+                                 **others})
+
+
+def make_study(tmp_path, *, setup=None, **others):
+    return Study("study", arguments(tmp_path, **others), ladder=IterationLadder(), setup=setup or {"dofs": 9})
+
+
+def test_runs_are_kept_and_resumed(tmp_path):
+    trained = []
+
+    def train(seed, refinement, label):
+        trained.append((seed, str(refinement.setting), label))
+        return history([0.25]*20, [3]*20), {"drag": [1.0, 2.0]}
+
+    runs = make_study(tmp_path).run(train)
+    assert trained == [(seed, setting, f"seed {seed}, {title}") for seed in (1, 2)
+                       for setting, title in (("relative tolerance 1e-10", "converged"), ("1 iteration", "PRDP"))]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"study-{name}-seed{seed}.json" for name in ("converged", "prdp")
+                                                                       for seed in (1, 2))
+    again = make_study(tmp_path, resume=True).run(train)
+    assert len(trained) == 4 and again == runs
+    assert again[PRDP][2].extras == {"drag": [1.0, 2.0]} and again[PRDP][2].history.settings == {0: "1 iteration"}
+    (tmp_path/"study-prdp-seed2.json").unlink()
+    make_study(tmp_path, resume=True).run(train)
+    assert trained[4:] == [(2, "1 iteration", "seed 2, PRDP")]
+
+
+def test_runs_of_another_set_up_are_not_mixed_in_nor_lost(tmp_path):
+    make_study(tmp_path).run(lambda seed, refinement, label: history([0.25]*20, [3]*20))
+    before = {path: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="another set-up .dofs: 9 there, 16 here.: choose another --output"):
+        make_study(tmp_path, setup={"dofs": 16}, resume=True).run(lambda *_: pytest.fail("trained"))
+    assert before == {path: path.read_text() for path in tmp_path.iterdir()}
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path/"study-prdp-seed1.json").write_text('{"study": "study"}')
+    with pytest.raises(ValueError, match="does not hold a run of a study"):
+        make_study(tmp_path, resume=True).run(lambda *_: pytest.fail("trained"))
+
+
+REPORT = """# Results
+
+<!-- summary -->
+stale
+<!-- end -->
+
+Prose that stays.
+
+<!-- study study -->
+<!-- end -->
+More of it.
+"""
+
+
+@pytest.fixture
+def runs_folder(tmp_path):
+    folder = tmp_path/"runs"
+    folder.mkdir()
+    for seed in (1, 2, 3):
+        for schedule, error, iterations in ((CONVERGED, 0.01, 100), (PRDP, 0.0101, 10), (Schedule("constant", 12), 0.01, 12)):
+            run = run_of(schedule, error, [iterations]*20, seed=seed)
+            run.write(folder/Run.file_name("study", schedule, seed))
+    varied = Schedule.from_text("prdp:0.9:0.8")
+    run_of(varied, 0.012, [8]*20).write(folder/Run.file_name("study", varied, 1))
+    return folder
+
+
+def test_a_report_renews_tables_and_keeps_prose(tmp_path, runs_folder):
+    report = tmp_path/"results.md"
+    report.write_text(REPORT)
+    assert write_report(runs_folder, report) == []
+    text = report.read_text()
+    assert "Prose that stays." in text and "More of it." in text and "stale" not in text
+    assert "| study | +1.0% | 90.0% | 0% + 90% | 0% | 0% | 88.0% (K = 12) |" in text
+    assert "PRDP 0.9, 0.8" in text and "seed 1:" in text and "abacus, 1 rank" in text
+    assert (tmp_path/"results"/"study.png").stat().st_size > 10_000
+    write_report(runs_folder, report)
+    assert report.read_text() == text
+    other = run_of(PRDP, 0.01, [1]*20, study="other")
+    other.write(runs_folder/Run.file_name("other", PRDP, 1))
+    assert write_report(runs_folder, report) == ["other"]
+
+
+def test_a_report_without_runs_is_refused(tmp_path, runs_folder):
+    report = tmp_path/"results.md"
+    report.write_text(REPORT.replace("study study", "study another"))
+    with pytest.raises(ValueError, match="no runs of another"):
+        write_report(runs_folder, report)
+    entries = json.loads((runs_folder/"study-prdp-seed2.json").read_text())
+    entries["setup"]["size"] = "full"
+    (runs_folder/"study-prdp-seed2.json").write_text(json.dumps(entries))
+    with pytest.raises(ValueError, match="different set-ups"):
+        read_runs(runs_folder)
+
+
+def test_training_is_drawn(tmp_path, runs_folder):
+    draw_training(read_runs(runs_folder)["study"], tmp_path/"training.png")
+    assert (tmp_path/"training.png").stat().st_size > 10_000
+
+
+SCRIPT = """
+from prdp_fem.studies import command_line
+print(command_line(__file__, "A demo.", check=lambda arguments: "no epochs of 7" if arguments.epochs == 7 else None))
+"""
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--schedules", "converged", "fast"], "a schedule is converged, prdp"),
+    (["--seed", "x"], "expected a whole number, found x"),
+    (["--epochs", "0"], "at least one epoch"),
+    (["--epochs", "7"], "no epochs of 7"),
+    (["--nonsense"], "cannot make anything of --nonsense"),
+    (["--quick", "--full"], "not allowed with"),
+    (["--output", "/dev/null/x"], "cannot put results into"),
+])
+def test_a_wrong_command_line_is_refused(tmp_path, options, message):
+    script = tmp_path/"demo.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr
+
+
+def test_a_command_line_is_read(tmp_path):
+    script = tmp_path/"demo.py"
+    script.write_text(SCRIPT)
+    options = ["--seed", "1", "2", "--schedules", "prdp", "4", "--quick", "-ksp_view", "-log_view", "x"]
+    result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
+    assert result.returncode == 0 and "seeds=[1, 2]" in result.stdout and "size='quick'" in result.stdout
+    assert (tmp_path/"output").is_dir()
