@@ -32,15 +32,34 @@ define study
 		--schedules $(THRESHOLDS)
 endef
 
+POISSON := poisson_inverse/poisson_inverse.py
 HEAT := heat_emulator/heat_emulator.py
+BURGERS := burgers_emulator/burgers_emulator.py
+
+poisson: install
+	$(call study,$(POISSON),200 400 800)
+	$(call study,$(POISSON) --solver steepest_descent,100 200 400)
+	$(call study,$(POISSON) --problem three,200 400 800)
+	$(call study,$(POISSON) --problem one --optimiser lbfgs,200 400 800)
+	$(call study,$(POISSON) --problem field,60 90 120)
 
 heat: install
-	$(call study,$(HEAT) --domain plate,2 3 4 6)
-	$(call study,$(HEAT) --domain interval --solver jacobi,4 8 12 16)
-	$(call study,$(HEAT) --domain square --solver jacobi,4 8 16 24)
-	$(call study,$(HEAT) --domain square --solver steepest_descent,4 8 16 24)
-	$(call study,$(HEAT) --domain square --solver cg,2 4 6 8)
-	$(call study,$(HEAT) --domain cube,2 3 4 6)
+	$(call study,$(HEAT) --domain plate,4 6 8)
+	$(call study,$(HEAT) --domain interval --solver jacobi,8 12 16)
+	$(call study,$(HEAT) --domain square --solver jacobi,8 16)
+	$(call study,$(HEAT) --domain square --solver steepest_descent,8 16)
+	$(call study,$(HEAT) --domain square --solver cg,3 5 8)
+	$(call study,$(HEAT) --domain cube,4 8)
+
+burgers: install
+	$(call study,$(BURGERS) --dimension 1,12 20)
+	$(call study,$(BURGERS) --dimension 2,8 12)
+
+navier_stokes: install
+	$(call study,navier_stokes_corrector/periodic_box.py,32 64)
+
+autoregressive: install
+	$(call study,autoregressive_emulator/autoregressive_emulator.py,4 8)
 
 reproduce: report
 

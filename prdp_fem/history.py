@@ -53,9 +53,13 @@ class History:
 
     @property
     def iterations_per_solve(self) -> np.ndarray:
-        """KSP iterations per linear or nonlinear solve in each outer iteration, forward and adjoint."""
-        solves = np.add(self.solves, self.adjoint_solves)
-        return np.diff(self.iterations, prepend=0)/np.maximum(np.diff(solves, prepend=0), 1)
+        """KSP iterations per linear or nonlinear solve in each outer iteration, forward and adjoint.
+
+        Where an outer iteration has made no solves, since an optimiser has converged, that of the one before.
+        """
+        solves = np.diff(np.add(self.solves, self.adjoint_solves), prepend=0)
+        per_solve = np.diff(self.iterations, prepend=0)/np.maximum(solves, 1)
+        return per_solve[np.maximum.accumulate(np.where(solves > 0, np.arange(len(solves)), 0))]
 
     def record(self, metric: float, refinement: Refinement, account: Account) -> None:
         """Note an outer iteration; to be called before ``refinement.step(metric)``, on all ranks."""

@@ -240,3 +240,17 @@ def test_a_command_line_is_read(tmp_path):
     result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
     assert result.returncode == 0 and "seeds=[1, 2]" in result.stdout and "size='quick'" in result.stdout
     assert (tmp_path/"output").is_dir()
+
+
+def test_a_study_may_judge_by_other_errors_than_the_refinement_is_told():
+    run = run_of(PRDP, 0.5, [10]*20)
+    run.extras = {"errors": [0.4]*5 + [0.05] + [0.2]*4 + [0.1]*10}
+    assert run.error == pytest.approx(0.1)
+    assert run.iterations_until(0.1) == run.history.iterations[10]  # earlier ones do not last
+    assert run.iterations_until(0.5) == run.history.iterations[0] and run.iterations_until(0.05) is None
+
+
+def test_iterations_per_solve_of_outer_iterations_without_solves_are_those_of_the_last_one_with_some():
+    record = history([0.1]*4, [10, 20, 0, 0])
+    record.solves = record.adjoint_solves = [1, 2, 2, 2]
+    assert record.iterations_per_solve.tolist() == [10, 20, 20, 20]

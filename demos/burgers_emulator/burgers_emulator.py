@@ -5,15 +5,15 @@ through a solver: the network takes the first step, the solver takes the second 
 
     u0 --network--> u1 --solver--> u2,
 
-and the loss compares u2 with a reference two steps on. The solver's step is implicit and nonlinear: it consists of Newton steps, each
-of them with a linear system for GMRES, and its derivative takes one system more. Under progressive refinement (PRDP) all this is
-coarse at first.
+and the loss compares u2 with a reference two steps on. A step of the solver is implicit and nonlinear: it is made of Newton steps,
+each of them a linear system for GMRES, and its derivative takes one system more. Converged physics needs four Newton steps of 110
+iterations, in two dimensions of 30. Under progressive refinement (PRDP) it is a single step of five iterations at first.
 
-    python burgers_emulator.py                         in one dimension
-    python burgers_emulator.py --dimension 2           in two
+    python burgers_emulator.py                         in one dimension; a minute
+    python burgers_emulator.py --dimension 2           in two; two minutes
     python burgers_emulator.py --quick                 some seconds; or QUICK=1 in the environment
     mpiexec -n 2 python burgers_emulator.py --dimension 2 --output out
-    python burgers_emulator.py --schedules converged prdp 1 2 4 8 --seed 1 2 3 --resume
+    python burgers_emulator.py --schedules converged prdp 5 10 20 --seed 1 2 3 --resume
 
 A schedule that is a number is so many GMRES iterations throughout, in each of two Newton steps. Options with a single dash are PETSc's:
 -physics_pc_type ilu changes the solver, -log_view says where time goes.
@@ -27,65 +27,49 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonLadder, NewtonSteps, NonlinearVariationalSolver, Tolerance
-from prdp_fem.studies import Schedule, Study, command_line, draw_training
+from prdp_fem.studies import Study, command_line, draw_training
 from prdp_fem.torch import Gathering, ResNet, SolverLayer, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
     "--dimension", type=int, choices=(1, 2), default=1, help="of the domain (default: %(default)s)"))
-DIMENSION = arguments.dimension
+dimension = arguments.dimension
 
 # The flow
 # --------
-# du/dt + (u . grad) u = viscosity*laplace(u) on a periodic domain of unit size, in linear finite elements. The viscosity is such that
-# they resolve the steepest fronts of velocities up to one (a cell Peclet number of 1). The time steps are those that an implicit
-# method is chosen for: fluid crosses CFL = 13 (in 2-D 6) cells in one.
+# du/dt + (u . grad) u = viscosity*laplace(u) on a periodic domain of unit size, with velocities of up to one. The viscosity is such that
+# linear elements resolve the fronts that form: cell Peclet numbers are at most 1. The time step is one that an implicit method is
+# chosen for: in one dimension fluid crosses up to 13 cells in it, in two dimensions three.
 
-SIZES = {  # cells in each direction, viscosity, time step, Fourier modes of the initial states
-    1: {"quick": (64, 1/50, 0.05, 5), "default": (256, 1/200, 0.05, 5), "full": (1024, 1/1000, 0.05, 5)},
-    2: {"quick": (12, 1/24, 0.2, 3), "default": (32, 1/64, 0.2, 3), "full": (96, 1/192, 0.1, 3)},
-}
-CELLS, VISCOSITY, TIME_STEP, MODES = SIZES[DIMENSION][arguments.size]
+CELLS = {1: {"quick": 64, "default": 256, "full": 1024}, 2: {"quick": 12, "default": 28, "full": 96}}
+cells = CELLS[dimension][arguments.size]
+viscosity, time_step, modes = (1.28/cells, 0.05, 5) if dimension == 1 else (0.5/cells, 0.1, 3)
 
-if DIMENSION == 1:
-    mesh = PeriodicUnitIntervalMesh(CELLS)
+if dimension == 1:
+    mesh = PeriodicUnitIntervalMesh(cells)
     V = FunctionSpace(mesh, "CG", 1)
 else:
-    mesh = PeriodicUnitSquareMesh(CELLS, CELLS, quadrilateral=True)
+    mesh = PeriodicUnitSquareMesh(cells, cells, quadrilateral=True)
     V = VectorFunctionSpace(mesh, "CG", 1)
 comm = mesh.comm
 
 # A step of implicit Euler from u_old to u = u_old + w. It is the increment w that is solved for: Newton's method and GMRES both start
-# at w = 0, which is the old velocity, so a single iteration is a rough step already, and all others improve on it.
+# from w = 0, which is the old velocity, so that a single iteration is a rough step already, and all others improve on it.
 
 u_old, w, v = Function(V, name="u_old"), Function(V, name="increment"), TestFunction(V)
 u = u_old + w
-transport = u*u.dx(0) if DIMENSION == 1 else dot(grad(u), u)
-residual = (inner(w, v) + TIME_STEP*(inner(transport, v) + VISCOSITY*inner(grad(u), grad(v))))*dx(degree=3)
+transport = u*u.dx(0) if dimension == 1 else dot(grad(u), u)
+residual = (inner(w, v) + time_step*(inner(transport, v) + viscosity*inner(grad(u), grad(v))))*dx(degree=3)
 problem = NonlinearVariationalProblem(residual, w)
-
-# The network sees velocities on the grid, (..., components, n) in an order that does not depend on ranks; the solver has a rank's
-# part of them.
-
-gathering = Gathering(V, period=[1]*DIMENSION)
-
-
-def local(velocity):
-    """This rank's part of a whole velocity, in the solver's order."""
-    return gathering.scatter(velocity.squeeze(-2) if DIMENSION == 1 else velocity)
-
-
-def whole(part):
-    velocity = gathering.gather(part)
-    return velocity.unsqueeze(-2) if DIMENSION == 1 else velocity
 
 
 class Step(torch.nn.Module):
     """The step as a layer of a network, from the old velocity to the new one."""
 
-    def __init__(self, refinement, **options):
+    def __init__(self, refinement, *, newton_tolerance):
         super().__init__()
-        self.solver = NonlinearVariationalSolver(problem, refinement=refinement, warm_start=False, options_prefix="physics_",
-                                                 solver_parameters={"ksp_type": "gmres", "pc_type": "jacobi", **options})
+        self.solver = NonlinearVariationalSolver(
+            problem, refinement=refinement, warm_start=False, options_prefix="physics_",
+            solver_parameters={"snes_rtol": newton_tolerance, "ksp_type": "gmres", "pc_type": "jacobi"})
         self.increment = SolverLayer(self.solver, controls=[u_old])
 
     def forward(self, u):
@@ -94,100 +78,173 @@ class Step(torch.nn.Module):
 
 # How far to solve
 # ----------------
-# Converged: all linear systems to 1e-10, and Newton's method to a residual of 1e-10. Progressive refinement starts with one Newton
-# step of START iterations, and goes up to two steps of more and more: those two leave a nonlinear error of 0.01 %, far
-# below what the network can learn, so that a third one would be work for nothing.
+# Converged: Newton's method to a residual of 1e-10, and each linear system, too. Progressive refinement goes from one Newton step to two,
+# and from two to two with more iterations. Two steps leave an error of 0.01 %, far below what the network learns: if
+# it were otherwise, the ladder would have to go on to three. Constant numbers of iterations are those of two steps as well.
 
-NEWTON = {"snes_rtol": 1e-10}
-START, STEP = 3, 3
-ladder = NewtonLadder(start=1, stop=2, linear=IterationLadder(start=START, step=STEP))
+NEWTON_TOLERANCE = 1e-10
+ladder = NewtonLadder(start=1, stop=2, linear=IterationLadder(start=5, step=5))
 
 
 def constant(iterations):
     return NewtonSteps(2, Iterations(iterations))
 
 
-# The data
-# --------
-# Initial velocities are random Fourier series, scaled to a largest value of one. All ranks make all of them, and keep their
-# part of the references.
+# The network
+# -----------
+# It says what to add to the velocity, at first nothing. It computes in single precision, as networks do, and the solver in double;
+# the layer between them takes both. The network sees all of a velocity on the grid, shape (..., components, n), in an order that does not
+# depend on ranks, whereas a rank's solver has only its part of the unknowns.
 
-TRAINING, VALIDATION = (20, 50) if arguments.size == "quick" else (100, 50)
-torch.set_num_threads(1)
-torch.set_default_dtype(torch.float64)
-
-
-def initial_velocities(seed):
-    """Shape (samples, components, n)."""
-    random = np.random.default_rng(seed)
-    modes = np.stack(np.meshgrid(*[np.arange(-MODES, MODES + 1)]*DIMENSION, indexing="ij"), axis=-1).reshape(-1, DIMENSION)
-    modes = modes[len(modes)//2 + 1:]  # of a mode and its negative, one; not the constant one
-    size = TRAINING + VALIDATION, DIMENSION, len(modes)
-    amplitudes, phases = random.uniform(-1, 1, size), random.uniform(0, 2*np.pi, size)
-    angles = 2*np.pi*modes @ gathering.coordinates.T
-    velocity = (amplitudes*np.cos(phases)) @ np.cos(angles) - (amplitudes*np.sin(phases)) @ np.sin(angles)
-    return torch.from_numpy(velocity/np.linalg.norm(velocity, axis=1, keepdims=True).max(axis=-1, keepdims=True))
-
-
-# Training
-# --------
-# The network says what to add to the velocity, and nothing at first. Errors are mean squares relative to the
-# reference's; on a uniform grid all nodes have the same weight.
-
-WIDTH, BLOCKS, KERNEL, BATCH, LEARNING_RATE = 16, 2, 5, 5, 1e-3
-EPOCHS = arguments.epochs or {"quick": 8, "default": 60, "full": 100}[arguments.size]
+field = Gathering(V, period=[1]*dimension)
 
 
 class Emulator(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.increment = ResNet(DIMENSION, DIMENSION, gathering.grid, width=WIDTH, blocks=BLOCKS, kernel=KERNEL, periodic=True)
+        blocks, kernel = (2, 7) if dimension == 1 else (1, 5)
+        self.increment = ResNet(dimension, dimension, field.grid, width=8, blocks=blocks, kernel=kernel, periodic=True,
+                                activation=torch.nn.GELU)
 
     def forward(self, u):
         return u + self.increment(u)
 
 
-def train_one(seed, refinement, label):
-    """Train a network under a refinement."""
-    u0 = initial_velocities(seed)
-    reference_step = Step(FixedRefinement(Tolerance(1e-12)), snes_rtol=1e-12)
-    with torch.no_grad():
-        reference1 = reference_step(local(u0))
-        reference2 = reference_step(reference1)
-    norm1, norm2 = (gathering.total((reference**2).sum(dim=-1)) for reference in (reference1, reference2))
-    validation = torch.arange(TRAINING, TRAINING + VALIDATION)
+def local(velocity):
+    """This rank's part of a whole velocity, in the solver's order."""
+    return field.scatter(velocity.squeeze(-2) if dimension == 1 else velocity)
 
+
+# The data
+# --------
+# Initial velocities are random Fourier series, scaled to a largest speed of one. All ranks make all of them, but each keeps only its part
+# of the reference velocities, which are converged to 1e-12. Errors are mean squares, relative to the reference's: on a
+# uniform mesh all nodes weigh the same.
+
+TRAINING, VALIDATION = (20 if arguments.size == "quick" else 100), 50
+torch.set_num_threads(1)
+reference_step = Step(FixedRefinement(Tolerance(1e-12)), newton_tolerance=1e-12)
+validation = torch.arange(TRAINING, TRAINING + VALIDATION)
+
+
+def initial_velocities(seed):
+    """Shape (samples, components, n)."""
+    random = np.random.default_rng(seed)
+    wavenumbers = np.stack(np.meshgrid(*[np.arange(-modes, modes + 1)]*dimension, indexing="ij"), axis=-1).reshape(-1, dimension)
+    wavenumbers = wavenumbers[len(wavenumbers)//2 + 1:]  # one of each pair k and -k, without k = 0
+    size = TRAINING + VALIDATION, dimension, len(wavenumbers)
+    amplitudes, phases = random.uniform(-1, 1, size), random.uniform(0, 2*np.pi, size)
+    angles = 2*np.pi*wavenumbers @ field.coordinates.T
+    velocities = (amplitudes*np.cos(phases)) @ np.cos(angles) - (amplitudes*np.sin(phases)) @ np.sin(angles)
+    speeds = np.linalg.norm(velocities, axis=1)
+    return torch.from_numpy(velocities/speeds.max(axis=-1)[:, None, None])
+
+
+class Data:
+    """Initial velocities, whole, and reference velocities one and two steps later, of which a rank has its part."""
+
+    def __init__(self, seed):
+        u0 = initial_velocities(seed)
+        with torch.no_grad():
+            u1 = reference_step(local(u0))
+            u2 = reference_step(u1)
+        self.u0, self.u1, self.u2 = u0.float(), u1.float(), u2.float()
+        self.norm1, self.norm2 = (field.total((reference**2).sum(dim=-1)) for reference in (self.u1, self.u2))
+
+    def squared_errors(self, u2, samples):
+        """This rank's part of the relative squared errors."""
+        return ((u2 - self.u2[samples])**2).sum(dim=-1)/self.norm2[samples]
+
+
+# Training
+# --------
+# Adam, at a constant learning rate for most of the time, so that networks still learn when physics has become finer; in the last third
+# it goes down to zero.
+
+EPOCHS = arguments.epochs or {"quick": 10, "default": 60, "full": 120}[arguments.size]
+BATCH, LEARNING_RATE, COOLING = 5, 3e-3, 0.3
+shown = {}  # the last predictions, for the picture
+
+
+def train_one(seed, refinement, label):
+    data = Data(seed)
     torch.manual_seed(seed)
     network = Emulator()
-    step = Step(refinement, **NEWTON)
+    step = Step(refinement, newton_tolerance=NEWTON_TOLERANCE)
+    optimiser = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda epoch: min(1, (1 - epoch/EPOCHS)/COOLING))
 
-    def squared_errors(samples, step=step):
-        """This rank's part of the relative squared errors."""
-        return ((step(local(network(u0[samples]))) - reference2[samples])**2).sum(dim=-1)/norm2[samples]
+    def loss(samples):
+        return data.squared_errors(step(local(network(data.u0[samples]))), samples).mean()
 
-    history = train(network, loss=lambda samples: squared_errors(samples).mean(),
-                    validate=lambda: gathering.total(squared_errors(validation)).mean().item(),
-                    optimiser=torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True), refinement=refinement,
-                    solvers=[step.solver], samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
+    def validate():
+        return field.total(data.squared_errors(step(local(network(data.u0[validation]))), validation)).mean().item()
 
-    # What the network is worth with converged physics, and without any: coarse physics may have taught it to make up
-    # for the solver's errors. And what it makes of a validation sample, for the figure.
+    history = train(network, loss, validate, optimiser=optimiser, scheduler=scheduler, refinement=refinement, solvers=[step.solver],
+                    samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
+
+    # What the last network is worth with converged physics, and without any: coarse physics may have taught it to make up
+    # for the solver's errors. This is not counted as training.
     with torch.no_grad():
-        converged = gathering.total(squared_errors(validation, reference_step)).sqrt().mean().item()
-        u1 = local(network(u0[validation]))
-        alone = gathering.total(((u1 - reference1[validation])**2).sum(dim=-1)/norm1[validation]).sqrt().mean().item()
-        sample = {"u0": u0[TRAINING], "reference": whole(reference2[TRAINING]), "prediction": whole(step(u1[0]))}
-    return history, {"error with converged physics": converged, "error of the network alone, after one step": alone,
-                     "sample": {name: np.round(velocity.numpy(), 5).tolist() for name, velocity in sample.items()}}
+        u1 = local(network(data.u0[validation]))
+        u2 = reference_step(u1)
+        one_step = field.total(((u1 - data.u1[validation])**2).sum(dim=-1)/data.norm1[validation]).mean().sqrt().item()
+        converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
+        shown[label] = data.u0[TRAINING], *(field.gather(part).view(dimension, -1) for part in (data.u2[TRAINING], u2[0]))
+    return history, {"error at one step, of the network alone": one_step, "error with converged physics": converged}
 
 
-setup = {"cells": CELLS, "viscosity": VISCOSITY, "time step": TIME_STEP, "training samples": TRAINING, "validation samples": VALIDATION,
-         "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "width": WIDTH, "blocks": BLOCKS, "kernel": KERNEL}
-PETSc.Sys.Print(f"Burgers in {DIMENSION}-D: {V.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}; "
+PETSc.Sys.Print(f"Burgers in {dimension}-D: {V.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
-study = Study(f"burgers_{DIMENSION}d", arguments, ladder=ladder, constant=constant, setup=setup)
+study = Study(f"burgers_{dimension}d", arguments, ladder=ladder, constant=constant,
+              setup={"unknowns": V.dim(), "viscosity": viscosity, "time step": time_step, "training samples": TRAINING,
+                     "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE})
 runs = study.run(train_one)
+
+# The result
+# ----------
+# Iterations and seconds are those of training and validation together.
+
 study.print_table(runs)
-for schedule, by_seed in runs.items():
-    for seed, run in by_seed.items():
-        print(schedule, seed, {k: v for k,v in run.extras.items() if k != "sample"}, run.history.setting[::5], run.history.setting[-1])
+for title in next(iter(next(iter(runs.values())).values())).extras:
+    PETSc.Sys.Print(f"\n{title}: " + ", ".join(
+        f"{schedule.title} {np.mean([run.extras[title] for run in by_seed.values()]):.2%}" for schedule, by_seed in runs.items()))
+
+
+def draw_fields(path, u0, reference, prediction):
+    """A validation sample: velocities in one dimension, speeds in two."""
+    error = prediction - reference
+    if dimension == 1:
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2, sharex=True)
+        x = field.coordinates[:, 0]
+        left.plot(x, u0[0], color="0.6", label="$u_0$, a validation sample")
+        left.plot(x, reference[0], color="#D55E00", linewidth=3, alpha=0.6, label="$u_2$, the reference")
+        left.plot(x, prediction[0], color="#0072B2", label="$u_2$ by network and solver")
+        right.plot(x, error[0], color="#0072B2")
+        right.set(title="$u_2$ minus the reference")
+        left.set(ylim=(-1.6, 1.1))
+        left.legend(loc="lower left", fontsize="small")
+        for axes in (left, right):
+            axes.set(xlabel="x", xlim=(0, 1))
+            axes.grid(alpha=0.25)
+    else:
+        figure = Figure(figsize=(15, 3.8), layout="constrained")
+        velocities = {"$|u_0|$, a validation sample": u0, "$|u_2|$, the reference": reference, "$|u_2|$ by network and solver": prediction,
+                      "$|u_2$ minus the reference$|$": error}
+        for axes, (title, velocity) in zip(figure.subplots(1, 4), velocities.items()):
+            speed = np.linalg.norm(velocity, axis=0)
+            top = speed.max()
+            if velocity is prediction or velocity is reference:  # these two share their colours
+                top = max(np.linalg.norm(values, axis=0).max() for values in (prediction, reference))
+            colours = axes.imshow(speed.reshape(field.grid).T, origin="lower", extent=(0, 1, 0, 1), cmap="viridis", vmin=0, vmax=top)
+            axes.set(title=title, xticks=[], yticks=[])
+            figure.colorbar(colours, ax=axes, shrink=0.9)
+    figure.savefig(path, dpi=110)
+
+
+if comm.rank == 0:
+    draw_training(runs, arguments.output/"training.png")
+    if shown:
+        draw_fields(arguments.output/"fields.png", *(velocity.numpy() for velocity in list(shown.values())[-1]))
+PETSc.Sys.Print(f"\nruns, training.png and fields.png are in {os.path.relpath(arguments.output)}")

@@ -22,7 +22,7 @@ _CONVERGED, _PRDP = Schedule("converged"), Schedule("prdp")
 Runs = Mapping[Schedule, Mapping[int, Run]]
 
 
-def draw_training(runs: Runs, path: Path, *, outer: str = "epoch") -> None:
+def draw_training(runs: Runs, path: Path) -> None:
     """Errors and iterations per solve against the epoch, after Figure 2 of the PRDP paper, for the first seed.
 
     Parameters
@@ -31,28 +31,26 @@ def draw_training(runs: Runs, path: Path, *, outer: str = "epoch") -> None:
         By schedule and seed.
     path : Path
         Of the PNG file.
-    outer : str
-        What an outer iteration is called.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _plot_errors(left, runs, outer)
-    _plot_iterations(right, runs, outer)
+    _plot_errors(left, runs)
+    _plot_iterations(right, runs)
     figure.savefig(path, dpi=110)
 
 
-def draw_study(runs: Runs, path: Path, *, outer: str = "epoch") -> None:
+def draw_study(runs: Runs, path: Path) -> None:
     """The same, and beside it what each schedule reaches against what it takes: medians over the seeds.
 
     Parameters
     ----------
-    runs, path, outer
+    runs, path
         See :func:`draw_training`.
     """
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    _plot_errors(left, runs, outer)
-    _plot_iterations(middle, runs, outer)
+    _plot_errors(left, runs)
+    _plot_iterations(middle, runs)
     _plot_costs(right, runs)
     figure.savefig(path, dpi=100)
 
@@ -64,6 +62,11 @@ def _first_seed(runs: Runs) -> dict[Schedule, Run]:
     return {schedule: runs[schedule][min(runs[schedule])] for schedule in chosen}
 
 
+def _label(chosen: Mapping[Schedule, Run], name: str, default: str) -> str:
+    """What the study calls something."""
+    return next(iter(chosen.values())).extras.get("labels", {}).get(name, default) if chosen else default
+
+
 def _styles(schedules) -> dict[Schedule, dict]:
     constants = [schedule for schedule in schedules if schedule.kind == "constant"]
     greys = matplotlib.colormaps["Greys"](np.linspace(0.35, 0.8, max(len(constants), 1)))
@@ -71,8 +74,9 @@ def _styles(schedules) -> dict[Schedule, dict]:
     return styles | {_CONVERGED: {"color": RED, "linewidth": 1.6}, _PRDP: {"color": BLUE, "linewidth": 1.6}}
 
 
-def _plot_errors(axes: Axes, runs: Runs, outer: str) -> None:
+def _plot_errors(axes: Axes, runs: Runs) -> None:
     chosen = _first_seed(runs)
+    outer = _label(chosen, "outer", "epoch")
     styles = _styles(chosen)
     for schedule, run in chosen.items():
         axes.semilogy(np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule])
@@ -85,12 +89,12 @@ def _plot_errors(axes: Axes, runs: Runs, outer: str) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=outer, ylabel="relative error", title="Validation error")
+    axes.set(xlabel=outer, ylabel="relative error", title=_label(chosen, "errors", "Validation error"))
     axes.legend(fontsize="small")
     axes.grid(alpha=0.25)
 
 
-def _plot_iterations(axes: Axes, runs: Runs, outer: str) -> None:
+def _plot_iterations(axes: Axes, runs: Runs) -> None:
     chosen = _first_seed(runs)
     styles = _styles(chosen)
     for schedule, run in chosen.items():
@@ -104,7 +108,7 @@ def _plot_iterations(axes: Axes, runs: Runs, outer: str) -> None:
                   fontsize=13)
         axes.annotate("converged", (epochs[-1], high[-1]), (0, -4), textcoords="offset points", color=RED, ha="right", va="top")
         axes.annotate("PRDP", (epochs[-1], low[-1]), (0, 4), textcoords="offset points", color=BLUE, ha="right", va="bottom")
-    axes.set(xlabel=outer, ylabel="iterations per solve", title="Forward and adjoint solves", ylim=(0, None))
+    axes.set(xlabel=_label(chosen, "outer", "epoch"), ylabel="iterations per solve", title="Forward and adjoint solves", ylim=(0, None))
     axes.grid(alpha=0.25)
 
 

@@ -36,7 +36,9 @@ class Run:
     setup : dict
         What was trained and how: runs are compared only where these are equal.
     extras : dict
-        What the study wants to keep beside, as plain numbers and lists.
+        What the study wants to keep beside, as plain numbers and lists. Where the refinement is told something else than what is judged in
+        the end, ``"errors"`` are the relative errors at each outer iteration. ``"labels"`` may say what figures call them (``"errors"``),
+        and what an outer iteration is (``"outer"``).
     machine : dict
         Where it ran, and with which versions.
     """
@@ -51,10 +53,7 @@ class Run:
 
     @property
     def errors(self) -> np.ndarray:
-        """The relative error at each epoch: the square root of the metric, which is a relative mean square.
-
-        Where the refinement is told something else than what is judged in the end, the study keeps the errors as ``extras["errors"]``.
-        """
+        """The relative error at each epoch: what the study has kept as such, or the root of the metric, which is a relative mean square."""
         return np.asarray(self.extras["errors"]) if "errors" in self.extras else np.sqrt(self.history.metric)
 
     @property
@@ -66,6 +65,12 @@ class Run:
     def iterations(self) -> int:
         """KSP iterations, forward and adjoint, of training and validation."""
         return self.history.iterations[-1]
+
+    def iterations_until(self, error: float) -> int | None:
+        """KSP iterations after which the error stays at or below a value; None where it does not."""
+        above = np.flatnonzero(self.errors > error)
+        first = above[-1] + 1 if len(above) else 0
+        return self.history.iterations[first] if first < len(self.history) else None
 
     @property
     def solver_seconds(self) -> float:

@@ -28,7 +28,7 @@ class Gathering:
     space : FunctionSpace
         Scalar or vector-valued, not mixed, with unknowns that are values at distinct points.
     period : Sequence of float or None
-        Extent of a periodic mesh in each direction: coordinates are taken modulo it.
+        Extent of a periodic mesh in each direction: coordinates are taken modulo it. Infinite in directions in which it is not.
 
     Attributes
     ----------
@@ -48,11 +48,13 @@ class Gathering:
         local = Function(points).interpolate(SpatialCoordinate(space.mesh())).dat.data_ro.reshape(-1, space.mesh().geometric_dimension)
         self._sizes = self.comm.allgather(len(local))
         everywhere = np.concatenate(self.comm.allgather(local))
-        # Coordinates that differ by rounding are the same: compared as integers.
-        lower, extent = everywhere.min(axis=0), np.ptp(everywhere, axis=0).max()
+        # Coordinates that differ by rounding are the same: compared as integers. Of a periodic mesh either end may stand for both.
+        lower, upper = _bounding_box(space.mesh())
+        extent = (upper - lower).max()
         marks = np.rint((everywhere - lower)/extent*_RESOLUTION).astype(np.int64)
-        if period is not None:
-            marks %= np.rint(np.asarray(period)/extent*_RESOLUTION).astype(np.int64)
+        for direction, length in enumerate([] if period is None else period):
+            if np.isfinite(length):
+                marks[:, direction] %= round(length/extent*_RESOLUTION)
         if len(np.unique(marks, axis=0)) < len(marks):
             raise ValueError(f"several unknowns of {space} lie at the same point, so that sorting by coordinates gives them no order: "
                              "use a continuous space of nodal values" + ("" if period else ", and name the period of a periodic mesh"))
@@ -91,8 +93,18 @@ class Gathering:
 
     @cached_property
     def edges(self) -> torch.Tensor:
-        """Shape (2, edges): pairs of nodes (from, to) that share an edge of a mesh of simplices or intervals, in both directions."""
+        """Shape (2, edges): pairs of nodes (from, to) of the same cell, in both directions.
+
+        For linear elements on triangles, tetrahedra and intervals, these are the edges of the mesh.
+
+        Raises
+        ------
+        ValueError
+            Where a cell has a single node.
+        """
         width = self.cells.shape[1]
+        if width == 1:
+            raise ValueError("there are no edges between nodes of a cell where each cell has a single one: use a continuous space")
         pairs = np.concatenate([self.cells[:, [i, j]] for i in range(width) for j in range(width) if i != j])
         return torch.from_numpy(np.unique(pairs, axis=0).T.copy())
 
@@ -148,6 +160,14 @@ class Gathering:
 
 # Steps across the mesh that coordinates are told apart by.
 _RESOLUTION = 10**9
+
+
+def _bounding_box(mesh) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest coordinates; of a periodic mesh those of both of its ends."""
+    local = mesh.coordinates.dat.data_ro.reshape(-1, mesh.geometric_dimension)
+    ends = np.stack([local.min(axis=0, initial=np.inf), -local.max(axis=0, initial=-np.inf)])
+    mesh.comm.Allreduce(MPI.IN_PLACE, ends, MPI.MIN)
+    return ends[0], -ends[1]
 
 
 class _GatherNodes(torch.autograd.Function):

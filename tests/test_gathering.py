@@ -1,0 +1,162 @@
+"""Fields gathered over ranks, in an order that does not depend on them."""
+import numpy as np
+import pytest
+import torch
+from firedrake import *
+
+from prdp_fem.torch import Gathering, to_torch
+
+torch.set_num_threads(1)
+
+# By name: a mesh over given ranks, an element, a space with values of so many components (0 for a scalar space), and the period.
+SPACES = {
+    "triangles": (lambda comm: UnitSquareMesh(4, 3, comm=comm), "CG", 1, 0, None),
+    "triangles, quadratic, a vector": (lambda comm: UnitSquareMesh(3, 4, comm=comm), "CG", 2, 2, None),
+    "discs": (lambda comm: UnitDiskMesh(1, comm=comm), "CG", 1, 0, None),
+    "tetrahedra, a vector": (lambda comm: UnitCubeMesh(2, 3, 2, comm=comm), "CG", 1, 3, None),
+    "interval": (lambda comm: UnitIntervalMesh(7, comm=comm), "CG", 1, 0, None),
+    "periodic interval": (lambda comm: PeriodicIntervalMesh(9, 2.0, comm=comm), "CG", 1, 0, [2]),
+    "periodic quadrilaterals": (lambda comm: PeriodicUnitSquareMesh(4, 5, quadrilateral=True, comm=comm), "CG", 1, 2, [1, 1]),
+    "cells": (lambda comm: UnitSquareMesh(3, 3, comm=comm), "DG", 0, 0, None),
+}
+
+
+def space_of(name, comm):
+    make_mesh, family, degree, components, period = SPACES[name]
+    mesh = make_mesh(comm)
+    return (VectorFunctionSpace(mesh, family, degree, dim=components) if components else FunctionSpace(mesh, family, degree)), period
+
+
+@pytest.fixture(params=SPACES)
+def gathering_and_space(request):
+    V, period = space_of(request.param, COMM_WORLD)
+    return Gathering(V, period=period), V
+
+
+def random_part(gathering, V, *batch, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed + 10*gathering.comm.rank)
+    return torch.randn(*batch, V.dof_dset.layout_vec.getLocalSize(), dtype=dtype, generator=generator)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_scatter_is_the_inverse_of_gather(gathering_and_space):
+    gathering, V = gathering_and_space
+    for batch, dtype in (((), torch.float64), ((3,), torch.float32), ((2, 0), torch.float64), ((2, 3), torch.float64)):
+        part = random_part(gathering, V, *batch, dtype=dtype)
+        whole = gathering.gather(part)
+        expected = (*batch, len(gathering)) if gathering.components == 1 else (*batch, gathering.components, len(gathering))
+        assert whole.shape == expected and whole.dtype == dtype
+        assert torch.equal(gathering.scatter(whole), part)
+        everywhere = gathering.comm.allgather(whole.numpy())
+        assert all(np.array_equal(everywhere[0], other) for other in everywhere)
+        assert torch.equal(gathering.gather(gathering.scatter(whole)), whole)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_values_stand_at_their_coordinates(gathering_and_space):
+    gathering, V = gathering_and_space
+    x = SpatialCoordinate(V.mesh())
+    # Of the period of the periodic meshes above, and different at all points.
+    waves = [cos(2*pi*x[i]) + 0.3*sin(2*pi*x[i]) for i in range(len(x))]
+    value = sum((i + 1)*wave for i, wave in enumerate(waves))
+    values = value if gathering.components == 1 else as_vector([(k + 1)*value for k in range(gathering.components)])
+    whole = gathering.gather(to_torch(Function(V).interpolate(values)))
+    points = 2*np.pi*gathering.coordinates
+    expected = (np.cos(points) + 0.3*np.sin(points)) @ np.arange(1, points.shape[1] + 1)
+    for k, component in enumerate(whole.reshape(-1, len(gathering))):
+        np.testing.assert_allclose(component, (k + 1)*expected, rtol=1e-6, atol=1e-7)  # points are told apart by 1e-9
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_the_adjoint_adds_up_the_cotangents_of_all_ranks(gathering_and_space):
+    gathering, V = gathering_and_space
+    part = random_part(gathering, V, 2).requires_grad_()
+    whole = gathering.gather(part)
+    cotangent = torch.randn(whole.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(100 + gathering.comm.rank))
+    given = cotangent.clone()
+    gradient, = torch.autograd.grad(whole, part, cotangent)
+    left = gathering.comm.allreduce((whole.detach()*cotangent).sum().item())
+    right = gathering.comm.allreduce((part.detach()*gradient).sum().item())
+    assert left == pytest.approx(right, rel=1e-12)
+    assert torch.equal(cotangent, given)
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_a_part_of_the_loss_on_each_rank_gives_the_gradient_of_the_whole(gathering_and_space):
+    """A function of the whole field on all ranks, of which each takes its part: as networks are trained."""
+    gathering, V = gathering_and_space
+    part = random_part(gathering, V).requires_grad_()
+    gathering.scatter(gathering.gather(part)**3).sum().backward()
+    torch.testing.assert_close(part.grad, 3*part.detach()**2, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("name", SPACES)
+def test_the_order_is_that_of_a_single_rank(name):
+    (V, period), (alone, _) = space_of(name, COMM_WORLD), space_of(name, COMM_SELF)
+    gathering, expected = Gathering(V, period=period), Gathering(alone, period=period)
+    np.testing.assert_allclose(gathering.coordinates, expected.coordinates, rtol=0, atol=1e-12)
+    if name != "cells":
+        assert torch.equal(gathering.edges, expected.edges)
+    assert {tuple(sorted(cell)) for cell in gathering.cells.tolist()} == {tuple(sorted(cell)) for cell in expected.cells.tolist()}
+    assert len(gathering.cells) == len(expected.cells)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize(("mesh", "degree", "period", "shape"), [
+    (lambda: UnitSquareMesh(4, 3), 1, None, (5, 4)),
+    (lambda: UnitSquareMesh(4, 3, quadrilateral=True), 2, None, (9, 7)),
+    (lambda: UnitCubeMesh(2, 3, 4), 1, None, (3, 4, 5)),
+    (lambda: PeriodicUnitSquareMesh(4, 5, quadrilateral=True), 1, [1, 1], (4, 5)),
+    (lambda: PeriodicRectangleMesh(4, 5, 2, 3, direction="x"), 1, [2, np.inf], (4, 6)),
+    (lambda: PeriodicIntervalMesh(6, 3), 1, [3], (6,)),
+])
+def test_structured_meshes_are_in_grid_order(mesh, degree, period, shape):
+    mesh = mesh()
+    gathering = Gathering(FunctionSpace(mesh, "CG", degree), period=period)
+    assert gathering.grid == shape
+    extent = {1: (3,), 2: (2, 3) if shape == (4, 6) else (1, 1), 3: (1, 1, 1)}[len(shape)]
+    axes = [length*np.arange(count)/(count if period is not None and np.isfinite(period[i]) else count - 1)
+            for i, (count, length) in enumerate(zip(shape, extent))]
+    np.testing.assert_allclose(gathering.coordinates.T.reshape(-1, *shape), np.meshgrid(*axes, indexing="ij"), atol=1e-8)
+
+
+@pytest.mark.parallel([1, 3])
+def test_edges_are_those_of_the_mesh_in_both_directions():
+    mesh = UnitSquareMesh(1, 2)
+    edges = {tuple(edge) for edge in Gathering(FunctionSpace(mesh, "CG", 1)).edges.T.tolist()}
+    # Nodes 0, 1, 2 on the left from below, and 3, 4, 5 on the right; one diagonal in each of the two squares.
+    sides = {(0, 1), (1, 2), (3, 4), (4, 5), (0, 3), (1, 4), (2, 5)}
+    assert edges == {(j, i) for i, j in edges}
+    assert sides <= edges and len(edges) == 2*(len(sides) + 2)
+
+
+@pytest.mark.parallel([1, 3])
+def test_sums_over_ranks():
+    gathering = Gathering(FunctionSpace(UnitSquareMesh(3, 3), "CG", 1))
+    part = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64).T
+    total = gathering.total(part)
+    assert torch.equal(total, gathering.comm.size*part)
+    assert torch.equal(part, torch.tensor([[1.0, 3.0], [2.0, 4.0]], dtype=torch.float64))
+
+
+@pytest.mark.parallel([1, 3])
+def test_refusals():
+    mesh = UnitSquareMesh(3, 3)
+    V = FunctionSpace(mesh, "CG", 1)
+    with pytest.raises(ValueError, match="mixed"):
+        Gathering(V*V)
+    with pytest.raises(ValueError, match="same point"):
+        Gathering(FunctionSpace(mesh, FiniteElement("DG", triangle, 1, variant="equispaced")))
+    gathering = Gathering(V)
+    n = V.dof_dset.layout_vec.getLocalSize()
+    with pytest.raises(ValueError, match=rf"last axis of {n} .*found shape \(2, {n + 1}\)"):
+        gathering.gather(torch.zeros(2, n + 1))
+    with pytest.raises(ValueError, match=r"last axes of \(16,\), found shape \(15,\)"):
+        gathering.scatter(torch.zeros(15))
+    with pytest.raises(ValueError, match=r"last axes of \(2, 16\), found shape \(16, 2\)"):
+        Gathering(VectorFunctionSpace(mesh, "CG", 1)).scatter(torch.zeros(16, 2))
+    with pytest.raises(ValueError, match="do not form a grid"):
+        _ = Gathering(FunctionSpace(UnitDiskMesh(1), "CG", 1)).grid
+    with pytest.raises(ValueError, match="no edges"):
+        _ = Gathering(FunctionSpace(mesh, "DG", 0)).edges
