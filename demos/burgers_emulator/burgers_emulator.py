@@ -19,6 +19,7 @@ A schedule that is a number is so many GMRES iterations throughout, in each of t
 -physics_pc_type ilu changes the solver, -log_view says where time goes.
 """
 import os
+from functools import cache
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ dimension = arguments.dimension
 # linear elements resolve the fronts that form: cell Peclet numbers are at most 1. The time step is one that an implicit method is
 # chosen for: in one dimension fluid crosses up to 13 cells in it, in two dimensions three.
 
-CELLS = {1: {"quick": 64, "default": 256, "full": 1024}, 2: {"quick": 12, "default": 28, "full": 96}}
+CELLS = {1: {"quick": 48, "default": 256, "full": 1024}, 2: {"quick": 12, "default": 28, "full": 96}}
 cells = CELLS[dimension][arguments.size]
 viscosity, time_step, modes = (1.28/cells, 0.05, 5) if dimension == 1 else (0.5/cells, 0.1, 3)
 
@@ -121,7 +122,7 @@ def local(velocity):
 # of the reference velocities, which are converged to 1e-12. Errors are mean squares, relative to the reference's: on a
 # uniform mesh all nodes weigh the same.
 
-TRAINING, VALIDATION = (20 if arguments.size == "quick" else 100), 50
+TRAINING, VALIDATION = (20, 10) if arguments.size == "quick" else (100, 50)
 torch.set_num_threads(1)
 reference_step = Step(FixedRefinement(Tolerance(1e-12)), newton_tolerance=1e-12)
 validation = torch.arange(TRAINING, TRAINING + VALIDATION)
@@ -140,6 +141,7 @@ def initial_velocities(seed):
     return torch.from_numpy(velocities/speeds.max(axis=-1)[:, None, None])
 
 
+@cache
 class Data:
     """Initial velocities, whole, and reference velocities one and two steps later, of which a rank has its part."""
 
@@ -161,7 +163,7 @@ class Data:
 # Adam, at a constant learning rate for most of the time, so that networks still learn when physics has become finer; in the last third
 # it goes down to zero.
 
-EPOCHS = arguments.epochs or {"quick": 10, "default": 60, "full": 120}[arguments.size]
+EPOCHS = arguments.epochs or {"quick": 25, "default": 60, "full": 120}[arguments.size]
 BATCH, LEARNING_RATE, COOLING = 5, 3e-3, 0.3
 shown = {}  # the last predictions, for the picture
 

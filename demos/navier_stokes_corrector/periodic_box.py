@@ -240,15 +240,13 @@ def errors_by_step(schedule, what):
     return np.mean([run.extras[f"relative errors after each step, {what}"] for run in runs[schedule].values()], axis=0)
 
 
-some = next(iter(runs))
-curves = {"coarse solver, converged": errors_by_step(some, "coarse")}
-for schedule in runs:
-    curves[f"corrected, {schedule.title}"] = errors_by_step(schedule, "corrected")
-    if schedule.kind != "converged":
-        curves[f"corrected, {schedule.title}, then converged physics"] = errors_by_step(schedule, "corrected, converged physics")
-PETSc.Sys.Print("\nrelative error after step" + " "*27 + "".join(f"{number:8}" for number in (1, 2, 5)))
-for title, errors in curves.items():
-    PETSc.Sys.Print(f"{title:52}" + "".join(f"{errors[number - 1]:8.2%}" for number in (1, 2, 5)))
+uncorrected = errors_by_step(next(iter(runs)), "coarse")
+rows = {"without corrections": uncorrected} | {schedule.title: errors_by_step(schedule, "corrected") for schedule in runs}
+rows |= {f"{schedule.title}, then converged physics": errors_by_step(schedule, "corrected, converged physics")
+         for schedule in runs if schedule.kind != "converged"}
+PETSc.Sys.Print("\nrelative error after step" + " "*11 + "".join(f"{number:8}" for number in (1, 2, 5)))
+for title, errors in rows.items():
+    PETSc.Sys.Print(f"{title:36}" + "".join(f"{errors[number - 1]:8.2%}" for number in (1, 2, 5)))
 
 
 def vorticity(u):
@@ -266,10 +264,11 @@ def draw_flow(path, velocities):
         colours = axes.imshow(field.T, origin="lower", extent=(0, 1, 0, 1), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="bicubic")
         axes.set(title=f"vorticity after {STEPS} steps, {name}", xticks=[], yticks=[])
     figure.colorbar(colours, ax=panels[-1], shrink=0.9)
-    for title, errors in curves.items():
-        if not title.endswith("converged physics"):
-            right.plot(range(STEPS + 1), [0, *errors], ".-", label=title)
-    right.set(xlabel="step", title="Relative error", ylim=(0, None))
+    right.plot(range(STEPS + 1), [0, *uncorrected], ".-", color="black", label="without corrections")
+    for schedule in runs:
+        colour = {"converged": "#D55E00", "prdp": "#0072B2"}.get(schedule.kind, "0.6")
+        right.plot(range(STEPS + 1), [0, *errors_by_step(schedule, "corrected")], ".-", color=colour, label=schedule.title)
+    right.set(xlabel="step", title="Validation error", ylim=(0, None))
     right.yaxis.set_major_formatter(lambda error, _: f"{100*error:g} %")
     right.grid(alpha=0.25)
     right.legend(fontsize="small")
