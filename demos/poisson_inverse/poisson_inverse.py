@@ -331,7 +331,9 @@ def gradient_descent(inverse, notebook):
 # starts from there with an empty memory. Within a call the functional is the same.
 #
 # L-BFGS may find nothing lower at a level: because it has converged, or because an implicit derivative of truncated solves is not quite
-# that of the functional. Then nothing changes until the refinement has seen enough of it. These outer iterations cost no solves.
+# that of the functional. Then nothing changes until the refinement has seen enough of it. These outer iterations cost no solves. (Where a
+# line search gives up on inexact derivatives, rounding has a say. Steepest descent amplifies that: the one combination, with L-BFGS, where
+# two ranks may come to take another path than one.)
 
 
 class Enough(Exception):
@@ -413,7 +415,8 @@ runs = study.run(find)
 
 study.print_table(runs)
 converged = runs.get(Schedule("converged"), {})
-PETSc.Sys.Print("\ninner iterations until the error stays within 2 % of what converged physics reaches in the end:")
+if converged:
+    PETSc.Sys.Print("\ninner iterations until the error stays within 2 % of what converged physics reaches in the end:")
 for schedule, by_seed in runs.items():
     spent = [run.iterations_until(1.02*converged[seed].error) for seed, run in by_seed.items() if seed in converged]
     if spent:
