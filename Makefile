@@ -37,11 +37,11 @@ HEAT := heat_emulator/heat_emulator.py
 BURGERS := burgers_emulator/burgers_emulator.py
 
 poisson: install
-	$(call study,$(POISSON),200 400 800)
-	$(call study,$(POISSON) --solver steepest_descent,100 200 400)
-	$(call study,$(POISSON) --problem three,200 400 800)
-	$(call study,$(POISSON) --problem one --optimiser lbfgs,200 400 800)
-	$(call study,$(POISSON) --problem field,60 90 120)
+	$(call study,$(POISSON),220 330 440 550)
+	$(call study,$(POISSON) --solver steepest_descent,20 40 60 80)
+	$(call study,$(POISSON) --problem three,220 330 440)
+	$(call study,$(POISSON) --problem one --optimiser lbfgs,220 330 440 550)
+	$(call study,$(POISSON) --problem field,40 50 60 80)
 
 heat: install
 	$(call study,$(HEAT) --domain plate,4 6 8)
@@ -56,7 +56,7 @@ burgers: install
 	$(call study,$(BURGERS) --dimension 2,8 12)
 
 navier_stokes: install
-	$(call study,navier_stokes_corrector/periodic_box.py,32 64)
+	$(call study,navier_stokes_corrector/periodic_box.py,24 36 48 60)
 
 autoregressive: install
 	$(call study,autoregressive_emulator/autoregressive_emulator.py,4 8)
