@@ -212,7 +212,8 @@ def rounded(state):
 
 
 setup = {"network": arguments.network, "unknowns": n, "speed": SPEED, "diffusion": DIFFUSION, "steps": STEPS,
-         "training samples": TRAINING, "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "average": AVERAGE}
+         "training samples": TRAINING, "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE,
+                     "average": AVERAGE}
 PETSc.Sys.Print(f"A lake of {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; {STEPS} steps, {TRAINING} training and "
                 f"{VALIDATION} validation samples, {EPOCHS} epochs")
 study = Study(f"autoregressive_{arguments.network}", arguments, ladder=IterationLadder(start=2, step=2), setup=setup)
