@@ -283,7 +283,8 @@ def test_adjoint_is_that_of_the_tangent(matrices, preconditioner):
             unrolled = UnrolledKSP(ksp)
             unrolled.iterate(b, guess, iterations, out)
             out.axpy(-1.0, solve(ksp, b, guess, iterations))
-            assert out.norm() < (1e-11 if method == "bcgs" else 1e-13)*c.norm()  # BiCGStab amplifies rounding errors
+            amplified = 100 if method == "bcgs" else 1  # BiCGStab does so with rounding errors, where its inner products are small
+            assert out.norm() < 1e-13*amplified*c.norm()
             results = []
             for checkpoints in (None, 1, 2, 3):
                 A_bar = OperatorCotangent(A)
@@ -294,7 +295,7 @@ def test_adjoint_is_that_of_the_tangent(matrices, preconditioner):
                 assert np.abs(result - results[0]).max(initial=0) < 1e-10*max(1, np.abs(results[0]).max(initial=0))
             unrolled.tangent(b, guess, iterations, out, b_tangent=b_dot, guess_tangent=x0_dot, operator_tangent=A_dot)
             products = A.comm.tompi4py().allreduce(float(A_bar.values@values)) + b_bar.dot(b_dot) + x0_bar.dot(x0_dot)
-            assert abs(products - out.dot(c)) < 1e-12*out.norm()*c.norm()
+            assert abs(products - out.dot(c)) < 1e-12*amplified*out.norm()*c.norm()
 
 
 @pytest.mark.parallel([1, 3])
