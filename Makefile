@@ -17,49 +17,60 @@ SCENARIOS := poisson heat burgers navier_stokes autoregressive
 demo: install
 	$(ACTIVATE) && mpiexec -n $(RANKS) python demos/$(DEMO)$(if $(findstring /,$(DEMO)),,/$(DEMO)).py $(if $(QUICK),--quick) $(ARGS)
 
-# What is compared in each scenario: converged and progressively refined physics and constant numbers of iterations with each seed, and
-# other thresholds with the first.
+# What is compared in each scenario: converged and progressively refined physics and constant numbers of iterations with each seed; and
+# other thresholds with the first, once in each scenario at least.
 RUNS := $(if $(QUICK),build/runs,docs/runs)
 REPORT := $(if $(QUICK),build/results.md,docs/results.md)
 SEEDS := $(if $(QUICK),1,1 2 3)
 THRESHOLDS := $(if $(QUICK),prdp:0.9:0.9,prdp:0.9:0.9 prdp:0.95:0.9 prdp:0.99:0.9 prdp:0.98:0.8 prdp:0.98:0.95 prdp:0.98:0.99)
 
-# $(call study,script and options,constants)
-define study
-	$(ACTIVATE) && export OMP_NUM_THREADS=1 && python demos/$(1) --resume --output $(RUNS) $(if $(QUICK),--quick) --seed $(SEEDS) \
-		--schedules converged prdp $(if $(QUICK),$(firstword $(2)),$(2))
-	$(ACTIVATE) && export OMP_NUM_THREADS=1 && python demos/$(1) --resume --output $(RUNS) $(if $(QUICK),--quick) --seed 1 \
-		--schedules $(THRESHOLDS)
-endef
+# $(call study,script and options,constants) and $(call thresholds,script and options)
+run = $(ACTIVATE) && export OMP_NUM_THREADS=1 && python demos/$(1) --resume --output $(RUNS) $(if $(QUICK),--quick)
+study = $(run) --seed $(SEEDS) --schedules converged prdp $(if $(QUICK),$(firstword $(2)),$(2))
+thresholds = $(run) --seed 1 --schedules $(THRESHOLDS)
 
 POISSON := poisson_inverse/poisson_inverse.py
 HEAT := heat_emulator/heat_emulator.py
 BURGERS := burgers_emulator/burgers_emulator.py
+BOX := navier_stokes_corrector/periodic_box.py
+CYLINDER := navier_stokes_corrector/cylinder.py
+AUTOREGRESSIVE := autoregressive_emulator/autoregressive_emulator.py
 
 poisson: install
 	$(call study,$(POISSON),220 330 440 550)
+	$(call thresholds,$(POISSON))
 	$(call study,$(POISSON) --solver steepest_descent,20 40 60 80)
-	$(call study,$(POISSON) --problem three,220 330 440)
-	$(call study,$(POISSON) --problem one --optimiser lbfgs,220 330 440 550)
+	$(call study,$(POISSON) --optimiser lbfgs,220 330 440 550)
+	$(call study,$(POISSON) --problem three --optimiser lbfgs,110 220 330 440)
+	$(call study,$(POISSON) --problem three --solver steepest_descent,40 60 80 160)
 	$(call study,$(POISSON) --problem field,40 50 60 80)
 
 heat: install
 	$(call study,$(HEAT) --domain plate,4 6 8)
 	$(call study,$(HEAT) --domain interval --solver jacobi,8 12 16)
+	$(call thresholds,$(HEAT) --domain interval --solver jacobi)
 	$(call study,$(HEAT) --domain square --solver jacobi,8 16)
+	$(call thresholds,$(HEAT) --domain square --solver jacobi)
 	$(call study,$(HEAT) --domain square --solver steepest_descent,8 16)
+	$(call thresholds,$(HEAT) --domain square --solver steepest_descent)
 	$(call study,$(HEAT) --domain square --solver cg,3 5 8)
+	$(call thresholds,$(HEAT) --domain square --solver cg)
 	$(call study,$(HEAT) --domain cube,4 8)
 
 burgers: install
 	$(call study,$(BURGERS) --dimension 1,12 20)
+	$(call thresholds,$(BURGERS) --dimension 1)
 	$(call study,$(BURGERS) --dimension 2,8 12)
+	$(call thresholds,$(BURGERS) --dimension 2)
 
 navier_stokes: install
-	$(call study,navier_stokes_corrector/periodic_box.py,24 36 48 60)
+	$(call study,$(BOX),24 40 56)
+	$(call thresholds,$(BOX))
+	$(call study,$(CYLINDER),8)
 
 autoregressive: install
-	$(call study,autoregressive_emulator/autoregressive_emulator.py,4 8)
+	$(call study,$(AUTOREGRESSIVE),4 8)
+	$(call thresholds,$(AUTOREGRESSIVE))
 
 reproduce: report
 

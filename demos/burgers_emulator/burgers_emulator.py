@@ -7,7 +7,7 @@ through a solver: the network takes the first step, the solver takes the second 
 
 and the loss compares u2 with a reference two steps on. A step of the solver is implicit and nonlinear: it is made of Newton steps,
 each of them a linear system for GMRES, and its derivative takes one system more. Converged physics needs four Newton steps of 110
-iterations, in two dimensions of 30. Under progressive refinement (PRDP) it is a single step of five iterations at first.
+iterations, in two dimensions of 30. Under progressive refinement (PRDP) it is a single step of four or five iterations at first.
 
     python burgers_emulator.py                         in one dimension; a minute
     python burgers_emulator.py --dimension 2           in two; two minutes
@@ -84,7 +84,8 @@ class Step(torch.nn.Module):
 # it were otherwise, the ladder would have to go on to three. Constant numbers of iterations are those of two steps as well.
 
 NEWTON_TOLERANCE = 1e-10
-ladder = NewtonLadder(start=1, stop=2, linear=IterationLadder(start=5, step=5))
+LEVEL = {1: 5, 2: 4}[dimension]  # iterations, at first and more at each level
+ladder = NewtonLadder(start=1, stop=2, linear=IterationLadder(start=LEVEL, step=LEVEL))
 
 
 def constant(iterations):
@@ -160,11 +161,12 @@ class Data:
 
 # Training
 # --------
-# Adam, at a constant learning rate for most of the time, so that networks still learn when physics has become finer; in the last third
-# it goes down to zero.
+# Adam, at a constant learning rate for most of the time, so that networks still learn when physics has become finer; in the end it
+# goes down to zero.
 
 EPOCHS = arguments.epochs or {"quick": 25, "default": 60, "full": 120}[arguments.size]
-BATCH, LEARNING_RATE, COOLING = 5, 3e-3, 0.3
+BATCH = 5
+LEARNING_RATE, COOLING = {1: (5e-3, 0.4), 2: (3e-3, 0.3)}[dimension]  # COOLING: the share of epochs in which it goes down
 shown = {}  # the last predictions, for the picture
 
 

@@ -12,7 +12,7 @@ Picard iteration, GMRES restarted after 8 iterations. The script trains the same
 and with the same batches:
 
 * with converged physics: every linear system is solved to a relative residual of 1e-10;
-* with progressively refined physics (PRDP): each is given 24 iterations at first, and 12 more whenever the validation error stops
+* with progressively refined physics (PRDP): each is given 24 iterations at first, and 16 more whenever the validation error stops
   improving, until more iterations no longer help;
 * with constant numbers of iterations, where asked for.
 
@@ -46,7 +46,7 @@ TRAINING, VALIDATION = {"quick": (8, 8), "default": (40, 50), "full": (200, 50)}
 EPOCHS = arguments.epochs or {"quick": 12, "default": 40, "full": 100}[arguments.size]
 WIDTH, BLOCKS = {"quick": (8, 1), "default": (16, 1), "full": (64, 3)}[arguments.size]
 BATCH, LEARNING_RATE = 2, 5e-3 if arguments.size != "full" else 1e-3
-LADDER = IterationLadder(start=16, step=8) if arguments.size == "quick" else IterationLadder(start=24, step=12)
+LADDER = IterationLadder(start=16, step=8) if arguments.size == "quick" else IterationLadder(start=24, step=16)
 
 # The flow
 # --------

@@ -115,8 +115,8 @@ class GraphNetwork(nn.Module):
     hidden layer, as it multiplies derivatives in differential equations. Without an activation the network is linear in x.
 
     The weights of the means depend on the mesh alone, so that they are products with one sparse matrix. With messages that are
-    learned along edges, there are six times as many numbers to go through, and a network has to find out what a gradient is: on an
-    emulator of transport it was six times as far from the solution after the same number of optimiser steps, each of them twice as long.
+    learned along edges, there are six times as many numbers to go through, and a network has to find out what a gradient is: an
+    emulator of transport, trained in the same way, had six times the error, and took twice as long.
 
     Parameters
     ----------
