@@ -159,7 +159,7 @@ stale
 
 Prose that stays.
 
-<!-- study study -->
+<!-- study study: The study, as people call it -->
 <!-- end -->
 More of it.
 """
@@ -184,7 +184,7 @@ def test_a_report_renews_tables_and_keeps_prose(tmp_path, runs_folder):
     assert write_report(runs_folder, report) == []
     text = report.read_text()
     assert "Prose that stays." in text and "More of it." in text and "stale" not in text
-    assert "| study | +1.0% | 90.0% | 0% + 90% | 0% | 0% | 88.0% (K = 12) |" in text
+    assert "| The study, as people call it | +1.0% | 90.0% | 0% + 90% | 0% | 0% | 88.0% (K = 12) |" in text
     assert "PRDP 0.9, 0.8" in text and "seed 1:" in text and "abacus, 1 rank" in text
     assert (tmp_path/"results"/"study.png").stat().st_size > 10_000
     write_report(runs_folder, report)

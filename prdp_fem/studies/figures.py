@@ -87,7 +87,7 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
     if high/low < 30:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=outer, ylabel="relative error", title=_label(chosen, "errors", "Validation error"))
     axes.legend(fontsize="small")
@@ -134,9 +134,10 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
     axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.1)
+    axes.margins(x=0.12)  # for the labels
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100*fraction:g} %"))
+        axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100*fraction:.3g} %"))
         axis.set_minor_formatter(NullFormatter())
     axes.set(xlabel="inner iterations, of those of converged physics", ylabel="error above converged physics",
              title="What it reaches, what it takes")

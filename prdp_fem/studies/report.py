@@ -1,8 +1,8 @@
 """A report on studies: their tables and figures, put between the lines of a text that says what they mean.
 
 ``python -m prdp_fem.studies.report RUNS REPORT.md`` reads all runs in a folder, and renews in the report what stands between
-``<!-- summary -->`` or ``<!-- study NAME -->`` and the next ``<!-- end -->``. Figures are put into a folder beside the report that is
-called as the report is.
+``<!-- summary -->`` or ``<!-- study NAME: TITLE -->`` and the next ``<!-- end -->``; the summary has a row for each study, under its
+title. Figures are put into a folder beside the report that is called as the report is.
 """
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["read_runs", "write_report"]
 
 Runs = dict[Schedule, dict[int, Run]]
 
-_BLOCK = re.compile(r"<!-- (summary|study (?P<name>\S+)) -->\n.*?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (summary|study (?P<name>[^\s:]+): (?P<title>[^\n]+)) -->\n.*?<!-- end -->", re.DOTALL)
 _CONVERGED, _PRDP = Schedule("converged"), Schedule("prdp")
 _KINDS = ("converged", "prdp", "constant")
 
@@ -77,30 +77,32 @@ def write_report(folder: Path, report: Path) -> list[str]:
     figures = report.with_suffix("")
     figures.mkdir(exist_ok=True)
     text = report.read_text()
-    named = [match["name"] for match in _BLOCK.finditer(text) if match["name"]]
-    if missing := [name for name in named if name not in studies]:
+    titles = {match["name"]: match["title"] for match in _BLOCK.finditer(text) if match["name"]}
+    if missing := [name for name in titles if name not in studies]:
         raise ValueError(f"there are no runs of {', '.join(missing)} in {folder}: make reproduce makes them")
 
     def block(match):
-        name = match["name"]
-        content = _summary({name: studies[name] for name in named}) if name is None else _section(name, studies[name], figures)
+        if (name := match["name"]) is not None:
+            content = _section(name, studies[name], figures)
+        else:
+            content = _summary({title: studies[named] for named, title in titles.items()})
         return f"<!-- {match[1]} -->\n{content}\n<!-- end -->"
 
     report.write_text(_BLOCK.sub(block, text))
-    return [name for name in studies if name not in named]
+    return [name for name in studies if name not in titles]
 
 
 def _summary(studies: dict[str, Runs]) -> str:
-    """One row a study: progressive refinement against converged physics, medians over the seeds."""
+    """One row a study, by its title: progressive refinement against converged physics, medians over the seeds."""
     lines = ["| study | error, against converged | inner iterations saved | by refining late + by never converging | solver time saved | "
              "all time saved | best K in hindsight saves |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
-    for name, runs in studies.items():
+    for title, runs in studies.items():
         prdp = _medians(runs, _PRDP)
         if prdp is None:
             continue
         best = best_constant(runs)
         in_hindsight = f"{_medians(runs, best).iterations:.1%} ({best.title})" if best else "none tried is good enough"
-        lines.append(f"| {name} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} + {prdp.incomplete:.0%} | "
+        lines.append(f"| {title} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} + {prdp.incomplete:.0%} | "
                      f"{prdp.solver_seconds:.0%} | {prdp.seconds:.0%} | {in_hindsight} |")
     return "\n".join(lines)
 
