@@ -2,10 +2,12 @@
 #                      DEMO=folder or DEMO=folder/script: another demo
 # make reproduce       run all scenarios under all schedules, and renew the tables and figures of docs/results.md (about two hours of
 #                      one core; make -j2 for two at a time; runs that are in docs/runs already are taken from there;
-#                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: one scenario
+#                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: the runs of one
+#                      scenario; make report: tables and figures of the runs that are there
 # make test            set up what is missing, lint, and run all tests, serial and on 2 and 3 ranks
 # make lint, install   parts of these
-# make clean           remove the virtual environment and what runs left behind; the caches of built wheels and kernels stay
+# make clean           remove the virtual environment and what demos and benchmarks left behind; the caches of built wheels and of
+#                      kernels stay, and so do the runs in docs/runs
 SHELL := /bin/bash
 ACTIVATE := . $${VENV:-.venv}/bin/activate
 RANKS ?= 1
@@ -72,9 +74,10 @@ autoregressive: install
 	$(call study,$(AUTOREGRESSIVE),4 8)
 	$(call thresholds,$(AUTOREGRESSIVE))
 
-reproduce: report
+reproduce: $(SCENARIOS)
+	$(MAKE) report
 
-report: $(SCENARIOS)
+report: install
 	$(if $(QUICK),cp docs/results.md $(REPORT))
 	$(ACTIVATE) && python -m prdp_fem.studies.report $(RUNS) $(REPORT)
 
@@ -91,4 +94,4 @@ install:
 	@./install.sh
 
 clean:
-	rm -rf .venv build *.egg-info demos/*/output
+	rm -rf .venv build *.egg-info demos/*/output benchmarks/output docs/runs/*.png

@@ -81,6 +81,7 @@ from tqdm import tqdm
 
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
+from prdp_fem.studies.runs import machine
 from prdp_fem.torch import SolverLayer
 
 torch.set_num_threads(1)
@@ -572,15 +573,6 @@ def size(batch: int) -> str:
     return "one sample" if batch == 1 else f"batch of {batch}"
 
 
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 # The command line
 # ----------------
 
@@ -642,10 +634,11 @@ def main() -> None:
         contest = make(cells)
         rows += [row(contest, batch, measure(contest, batch, repetitions)) for batch in contest.batches]
 
-    print(f"\nMilliseconds per sample, forward and backward: medians of {repetitions} repetitions on one core of {processor()}\n")
+    processor = machine(1)["processor"]
+    print(f"\nMilliseconds per sample, forward and backward: medians of {repetitions} repetitions on one core of {processor}\n")
     print(table(rows), end="\n\n")
     results = {
-        "processor": processor(),
+        "processor": processor,
         "versions": {name: version(name) for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")}
         | {"petsc": ".".join(map(str, PETSc.Sys.getVersion())), "python": platform.python_version()},
         "repetitions": repetitions,

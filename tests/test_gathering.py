@@ -146,6 +146,8 @@ def test_refusals():
     V = FunctionSpace(mesh, "CG", 1)
     with pytest.raises(ValueError, match="mixed"):
         Gathering(V*V)
+    with pytest.raises(ValueError, match="expected 2 periods, one for each direction, found 1"):
+        Gathering(V, period=[1])
     with pytest.raises(ValueError, match="same point"):
         Gathering(FunctionSpace(mesh, FiniteElement("DG", triangle, 1, variant="equispaced")))
     gathering = Gathering(V)

@@ -3,6 +3,7 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -10,12 +11,12 @@ import pytest
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, ProgressiveRefinement, Tolerance
 from prdp_fem.history import Account, History
 from prdp_fem.statistics import Statistics
-from prdp_fem.studies import Run, Schedule, Study, draw_training
+from prdp_fem.studies import CONVERGED, PRDP, Run, Schedule, Study, draw_training
+from prdp_fem.studies import runs as runs_module
 from prdp_fem.studies.report import read_runs, write_report
+from prdp_fem.studies.runs import machine
 from prdp_fem.studies.savings import best_constant, savings
 from prdp_fem.studies.tables import markdown_table, plain_table
-
-CONVERGED, PRDP = Schedule("converged"), Schedule("prdp")
 
 
 def history(metrics, iterations, *, seconds=1.0):
@@ -32,7 +33,7 @@ def run_of(schedule, error, iterations, *, seed=1, seconds=1.0, epochs=20, study
                {"processor": "abacus", "ranks": 1})
 
 
-@pytest.mark.parametrize("text", ["converged", "prdp", "prdp:0.9:0.8", "1", "25"])
+@pytest.mark.parametrize("text", ["prdp:0.9000001:0.9", "converged", "prdp", "prdp:0.9:0.8", "1", "25"])
 def test_schedules_have_names_that_are_read_again(text):
     schedule = Schedule.from_text(text)
     assert schedule.name == text and Schedule.from_text(schedule.name) == schedule
@@ -100,8 +101,8 @@ def test_the_best_constant_is_the_smallest_that_is_good_enough():
 
 
 def test_tables_show_medians():
-    runs = {CONVERGED: {s: run_of(CONVERGED, 0.01, [100]*20, seed=s, seconds=4.0) for s in (1, 2)},
-            PRDP: {s: run_of(PRDP, 0.0101, [10]*20, seed=s) for s in (1, 2)}}
+    runs = {CONVERGED: {s: run_of(CONVERGED, 0.01, [100]*20, seed=s, seconds=4.0) for s in (1, 2, 3)},
+            PRDP: {s: run_of(PRDP, 0.0101, [10 if s > 1 else 40]*20, seed=s) for s in (1, 2, 3)}}
     for table in (plain_table(runs), markdown_table(runs)):
         for figure in ("1.010%", "+1.0%", "4,000", "400", "90.0%", "75.0%"):
             assert figure in table
@@ -110,6 +111,7 @@ def test_tables_show_medians():
 
 def arguments(tmp_path, **others):
     return argparse.Namespace(**{"schedules": [CONVERGED, PRDP], "seeds": [1, 2], "output": tmp_path, "resume": False, "size": "default",
+                                 "solver_options": "",
                                  **others})
 
 
@@ -138,11 +140,36 @@ def test_runs_are_kept_and_resumed(tmp_path):
 
 
 def test_runs_of_another_set_up_are_not_mixed_in_nor_lost(tmp_path):
-    make_study(tmp_path).run(lambda seed, refinement, label: history([0.25]*20, [3]*20))
+    make_study(tmp_path).run(lambda seed, refinement, label: (history([0.25]*20, [3]*20), {}))
     before = {path: path.read_text() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="another set-up .dofs: 9 there, 16 here.: choose another --output"):
         make_study(tmp_path, setup={"dofs": 16}, resume=True).run(lambda *_: pytest.fail("trained"))
+    with pytest.raises(ValueError, match="options: None there, -physics_pc_type ilu here"):
+        make_study(tmp_path, solver_options="-physics_pc_type ilu", resume=True).run(lambda *_: pytest.fail("trained"))
     assert before == {path: path.read_text() for path in tmp_path.iterdir()}
+
+
+def test_a_set_up_is_compared_as_it_is_read_again(tmp_path):
+    kept = make_study(tmp_path, setup={"grid": (3, 4)}).run(lambda *_: (history([0.25]*20, [3]*20), {}))
+    assert make_study(tmp_path, setup={"grid": (3, 4)}, resume=True).run(lambda *_: pytest.fail("trained")) == kept
+
+
+def test_pictures_show_progressive_refinement_where_there_is_some(tmp_path):
+    study = make_study(tmp_path)
+    runs = {schedule: {seed: run_of(schedule, 0.01, [1]*20, seed=seed) for seed in (2, 1)} for schedule in (CONVERGED, PRDP)}
+    assert study.representative(runs) == (PRDP, runs[PRDP][2])
+    assert study.representative({CONVERGED: runs[CONVERGED]}) == (CONVERGED, runs[CONVERGED][2])
+    assert study.path("flow") == tmp_path/"study-flow.png"
+
+
+def test_a_machine_may_be_without_torch(monkeypatch):
+    def version(name):
+        if name == "torch":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(runs_module, "version", version)
+    assert "torch" not in machine(1) and machine(1)["numpy"] == "1"
 
 
 def test_other_files_are_refused(tmp_path):
@@ -204,6 +231,16 @@ def test_a_report_without_runs_is_refused(tmp_path, runs_folder):
     (runs_folder/"study-prdp-seed2.json").write_text(json.dumps(entries))
     with pytest.raises(ValueError, match="different set-ups"):
         read_runs(runs_folder)
+
+
+@pytest.mark.parametrize("report", [REPORT.replace("<!-- end -->", "", 1), REPORT + "<!-- end -->",
+                                    REPORT.replace("study study:", "study study")])
+def test_a_report_with_a_mark_too_few_is_left_alone(tmp_path, runs_folder, report):
+    path = tmp_path/"results.md"
+    path.write_text(report)
+    with pytest.raises(ValueError, match="mend its marks"):
+        write_report(runs_folder, path)
+    assert path.read_text() == report and not (tmp_path/"results").exists()
 
 
 def test_training_is_drawn(tmp_path, runs_folder):

@@ -34,7 +34,7 @@ from mpi4py import MPI
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
-from prdp_fem.studies import Schedule, Study, command_line, draw_training
+from prdp_fem.studies import Study, command_line, draw_training
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, SolverLayer, to_torch, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
@@ -44,8 +44,8 @@ arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_
 # --------
 # Water goes round in it, in a flow without divergence that does not cross shores: its stream function is that of a constant vorticity,
 # and zero on all of them. In one time step the fastest water crosses 1.5 edges of the mesh, and the substance diffuses over one: a
-# network that sees a few edges far can learn the step, and the solver needs tens of iterations for it. On a finer mesh the time step is
-# shorter, and the water calmer, so that this stays so.
+# network that sees a few edges far can learn the step, and the solver needs tens of iterations for it. On a finer mesh
+# speed and diffusivity are smaller, so that this stays so.
 
 FINER = 2 if arguments.size == "full" else 0  # times that each triangle is divided into four
 SPEED = 0.06/2**FINER                         # of the fastest water, times the time step
@@ -84,11 +84,11 @@ class Step(torch.nn.Module):
 
 # Networks see the whole lake, (..., n) in an order that does not depend on ranks; the solver has a rank's part of it.
 
-gathering = Gathering(V)
-n = len(gathering)
+field = Gathering(V)
+n = len(field)
 mass = assemble(v*dx)
 local_mass = to_torch(mass, copy=True)
-mass = gathering.gather(local_mass)
+mass = field.gather(local_mass)
 
 # The data
 # --------
@@ -105,7 +105,7 @@ def initial_concentrations(seed):
     random = np.random.default_rng(seed)
     size = TRAINING + VALIDATION, BELLS
     centres, radii, heights = random.uniform(0, 1, (*size, 2)), random.uniform(0.06, 0.15, size), random.uniform(-1, 1, size)
-    squares = ((gathering.coordinates[:, None, None] - centres)**2).sum(axis=-1)
+    squares = ((field.coordinates[:, None, None] - centres)**2).sum(axis=-1)
     u = (heights*np.exp(-squares/(2*radii**2))).sum(axis=-1).T
     return torch.from_numpy(u/abs(u).max(axis=1, keepdims=True))
 
@@ -123,8 +123,8 @@ def square_norm(u):
 
 shore = Function(V)
 DirichletBC(V, 1, "on_boundary").apply(shore)
-features = torch.stack([gathering.gather(to_torch(assemble(component*v*dx), copy=True))/mass/SPEED for component in flow]
-                       + [gathering.gather(to_torch(shore, copy=True))])
+features = torch.stack([field.gather(to_torch(assemble(component*v*dx), copy=True))/mass/SPEED for component in flow]
+                       + [field.gather(to_torch(shore, copy=True))])
 share = mass/mass.sum()
 
 
@@ -132,7 +132,7 @@ class Emulator(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.is_graph = arguments.network == "graph"
-        self.increment = (GraphNetwork(1, 1, gathering.edges, gathering.coordinates, features=features, width=8, steps=3, activation=None)
+        self.increment = (GraphNetwork(1, 1, field.edges, field.coordinates, features=features, width=8, steps=3, activation=None)
                           if self.is_graph else MLP(n, n, width=128, depth=1))
 
     def forward(self, u):
@@ -169,7 +169,7 @@ def train_one(seed, refinement, label):
     validation = slice(TRAINING, TRAINING + VALIDATION)
     reference_step = Step(FixedRefinement(Tolerance(1e-12)))
     with torch.no_grad():
-        reference = gathering.gather(rollout(reference_step, gathering.scatter(u0[validation]), 2*STEPS))
+        reference = field.gather(rollout(reference_step, field.scatter(u0[validation]), 2*STEPS))
     reference_norm = square_norm(reference)
     u0 = u0.float()
 
@@ -184,7 +184,7 @@ def train_one(seed, refinement, label):
         u, total = u0[samples], 0.0
         for _ in range(STEPS):
             u_next = network(u)
-            difference = gathering.scatter(u_next) - step(gathering.scatter(u))
+            difference = field.scatter(u_next) - step(field.scatter(u))
             total = total + (difference**2 @ local_mass.to(u)/norm[samples]).mean()/STEPS
             u = u_next
         return total
@@ -203,8 +203,8 @@ def train_one(seed, refinement, label):
         growth = errors(2*STEPS).sqrt()
         states = rollout(averaged, u0[validation][:1], 2*STEPS)[:, 0]
     return history, {"error after each step": growth.tolist(), "u0": rounded(u0[validation][0]),
-                     "network": {step: rounded(states[step - 1]) for step in SHOWN},
-                     "reference": {step: rounded(reference[step - 1, 0]) for step in SHOWN}}
+                     "network": [rounded(states[step - 1]) for step in SHOWN],
+                     "reference": [rounded(reference[step - 1, 0]) for step in SHOWN]}
 
 
 SHOWN = 1, STEPS, 2*STEPS
@@ -238,9 +238,8 @@ def draw_growth(path):
     axes = figure.subplots()
     steps = np.arange(1, 2*STEPS + 1)
     for schedule, by_seed in runs.items():
-        colour = {"converged": "#D55E00", "prdp": "#0072B2"}.get(schedule.kind)
         axes.plot(steps, np.mean([run.extras["error after each step"] for run in by_seed.values()], axis=0), "o-", markersize=4,
-                  label=schedule.title, color=colour, zorder=2 if colour else 1)
+                  label=schedule.title, color=schedule.colour, zorder=1 if schedule.kind == "constant" else 2)
     axes.axvspan(STEPS, 2*STEPS, color="0.92", zorder=0)
     axes.text(STEPS + 0.1, 0.02, "not trained for", transform=axes.get_xaxis_transform(), color="0.4")
     axes.set(xlabel="time step", ylabel="relative error of the network alone", ylim=(0, None))
@@ -254,15 +253,15 @@ def draw_lake(path, run, title, stream):
     """A validation trajectory: by the network, by the solver, and the difference."""
     figure = Figure(figsize=(13, 8.6), layout="constrained")
     panels = figure.subplots(3, len(SHOWN) + 1)
-    fields = {step: (run.extras["network"][step], run.extras["reference"][step]) for step in run.extras["network"]}
+    fields = dict(zip(SHOWN, zip(run.extras["network"], run.extras["reference"])))
 
     def draw(axes, values, limit, title=""):
         axes.set_title(title)
-        return axes.tripcolor(*gathering.coordinates.T, cells, values, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
+        return axes.tripcolor(*field.coordinates.T, cells, values, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
 
-    panels[0, 0].triplot(*gathering.coordinates.T, cells, color="black", linewidth=0.4)
+    panels[0, 0].triplot(*field.coordinates.T, cells, color="black", linewidth=0.4)
     panels[0, 0].set_title(f"{n} nodes, {len(cells)} triangles")
-    panels[1, 0].tricontour(*gathering.coordinates.T, cells, stream, levels=8, colors="black", linewidths=0.7, linestyles="solid")
+    panels[1, 0].tricontour(*field.coordinates.T, cells, stream, levels=8, colors="black", linewidths=0.7, linestyles="solid")
     panels[1, 0].set_title("stream lines")
     draw(panels[2, 0], run.extras["u0"], 1, "$u_0$, a validation sample")
     wrong = max(np.abs(np.subtract(*pair)).max() for pair in fields.values())
@@ -279,11 +278,10 @@ def draw_lake(path, run, title, stream):
     figure.savefig(path, dpi=110)
 
 
-cells, stream = gathering.cells, gathering.gather(to_torch(stream, copy=True)).numpy()  # collective
+cells, stream = field.cells, field.gather(to_torch(stream, copy=True)).numpy()  # collective
+schedule, run = study.representative(runs)
 if comm.rank == 0:
-    draw_training(runs, arguments.output/"training.png")
-    draw_growth(arguments.output/"growth.png")
-    by_seed = runs.get(Schedule("prdp")) or next(iter(runs.values()))
-    schedule = "PRDP" if Schedule("prdp") in runs else next(iter(runs)).title
-    draw_lake(arguments.output/"lake.png", by_seed[min(by_seed)], schedule, stream)
-PETSc.Sys.Print(f"\nruns, training.png, growth.png and lake.png are in {os.path.relpath(arguments.output)}")
+    draw_training(runs, study.path("training"))
+    draw_growth(study.path("growth"))
+    draw_lake(study.path("lake"), run, schedule.title, stream)
+PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

@@ -19,7 +19,7 @@ A schedule that is a number is so many GMRES iterations throughout, in each of t
 -physics_pc_type ilu changes the solver, -log_view says where time goes.
 """
 import os
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -142,7 +142,6 @@ def initial_velocities(seed):
     return torch.from_numpy(velocities/speeds.max(axis=-1)[:, None, None])
 
 
-@cache
 class Data:
     """Initial velocities, whole, and reference velocities one and two steps later, of which a rank has its part."""
 
@@ -159,6 +158,9 @@ class Data:
         return ((u2 - self.u2[samples])**2).sum(dim=-1)/self.norm2[samples]
 
 
+data_of = lru_cache(1)(Data)  # by seed: schedules share them
+
+
 # Training
 # --------
 # Adam, at a constant learning rate for most of the time, so that networks still learn when physics has become finer; in the end it
@@ -167,11 +169,12 @@ class Data:
 EPOCHS = arguments.epochs or {"quick": 25, "default": 60, "full": 120}[arguments.size]
 BATCH = 5
 LEARNING_RATE, COOLING = {1: (5e-3, 0.4), 2: (3e-3, 0.3)}[dimension]  # COOLING: the share of epochs in which it goes down
-shown = {}  # the last predictions, for the picture
+ALONE, CONVERGED = "error at one step, of the network alone", "error with converged physics"
+shown = {}  # a validation sample of each run, for the picture
 
 
 def train_one(seed, refinement, label):
-    data = Data(seed)
+    data = data_of(seed)
     torch.manual_seed(seed)
     network = Emulator()
     step = Step(refinement, newton_tolerance=NEWTON_TOLERANCE)
@@ -195,7 +198,7 @@ def train_one(seed, refinement, label):
         one_step = field.total(((u1 - data.u1[validation])**2).sum(dim=-1)/data.norm1[validation]).mean().sqrt().item()
         converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
         shown[label] = data.u0[TRAINING], *(field.gather(part).view(dimension, -1) for part in (data.u2[TRAINING], u2[0]))
-    return history, {"error at one step, of the network alone": one_step, "error with converged physics": converged}
+    return history, {ALONE: one_step, CONVERGED: converged}
 
 
 PETSc.Sys.Print(f"Burgers in {dimension}-D: {V.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}; "
@@ -210,9 +213,7 @@ runs = study.run(train_one)
 # Iterations and seconds are those of training and validation together.
 
 study.print_table(runs)
-for title in next(iter(next(iter(runs.values())).values())).extras:
-    PETSc.Sys.Print(f"\n{title}: " + ", ".join(
-        f"{schedule.title} {np.mean([run.extras[title] for run in by_seed.values()]):.2%}" for schedule, by_seed in runs.items()))
+study.print_extras(runs, ALONE, CONVERGED)
 
 
 def draw_fields(path, u0, reference, prediction):
@@ -247,8 +248,9 @@ def draw_fields(path, u0, reference, prediction):
     figure.savefig(path, dpi=110)
 
 
+schedule, run = study.representative(runs)
 if comm.rank == 0:
-    draw_training(runs, arguments.output/"training.png")
-    if shown:
-        draw_fields(arguments.output/"fields.png", *(velocity.numpy() for velocity in list(shown.values())[-1]))
-PETSc.Sys.Print(f"\nruns, training.png and fields.png are in {os.path.relpath(arguments.output)}")
+    draw_training(runs, study.path("training"))
+    if (velocities := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
+        draw_fields(study.path("fields"), *(velocity.numpy() for velocity in velocities))
+PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

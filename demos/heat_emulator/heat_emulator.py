@@ -9,8 +9,8 @@ and the loss compares u2 with a reference two steps on. Each training sample nee
 where the time goes. The script trains the same network several times, from the same weights and with the same batches:
 
 * with converged physics: every linear system is solved to a relative residual of 1e-10;
-* with progressively refined physics (PRDP): each is given one iteration at first, and more whenever the validation error
-  stops improving, until more iterations no longer help;
+* with progressively refined physics (PRDP): each is given one iteration at first, two in three dimensions, and more
+  whenever the validation error stops improving, until more iterations no longer help;
 * with constant numbers of iterations, where asked for.
 
 It prints what they have reached and what they cost, and draws it:
@@ -221,7 +221,8 @@ class Emulator(torch.nn.Module):
 EPOCHS = arguments.epochs or {"quick": 60 if domain == "plate" else 15, "default": 60 if dimension == 3 else 150,
                               "full": 300}[arguments.size]
 BATCH = 10 if dimension == 3 else 20
-shown = {}  # the last prediction, for the picture
+ALONE, CONVERGED = "error at one step, of the network alone", "error with converged physics"
+shown = {}  # a validation sample of each run, for the picture
 
 
 def adam(network):
@@ -261,12 +262,13 @@ def train_one(seed, refinement, label):
         one_step = field.total((u1 - data.u1[validation])**2 @ mass/data.norm1[validation]).mean().sqrt().item()
         converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
         shown[label] = [field.gather(values) for values in (u2[0], data.u2[TRAINING])] + [data.u0[TRAINING]]
-    return history, {"error at one step, of the network alone": one_step, "error with converged physics": converged}
+    return history, {ALONE: one_step, CONVERGED: converged}
 
 
 PETSc.Sys.Print(f"{domain}: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
-study = Study(f"heat_{Path(domain).stem}_{arguments.solver}" + (f"_{arguments.network}" if arguments.network != "mlp" else ""), arguments,
+name = ("mesh_" if arguments.mesh else "") + f"{Path(domain).stem}_{arguments.solver}"
+study = Study(f"heat_{name}" + (f"_{arguments.network}" if arguments.network != "mlp" else ""), arguments,
               ladder=IterationLadder(start=2 if dimension == 3 else 1, step=LEVEL),
               setup={"domain": domain, "nodes": n, "solver": arguments.solver, "network": arguments.network, "training samples": TRAINING,
                      "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "diffusivity times time step": DIFFUSION})
@@ -277,9 +279,7 @@ runs = study.run(train_one)
 # Iterations and seconds are those of training and validation together.
 
 study.print_table(runs)
-for title in next(iter(next(iter(runs.values())).values())).extras:
-    PETSc.Sys.Print(f"\n{title}: " + ", ".join(
-        f"{schedule.title} {np.mean([run.extras[title] for run in by_seed.values()]):.2%}" for schedule, by_seed in runs.items()))
+study.print_extras(runs, ALONE, CONVERGED)
 
 
 def draw_fields(path, u2, reference, u0):
@@ -289,8 +289,8 @@ def draw_fields(path, u2, reference, u0):
     fields = {"$u_0$, a validation sample": u0, "$u_2$ by network and solver": u2, "$u_2$ minus the reference": u2 - reference}
     limits = abs(u0).max(), abs(u0).max(), abs(u2 - reference).max()
     if dimension == 2:
-        panels[0].triplot(*x, field.cells, color="black", linewidth=0.4)
-        panels[0].set_title(f"{n} nodes, {len(field.cells)} triangles")
+        panels[0].triplot(*x, cells, color="black", linewidth=0.4)
+        panels[0].set_title(f"{n} nodes, {len(cells)} triangles")
     else:
         panels[0].set_axis_off()
     for axes, title, limit in zip(panels[1:], fields, limits):
@@ -299,7 +299,7 @@ def draw_fields(path, u2, reference, u0):
             axes.set(title=title, ylim=(-1.1*limit, 1.1*limit))
             continue
         if dimension == 2:
-            colours = axes.tripcolor(*x, field.cells, fields[title], cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
+            colours = axes.tripcolor(*x, cells, fields[title], cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
         else:
             middle = fields[title].reshape(field.grid)[:, :, field.grid[2]//2]
             colours = axes.imshow(middle.T, origin="lower", cmap="RdBu_r", vmin=-limit, vmax=limit)
@@ -312,9 +312,10 @@ def draw_fields(path, u2, reference, u0):
     figure.savefig(path, dpi=110)
 
 
-triangles = field.cells  # collective
+cells = field.cells  # collective at first
+schedule, run = study.representative(runs)
 if comm.rank == 0:
-    draw_training(runs, arguments.output/"training.png")
-    if shown:
-        draw_fields(arguments.output/"fields.png", *(values.numpy() for values in list(shown.values())[-1]))
-PETSc.Sys.Print(f"\nruns, training.png and fields.png are in {os.path.relpath(arguments.output)}")
+    draw_training(runs, study.path("training"))
+    if (fields := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
+        draw_fields(study.path("fields"), *(values.numpy() for values in fields))
+PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

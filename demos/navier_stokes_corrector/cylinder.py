@@ -41,12 +41,16 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
-from prdp_fem.studies import Schedule, Study, command_line, draw_training
+from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training
 from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, from_torch, to_torch, train
 
 HERE = Path(__file__).resolve().parent
-arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
-    "--reference", type=Path, metavar="FILE.npz", help="where the reference flow is kept (default: the folder output beside this script)"))
+arguments = command_line(
+    __file__, __doc__,
+    configure=lambda parser: parser.add_argument("--reference", type=Path, metavar="FILE.npz", help="where the reference flow is kept "
+                                                 "(default: the folder output beside this script)"),
+    check=lambda arguments: (f"--reference {arguments.reference} is not called FILE.npz"
+                             if arguments.reference and arguments.reference.suffix != ".npz" else None))
 torch.set_num_threads(1)
 quick = arguments.size == "quick"
 
@@ -283,13 +287,15 @@ def make_reference():
             forces.append(flow.drag_and_lift())
         found[f"states {speed}"], found[f"forces {speed}"] = torch.stack(snapshots).numpy(), np.array(forces)
     first = torch.from_numpy(found[f"states {BENCHMARK}"][1])
+    found["made with"] = MADE_WITH
     found["coarse"] = rollout(coarse, uncorrected, first, ALONE).numpy()
     return found
 
 
-# It is made once, and kept in a file.
+# It is made once, and kept in a file, with what it depends on.
 
 ALONE = 8 if quick else round(5*PERIOD/TIME_STEP)  # steps that solver and network go alone in the end
+MADE_WITH = np.array([n, VISCOSITY, TIME_STEP, BENCHMARK, *TRAINING_SPEEDS, REFERENCE_STEP, DEVELOPING, SETTLING, RECORDED, ALONE])
 path = arguments.reference or HERE/"output"/f"cylinder-{'quick' if quick else 'developed'}.npz"
 if comm.bcast(path.is_file()):
     with np.load(path) as file:
@@ -299,9 +305,11 @@ else:
     reference = make_reference()
     if comm.rank == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **reference)
-if reference["coarse"].shape[1:] != (3, n):
-    raise ValueError(f"{path} was made on another mesh: remove it, or name another --reference")
+        np.savez(path.with_suffix(".part.npz"), **reference)
+        path.with_suffix(".part.npz").replace(path)  # whole or not at all
+if not np.array_equal(reference.get("made with"), MADE_WITH):
+    raise ValueError(f"{path} holds a flow on another mesh, or with other parameters than this script has: remove it, or name another "
+                     "--reference")
 
 # The data
 # --------
@@ -428,7 +436,7 @@ def described(forces, time_step):
 exact = reference[f"forces {BENCHMARK}"]
 restricted = drag_and_lift(recordings[-1][1::STRIDE])
 coarse = drag_and_lift(torch.from_numpy(reference["coarse"]))
-corrected = {schedule: np.array(by_seed[min(by_seed)].extras["drag and lift"]) for schedule, by_seed in runs.items()}
+corrected = {schedule: np.array(next(iter(by_seed.values())).extras["drag and lift"]) for schedule, by_seed in runs.items()}
 rows = {"reference": described(exact, REFERENCE_STEP), "  on linear elements": described(restricted, TIME_STEP),
         "coarse solver alone": described(coarse, TIME_STEP)}
 rows |= {f"corrected, {schedule.title}": described(forces, TIME_STEP) for schedule, forces in corrected.items()}
@@ -436,8 +444,6 @@ PETSc.Sys.Print(f"\n{'':28}{'mean drag':>11}{'max. drag':>13}{'min. lift':>11}{'
                 f"{'Schaefer and Turek 1996':28}{'':>11}{'3.22 - 3.24':>13}{'':>11}{'0.98 - 1.02':>13}{'0.295 - 0.305':>15}")
 for title, values in rows.items():
     PETSc.Sys.Print(f"{title:28}" + "".join(f"{value:{width}.3f}" for value, width in zip(values, (11, 13, 11, 13, 15))))
-
-BLUE, RED = "#0072B2", "#D55E00"  # told apart by the colour-blind as well
 
 
 def draw_forces(path):
@@ -450,8 +456,8 @@ def draw_forces(path):
         axes.plot(exact_times, exact[:, component], color="black", label="reference")
         axes.plot(times, coarse[:, component], color="0.5", linestyle="--", label="coarse solver alone")
         for schedule, forces in corrected.items():
-            if (colour := {"converged": RED, "prdp": BLUE}.get(schedule.name)) is not None:
-                axes.plot(times, forces[:, component], color=colour, label=f"coarse solver and network, {schedule.title}")
+            if schedule in (CONVERGED, PRDP):
+                axes.plot(times, forces[:, component], color=schedule.colour, label=f"coarse solver and network, {schedule.title}")
         axes.set(ylabel=f"{name} coefficient", xlim=(0, times[-1]))
         axes.grid(alpha=0.25)
     panels[1].set_xlabel("time")
@@ -480,15 +486,14 @@ def draw_flow(path, fields):
     figure.savefig(path, dpi=110)
 
 
-schedule = Schedule("prdp") if runs.get(Schedule("prdp")) else next(iter(runs))
-chosen = runs[schedule][min(runs[schedule])]
+schedule, chosen = study.representative(runs)
 shown = {f"reference, after {ALONE} steps of {TIME_STEP:g}": recordings[-1][1 + ALONE*STRIDE],
          "coarse solver alone": reference["coarse"][-1],
          f"coarse solver and network, {schedule.title}": chosen.extras["last state"]}
 shown = {title: vorticity(values) for title, values in shown.items()}
-cells = field.cells  # collective
+cells = field.cells  # collective at first
 if comm.rank == 0:
-    draw_training(runs, arguments.output/"navier_stokes_cylinder.png")
-    draw_forces(arguments.output/"navier_stokes_cylinder_forces.png")
-    draw_flow(arguments.output/"navier_stokes_cylinder_flow.png", shown)
+    draw_training(runs, study.path("training"))
+    draw_forces(study.path("forces"))
+    draw_flow(study.path("flow"), shown)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

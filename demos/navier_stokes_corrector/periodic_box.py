@@ -266,8 +266,7 @@ def draw_flow(path, velocities):
     figure.colorbar(colours, ax=panels[-1], shrink=0.9)
     right.plot(range(STEPS + 1), [0, *uncorrected], ".-", color="black", label="without corrections")
     for schedule in runs:
-        colour = {"converged": "#D55E00", "prdp": "#0072B2"}.get(schedule.kind, "0.6")
-        right.plot(range(STEPS + 1), [0, *errors_by_step(schedule, "corrected")], ".-", color=colour, label=schedule.title)
+        right.plot(range(STEPS + 1), [0, *errors_by_step(schedule, "corrected")], ".-", color=schedule.colour, label=schedule.title)
     right.set(xlabel="step", title="Validation error", ylim=(0, None))
     right.yaxis.set_major_formatter(lambda error, _: f"{100*error:g} %")
     right.grid(alpha=0.25)
@@ -275,8 +274,9 @@ def draw_flow(path, velocities):
     figure.savefig(path, dpi=110)
 
 
+schedule, run = study.representative(runs)
 if comm.rank == 0:
-    draw_training(runs, arguments.output/"navier_stokes_periodic_box.png")
-    if shown:
-        draw_flow(arguments.output/"navier_stokes_periodic_box_flow.png", shown.get("PRDP", list(shown.values())[-1]))
+    draw_training(runs, study.path("training"))
+    if (velocities := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
+        draw_flow(study.path("flow"), velocities)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from prdp_fem import IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.history import Account, History
-from prdp_fem.studies import Schedule, Study, command_line, draw_training
+from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training
 
 PLATE = Path(__file__).resolve().parent.parent/"heat_emulator"/"plate.msh"  # made by Gmsh from plate.geo
 RIM = 2                                                                     # its physical group "rim"
@@ -383,7 +383,7 @@ ITERATIONS = arguments.epochs or {
     ("three", "lbfgs"): {"quick": 40, "default": 100, "full": 100},
     ("field", "lbfgs"): {"quick": 10, "default": 120, "full": 200},
 }[arguments.problem, OPTIMISER][arguments.size]
-fields = {}  # found on the plate, for the picture
+fields = {}  # true and found on the plate in each run, for the picture
 
 
 def find(seed, refinement, label):
@@ -391,9 +391,8 @@ def find(seed, refinement, label):
     inverse = Inverse(physics, refinement)
     notebook = Notebook(inverse, refinement, label)
     {"gradient_descent": gradient_descent, "lbfgs": lbfgs}[OPTIMISER](inverse, notebook)
-    if problem == "plate" and seed == arguments.seeds[0]:
-        fields["true"] = physics.truth
-        fields[label.rpartition(", ")[2]] = physics.sought[0]
+    if problem == "plate":
+        fields[label] = physics.truth, physics.sought[0]
     return notebook.history, {"errors": notebook.errors, "misfits": notebook.misfits, "residuals": notebook.residuals,
                               "labels": {"outer": "outer iteration", "errors": "Error of the parameters"}}
 
@@ -414,7 +413,7 @@ runs = study.run(find)
 # to stay there.
 
 study.print_table(runs)
-converged = runs.get(Schedule("converged"), {})
+converged = runs.get(CONVERGED, {})
 if converged:
     PETSc.Sys.Print("\ninner iterations until the error stays within 2 % of what converged physics reaches in the end:")
 for schedule, by_seed in runs.items():
@@ -430,8 +429,8 @@ def draw_costs(path):
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for shade, (schedule, by_seed) in zip(np.linspace(0.75, 0.35, len(runs)), runs.items()):
-        run = by_seed[arguments.seeds[0]]
-        style = {"converged": {"color": "#D55E00"}, "prdp": {"color": "#0072B2"}}.get(schedule.name, {"color": str(shade), "linewidth": 1})
+        run = next(iter(by_seed.values()))
+        style = {"color": schedule.colour} if schedule in (CONVERGED, PRDP) else {"color": str(shade), "linewidth": 1}
         left.loglog(run.history.iterations, run.errors, label=schedule.title, **style)
         right.loglog(run.history.iterations, np.sqrt(run.extras["misfits"]), **style)
         right.loglog(run.history.iterations, np.sqrt(run.extras["residuals"]), ":", **style)
@@ -453,9 +452,9 @@ def draw_costs(path):
     figure.savefig(path, dpi=110)
 
 
-def draw_fields(path):
+def draw_fields(path, fields):
     """The true field, what was found, and how it differs. Each rank has its part of the mesh."""
-    chosen = [name for name in ("true", "converged", "PRDP") if name in fields]
+    chosen = list(fields)
     space = fields["true"].function_space()
     points = space.mesh().coordinates.dat.data_ro_with_halos
     parts = comm.gather((points, space.cell_node_map().values, [fields[name].dat.data_ro_with_halos for name in chosen]))
@@ -477,11 +476,13 @@ def draw_fields(path):
     figure.savefig(path, dpi=110)
 
 
-pictures = ["training.png", "costs.png"]
 if comm.rank == 0:
-    draw_training(runs, arguments.output/"training.png")
-    draw_costs(arguments.output/"costs.png")
-if fields:
-    draw_fields(arguments.output/"fields.png")
-    pictures.append("fields.png")
-PETSc.Sys.Print(f"\nruns, {', '.join(pictures)} are in {os.path.relpath(arguments.output)}")
+    draw_training(runs, study.path("training"))
+    draw_costs(study.path("costs"))
+found = {}
+for schedule in (CONVERGED, PRDP):
+    if (pair := fields.get(study.label(schedule, arguments.seeds[0]))) is not None:  # not where the run comes from a file
+        found["true"], found[schedule.title] = pair
+if found:
+    draw_fields(study.path("fields"), found)
+PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

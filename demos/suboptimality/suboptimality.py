@@ -23,7 +23,6 @@ It prints how many iterations each error takes to fall below 1e-2 and 1e-6, and 
 The figure follows those on "Jacobian suboptimality" in Bhatia, Koehler and Thuerey, PRDP (ICLR 2025, arXiv 2502.19611). Options with a
 single dash are PETSc's, such as -log_view.
 """
-import argparse
 import json
 import math
 import os
@@ -41,31 +40,17 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from prdp_fem import FixedRefinement, Iterations, LinearVariationalSolver
+from prdp_fem.studies.command_line import Parser, count
 from prdp_fem.torch import SolverLayer, to_torch
 
 # The command line
 # ----------------
-# PETSc reads it, too, and is told not to complain of options that it does not know.
 
-PETSc.Options().setValue("options_left", False)
 HERE = Path(__file__).resolve().parent
 PLATE = HERE.parent/"heat_emulator"/"plate.msh"  # made by Gmsh from plate.geo
 RIM = 2                                          # its physical group "rim"
 
-
-class Parser(argparse.ArgumentParser):
-    def _print_message(self, message, file=None):
-        if COMM_WORLD.rank == 0:
-            super()._print_message(message, file)
-
-
-def count(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text}")
-    return int(text)
-
-
-parser = Parser(description=__doc__.partition("\n")[0], epilog="Options with a single dash are PETSc's, for example -log_view.")
+parser = Parser(description=__doc__.partition("\n")[0])
 parser.add_argument("--seed", type=count, default=1, help="of sources, conductivities and functionals (default: %(default)s)")
 parser.add_argument("--iterations", type=count, metavar="K",
                     help="the largest K (default: 4000, and 250 with --quick); a method that converges ends earlier")
@@ -74,18 +59,12 @@ parser.add_argument("--quick", action="store_true", default=os.environ.get("QUIC
                          "plate; also switched on by QUICK=1 in the environment")
 parser.add_argument("--output", type=Path, default=HERE/"output", metavar="DIR",
                     help="where results and figure are put (default: output beside this script)")
-arguments, others = parser.parse_known_args()
-
-if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
-    parser.error(f"cannot make anything of {' '.join(unknown)}")
+arguments, _ = parser.parse()
 if arguments.iterations is None:
     arguments.iterations = 250 if arguments.quick else 4000
 if arguments.iterations < 2:
     parser.error("there must be at least two iterations to draw a line")
-try:
-    arguments.output.mkdir(parents=True, exist_ok=True)
-except OSError as error:
-    parser.error(f"cannot put results into {arguments.output}: {error.strerror}")
+parser.make_folder(arguments.output)
 
 # The numbers of iterations that are looked at, from the largest one down: ever fewer where they are many, and cost most.
 

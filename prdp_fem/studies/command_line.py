@@ -11,15 +11,39 @@ from petsc4py import PETSc
 
 from prdp_fem.studies.schedules import Schedule
 
-__all__ = ["command_line", "count"]
+__all__ = ["Parser", "SOLVER_PREFIX", "command_line", "count"]
+
+SOLVER_PREFIX = "physics_"  # of PETSc's options for the solver that a study is about
 
 
-class _Parser(argparse.ArgumentParser):
-    """One message, not one from every rank."""
+class Parser(argparse.ArgumentParser):
+    """A parser for scripts that run on many ranks, and leave options with a single dash to PETSc."""
+
+    def __init__(self, **options):
+        super().__init__(epilog="Options with a single dash are PETSc's, for example -log_view.", **options)
 
     def _print_message(self, message, file=None):
+        """Once, not from every rank."""
         if MPI.COMM_WORLD.rank == 0:
             super()._print_message(message, file)
+
+    def parse(self) -> tuple[argparse.Namespace, list[str]]:
+        """What was read, and what is left for PETSc."""
+        arguments, others = self.parse_known_args()
+        # Behind an option of PETSc a word may be its value, in front of all of them it is nothing.
+        if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
+            self.error(f"cannot make anything of {' '.join(unknown)}")
+        PETSc.Options().setValue("options_left", False)  # those of this parser are no mistakes
+        return arguments, others
+
+    def make_folder(self, folder: Path) -> None:
+        """Where results are to be put, or an error."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.error(f"cannot put results into {folder}: {error.strerror}")
+        if not os.access(folder, os.W_OK):
+            self.error(f"cannot put results into {folder}: it is not writable")
 
 
 def count(text: str) -> int:
@@ -66,10 +90,9 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     -------
     argparse.Namespace
         With ``seeds``, ``schedules``, ``size`` (``"quick"``, ``"default"`` or ``"full"``), ``epochs`` (or None), ``output`` and
-        ``resume``, and what ``configure`` has added.
+        ``resume``, what ``configure`` has added, and ``solver_options``, PETSc's options with prefix ``physics_``.
     """
-    parser = _Parser(prog=Path(script).name, description=description.strip().partition("\n")[0],
-                     epilog="Options with a single dash are PETSc's, for example -log_view.")
+    parser = Parser(prog=Path(script).name, description=description.strip().partition("\n")[0])
     parser.add_argument("--seed", dest="seeds", type=count, nargs="+", default=[1], metavar="N",
                         help="of data, initial weights and order of samples; several for several runs (default: 1)")
     parser.add_argument("--schedules", type=_schedule, nargs="+", default=[Schedule("converged"), Schedule("prdp")], metavar="S",
@@ -86,16 +109,21 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     parser.add_argument("--resume", action="store_true", help="take runs that are in DIR already from there")
     if configure is not None:
         configure(parser)
-    arguments, others = parser.parse_known_args()
-    if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
-        parser.error(f"cannot make anything of {' '.join(unknown)}")
+    arguments, others = parser.parse()
     if arguments.epochs == 0:
         parser.error("there must be at least one epoch")
     if check is not None and (problem := check(arguments)):
         parser.error(problem)
-    try:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"cannot put results into {arguments.output}: {error.strerror}")
-    PETSc.Options().setValue("options_left", False)  # argparse's are no mistakes
+    parser.make_folder(arguments.output)
+    arguments.solver_options = " ".join(
+        word for option, word in zip(_options_of(others), others) if option.startswith(f"-{SOLVER_PREFIX}"))
     return arguments
+
+
+def _options_of(words: list[str]) -> list[str]:
+    """The option that each word is, or belongs to."""
+    options: list[str] = []
+    for word in words:
+        is_option = word.startswith("-") and not word[1:2].isdigit()  # and no negative number
+        options.append(word if is_option else options[-1])
+    return options

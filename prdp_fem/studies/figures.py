@@ -1,7 +1,7 @@
 """Figures of studies."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -10,16 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from prdp_fem.studies.runs import Run
+from prdp_fem.studies.runs import Run, Runs
 from prdp_fem.studies.savings import TOLERATED, savings
-from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 
 __all__ = ["draw_study", "draw_training"]
 
-BLUE, RED = "#0072B2", "#D55E00"  # told apart by the colour-blind as well
-_CONVERGED, _PRDP = Schedule("converged"), Schedule("prdp")
-
-Runs = Mapping[Schedule, Mapping[int, Run]]
+BLUE, RED = PRDP.colour, CONVERGED.colour
 
 
 def draw_training(runs: Runs, path: Path) -> None:
@@ -59,7 +56,7 @@ def _first_seed(runs: Runs) -> dict[Schedule, Run]:
     """The runs to be drawn as curves: constants first, so that the others lie on top; none with thresholds of their own."""
     chosen = [schedule for schedule, by_seed in runs.items() if by_seed and schedule.tau_step is None]
     chosen.sort(key=lambda schedule: (("constant", "converged", "prdp").index(schedule.kind), schedule.iterations or 0))
-    return {schedule: runs[schedule][min(runs[schedule])] for schedule in chosen}
+    return {schedule: next(iter(runs[schedule].values())) for schedule in chosen}
 
 
 def _label(chosen: Mapping[Schedule, Run], name: str, default: str) -> str:
@@ -67,11 +64,11 @@ def _label(chosen: Mapping[Schedule, Run], name: str, default: str) -> str:
     return next(iter(chosen.values())).extras.get("labels", {}).get(name, default) if chosen else default
 
 
-def _styles(schedules) -> dict[Schedule, dict]:
+def _styles(schedules: Iterable[Schedule]) -> dict[Schedule, dict]:
     constants = [schedule for schedule in schedules if schedule.kind == "constant"]
     greys = matplotlib.colormaps["Greys"](np.linspace(0.35, 0.8, max(len(constants), 1)))
     styles = {schedule: {"color": grey, "linewidth": 1.0} for schedule, grey in zip(constants, greys)}
-    return styles | {_CONVERGED: {"color": RED, "linewidth": 1.6}, _PRDP: {"color": BLUE, "linewidth": 1.6}}
+    return styles | {CONVERGED: {"color": RED, "linewidth": 1.6}, PRDP: {"color": BLUE, "linewidth": 1.6}}
 
 
 def _plot_errors(axes: Axes, runs: Runs) -> None:
@@ -80,7 +77,7 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
     styles = _styles(chosen)
     for schedule, run in chosen.items():
         axes.semilogy(np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule])
-    if (prdp := chosen.get(_PRDP)) is not None:
+    if (prdp := chosen.get(PRDP)) is not None:
         refined = np.flatnonzero(np.diff(prdp.history.level))
         axes.plot(refined + 1, prdp.errors[refined], "^", color=BLUE, markersize=4, label=f"refined after this {outer}")
     low, high = axes.get_ylim()
@@ -99,7 +96,7 @@ def _plot_iterations(axes: Axes, runs: Runs) -> None:
     styles = _styles(chosen)
     for schedule, run in chosen.items():
         axes.plot(np.arange(1, len(run.history) + 1), run.history.iterations_per_solve, drawstyle="steps-mid", **styles[schedule])
-    prdp, converged = chosen.get(_PRDP), chosen.get(_CONVERGED)
+    prdp, converged = chosen.get(PRDP), chosen.get(CONVERGED)
     if prdp is not None and converged is not None:
         epochs = np.arange(1, min(len(prdp.history), len(converged.history)) + 1)
         low, high = (run.history.iterations_per_solve[:len(epochs)] for run in (prdp, converged))
@@ -113,7 +110,7 @@ def _plot_iterations(axes: Axes, runs: Runs) -> None:
 
 
 def _plot_costs(axes: Axes, runs: Runs) -> None:
-    converged = runs.get(_CONVERGED, {})
+    converged = runs.get(CONVERGED, {})
     points = {}
     for schedule, by_seed in runs.items():
         saved = [savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged]
@@ -129,8 +126,8 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
         axes.plot(*points[schedule], "s", color=BLUE, alpha=0.5, markersize=4, label=None if index else "PRDP, other thresholds")
         axes.annotate(f"{schedule.tau_step:g}, {schedule.tau_stop:g}", points[schedule], (4, -8), textcoords="offset points",
                       fontsize="x-small", color=BLUE)
-    if _PRDP in points:
-        axes.plot(*points[_PRDP], "*", color=BLUE, markersize=13, label="PRDP")
+    if PRDP in points:
+        axes.plot(*points[PRDP], "*", color=BLUE, markersize=13, label="PRDP")
     axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.1)

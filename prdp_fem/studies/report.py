@@ -14,17 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from prdp_fem.studies.figures import draw_study
-from prdp_fem.studies.runs import Run
+from prdp_fem.studies.runs import Run, Runs
 from prdp_fem.studies.savings import Savings, best_constant, savings
-from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 from prdp_fem.studies.tables import markdown_table
 
 __all__ = ["read_runs", "write_report"]
 
-Runs = dict[Schedule, dict[int, Run]]
-
 _BLOCK = re.compile(r"<!-- (summary|study (?P<name>[^\s:]+): (?P<title>[^\n]+)) -->\n.*?<!-- end -->", re.DOTALL)
-_CONVERGED, _PRDP = Schedule("converged"), Schedule("prdp")
 _KINDS = ("converged", "prdp", "constant")
 
 
@@ -38,7 +35,7 @@ def read_runs(folder: Path) -> dict[str, Runs]:
     """
     runs = sorted((Run.read(path) for path in sorted(folder.glob("*.json"))),
                   key=lambda run: (run.study, _place(Schedule.from_text(run.schedule)), run.seed))
-    studies: dict[str, Runs] = {}
+    studies: dict[str, dict[Schedule, dict[int, Run]]] = {}
     setups: dict[str, dict] = {}
     for run in runs:
         setup = setups.setdefault(run.study, run.setup)
@@ -71,15 +68,20 @@ def write_report(folder: Path, report: Path) -> list[str]:
     Raises
     ------
     ValueError
-        Where the report names a study without runs.
+        Where the report names a study without runs, or its marks are not in pairs.
     """
     studies = read_runs(folder)
-    figures = report.with_suffix("")
-    figures.mkdir(exist_ok=True)
     text = report.read_text()
-    titles = {match["name"]: match["title"] for match in _BLOCK.finditer(text) if match["name"]}
+    marks = [len(re.findall(pattern, text)) for pattern in (r"<!-- (?:summary|study )", "<!-- end -->")]
+    if len(blocks := list(_BLOCK.finditer(text))) != marks[0] or marks[0] != marks[1]:
+        raise ValueError(f"{report} has {marks[0]} blocks that begin (<!-- summary --> or <!-- study NAME: TITLE -->), {marks[1]} that end "
+                         f"(<!-- end -->), and {len(blocks)} that do both: mend its marks")
+    titles = {match["name"]: match["title"] for match in blocks if match["name"]}
     if missing := [name for name in titles if name not in studies]:
         raise ValueError(f"there are no runs of {', '.join(missing)} in {folder}: make reproduce makes them")
+
+    figures = report.with_suffix("")
+    figures.mkdir(exist_ok=True)
 
     def block(match):
         if (name := match["name"]) is not None:
@@ -97,7 +99,7 @@ def _summary(studies: dict[str, Runs]) -> str:
     lines = ["| study | error, against converged | inner iterations saved | by refining late + by never converging | solver time saved | "
              "all time saved | best K in hindsight saves |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for title, runs in studies.items():
-        prdp = _medians(runs, _PRDP)
+        prdp = _medians(runs, PRDP)
         if prdp is None:
             continue
         best = best_constant(runs)
@@ -109,7 +111,7 @@ def _summary(studies: dict[str, Runs]) -> str:
 
 def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
     """Over the seeds; None where a schedule has none in common with converged physics."""
-    converged = runs.get(_CONVERGED, {})
+    converged = runs.get(CONVERGED, {})
     saved = [astuple(savings(run, converged[seed])) for seed, run in runs.get(schedule, {}).items() if seed in converged]
     return Savings(*np.median(saved, axis=0)) if saved else None
 
@@ -127,7 +129,7 @@ def _section(name: str, runs: Runs, figures: Path) -> str:
         # Compared at equal seeds: thresholds are varied for some of them only.
         chosen = set.intersection(*(set(by_seed) for by_seed in varied.values()))
         compared = {schedule: {seed: runs[schedule][seed] for seed in chosen if seed in runs[schedule]}
-                    for schedule in (_CONVERGED, _PRDP, *varied) if schedule in runs}
+                    for schedule in (CONVERGED, PRDP, *varied) if schedule in runs}
         parts += [f"Other thresholds (tau_step, tau_stop), seed{'s' if len(chosen) > 1 else ''} {', '.join(map(str, sorted(chosen)))}:",
                   markdown_table(compared)]
     parts.append(f"![{name}: errors, iterations, and what is reached against what it takes]({figures.name}/{name}.png)")
@@ -135,6 +137,7 @@ def _section(name: str, runs: Runs, figures: Path) -> str:
 
 
 def main() -> None:
+    """The command that the module's docstring names."""
     parser = argparse.ArgumentParser(description="Renew the tables and figures in a report on studies.")
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("report", type=Path, help="Markdown file")

@@ -1,12 +1,14 @@
 """One training run, and its file."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 from prdp_fem.history import History
 from prdp_fem.studies.schedules import Schedule
 
-__all__ = ["Run", "machine"]
+__all__ = ["Run", "Runs", "machine"]
 
 # The error of a run is that of its last epochs, which a single one does not decide.
 LAST_EPOCHS = 10
@@ -74,10 +76,12 @@ class Run:
 
     @property
     def solver_seconds(self) -> float:
+        """Wall-clock time in the solvers, forward and adjoint, of training and validation."""
         return self.history.solver_seconds[-1]
 
     @property
     def seconds(self) -> float:
+        """Wall-clock time from the first batch to the last validation."""
         return self.history.seconds[-1]
 
     @staticmethod
@@ -111,12 +115,18 @@ class Run:
             raise ValueError(f"{path} does not hold a run of a study ({error}): remove it, and run again") from None
 
 
+Runs = Mapping[Schedule, Mapping[int, Run]]  # by schedule and seed
+
+
 def machine(ranks: int) -> dict[str, Any]:
-    """Processor, number of ranks, and versions."""
+    """Processor, number of ranks, and versions of what is installed."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
         models = [line.partition(":")[2].strip() for line in information.read_text().splitlines() if line.startswith("model name")]
         processor = models[0] if models else processor
-    return {"processor": processor, "ranks": ranks, "python": platform.python_version(),
-            **{name: version(name) for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")}}
+    versions = {}
+    for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):  # torch: inverse problems do without
+            versions[name] = version(name)
+    return {"processor": processor, "ranks": ranks, "python": platform.python_version(), **versions}

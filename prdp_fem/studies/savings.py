@@ -1,13 +1,12 @@
 """What progressive refinement saves, and why."""
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from prdp_fem.studies.runs import Run
-from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.runs import Run, Runs
+from prdp_fem.studies.schedules import CONVERGED, Schedule
 
 __all__ = ["Savings", "best_constant", "savings"]
 
@@ -54,7 +53,7 @@ def savings(run: Run, converged: Run) -> Savings:
     )
 
 
-def best_constant(runs: Mapping[Schedule, Mapping[int, Run]]) -> Schedule | None:
+def best_constant(runs: Runs) -> Schedule | None:
     """The smallest constant number of iterations whose error is that of converged physics; nobody knows it before training.
 
     Parameters
@@ -67,7 +66,7 @@ def best_constant(runs: Mapping[Schedule, Mapping[int, Run]]) -> Schedule | None
     Schedule or None
         None where none of the constants is good enough.
     """
-    converged = runs[Schedule("converged")]
+    converged = runs[CONVERGED]
     for schedule in sorted((schedule for schedule in runs if schedule.kind == "constant"), key=lambda schedule: schedule.iterations):
         seeds = runs[schedule].keys() & converged.keys()
         if seeds and np.median([savings(runs[schedule][seed], converged[seed]).excess for seed in seeds]) <= TOLERATED:

@@ -2,12 +2,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prdp_fem.ladders import Iterations
+from mpi4py import MPI
+
+from prdp_fem.ladders import Iterations, Setting
 from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Refinement
 
-__all__ = ["Schedule"]
+__all__ = ["CONVERGED", "PRDP", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Schedule:
         """What ``from_text`` reads."""
         if self.kind == "constant":
             return str(self.iterations)
-        return self.kind if self.tau_step is None else f"{self.kind}:{self.tau_step:g}:{self.tau_stop:g}"
+        return self.kind if self.tau_step is None else f"{self.kind}:{self.tau_step!r}:{self.tau_stop!r}"
 
     @property
     def title(self) -> str:
@@ -73,7 +76,13 @@ class Schedule:
             return "converged"
         return "PRDP" if self.tau_step is None else f"PRDP {self.tau_step:g}, {self.tau_stop:g}"
 
-    def refinement(self, *, ladder, converged, constant=Iterations, comm=None) -> Refinement:
+    @property
+    def colour(self) -> str:
+        """What figures draw it in: converged and progressively refined physics are told apart by the colour-blind as well."""
+        return {"converged": "#D55E00", "prdp": "#0072B2", "constant": "0.6"}[self.kind]
+
+    def refinement(self, *, ladder: Sequence[Setting], converged: Setting, constant: Callable[[int], Setting] = Iterations,
+                   comm: MPI.Comm | None = None) -> Refinement:
         """The refinement, at its start.
 
         Parameters
@@ -93,3 +102,6 @@ class Schedule:
             return FixedRefinement(converged, comm=comm)
         thresholds = {} if self.tau_step is None else {"tau_step": self.tau_step, "tau_stop": self.tau_stop}
         return ProgressiveRefinement(ladder, comm=comm, **thresholds)
+
+
+CONVERGED, PRDP = Schedule("converged"), Schedule("prdp")  # what is compared, where nothing else is said

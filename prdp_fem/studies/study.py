@@ -2,25 +2,27 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from prdp_fem.history import History
 from prdp_fem.ladders import Iterations, Setting, Tolerance
 from prdp_fem.refinement import Refinement
-from prdp_fem.studies.runs import Run, machine
-from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.runs import Run, Runs, machine
+from prdp_fem.studies.schedules import PRDP, Schedule
 from prdp_fem.studies.tables import plain_table
 
 __all__ = ["Study"]
 
-Runs = dict[Schedule, dict[int, Run]]
-
 # What "converged" means where a study says nothing else; laid down beforehand, for forward and adjoint solves.
-CONVERGED = Tolerance(1e-10)
+RESIDUAL = Tolerance(1e-10)
+COMM = MPI.COMM_WORLD  # a study is all that a job does
 
 
 class Study:
@@ -39,27 +41,40 @@ class Study:
     constant : callable
         From a number of iterations to a setting, for constant schedules.
     setup : dict
-        What is trained, and how: sizes, epochs, solver. It is kept with each run, and runs under another one are not mixed in.
-    comm : mpi4py.MPI.Comm
+        What is trained, and how: sizes, epochs, solver. It is kept with each run, with the options of the command line that change the
+        solver, and runs under another one are not mixed in.
+
+    Examples
+    --------
+    In a script, ``train_one`` being a function that trains under a refinement::
+
+        arguments = command_line(__file__, __doc__)
+        study = Study("bridge", arguments, ladder=IterationLadder(start=1, step=1), setup={"nodes": 512})
+        runs = study.run(train_one)
+        study.print_table(runs)
+        if MPI.COMM_WORLD.rank == 0:
+            draw_training(runs, study.path("training"))
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace, *, ladder: Sequence[Setting], converged: Setting = CONVERGED,
-                 constant: Callable[[int], Setting] = Iterations, setup: dict[str, Any], comm: MPI.Comm = MPI.COMM_WORLD):
+    def __init__(self, name: str, arguments: argparse.Namespace, *, ladder: Sequence[Setting], converged: Setting = RESIDUAL,
+                 constant: Callable[[int], Setting] = Iterations, setup: dict[str, Any]):
         self.name = name
         self.schedules, self.seeds = list(dict.fromkeys(arguments.schedules)), list(dict.fromkeys(arguments.seeds))
         self.output, self.resume = arguments.output, arguments.resume
         self.ladder, self.converged, self.constant = ladder, converged, constant
-        self.setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
-        self.comm = comm
+        setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
+        if arguments.solver_options:
+            setup["options"] = arguments.solver_options
+        self.setup = json.loads(json.dumps(setup))  # as it is read again
 
-    def run(self, train: Callable[[int, Refinement, str], History | tuple[History, dict[str, Any]]]) -> Runs:
+    def run(self, train: Callable[[int, Refinement, str], tuple[History, dict[str, Any]]]) -> dict[Schedule, dict[int, Run]]:
         """Train under each schedule with each seed.
 
         Parameters
         ----------
         train : callable
-            From a seed, a refinement and a label for progress bars to a History, alone or with what else is to be kept as plain
-            numbers and lists. Called only for runs that are not taken from files.
+            From a seed, a refinement and a label for progress bars to a History, and what else is to be kept, as plain numbers and lists
+            by their names. Called only for runs that are not taken from files.
 
         Returns
         -------
@@ -78,21 +93,33 @@ class Study:
             kept = {key: Run.read(path) for key, path in paths.items() if path.is_file()}
             for key, run in kept.items():
                 self._check_setup(run, paths[key])
-        runs: Runs = {schedule: {} for schedule in self.schedules}
+        runs: dict[Schedule, dict[int, Run]] = {schedule: {} for schedule in self.schedules}
         for seed in self.seeds:
             for schedule in self.schedules:
                 run = kept.get((schedule, seed))
                 if run is None:
-                    refinement = schedule.refinement(ladder=self.ladder, converged=self.converged, constant=self.constant, comm=self.comm)
-                    result = train(seed, refinement, f"seed {seed}, {schedule.title}" if len(self.seeds) > 1 else schedule.title)
-                    history, extras = result if isinstance(result, tuple) else (result, {})
-                    run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(self.comm.size))
-                    if self.comm.rank == 0:
+                    refinement = schedule.refinement(ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM)
+                    history, extras = train(seed, refinement, self.label(schedule, seed))
+                    run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(COMM.size))
+                    if COMM.rank == 0:
                         run.write(paths[schedule, seed])
                 runs[schedule][seed] = run
         return runs
 
-    def _check_setup(self, run: Run, path) -> None:
+    def label(self, schedule: Schedule, seed: int) -> str:
+        """What progress bars call a run."""
+        return f"seed {seed}, {schedule.title}" if len(self.seeds) > 1 else schedule.title
+
+    def path(self, what: str) -> Path:
+        """Of a figure of this study."""
+        return self.output/f"{self.name}-{what}.png"
+
+    def representative(self, runs: Runs) -> tuple[Schedule, Run]:
+        """The run that pictures show: that of progressive refinement where there is one, with the first seed."""
+        schedule = PRDP if PRDP in runs else next(iter(runs))
+        return schedule, next(iter(runs[schedule].values()))
+
+    def _check_setup(self, run: Run, path: Path) -> None:
         differing = [f"{key}: {run.setup.get(key)} there, {self.setup.get(key)} here"
                      for key in sorted(run.setup.keys() | self.setup.keys()) if run.setup.get(key) != self.setup.get(key)]
         if differing:
@@ -101,4 +128,10 @@ class Study:
 
     def print_table(self, runs: Runs) -> None:
         """What the runs have reached and what they cost, as text on rank 0."""
-        PETSc.Sys.Print("\n" + plain_table(runs), comm=self.comm)
+        PETSc.Sys.Print("\n" + plain_table(runs))
+
+    def print_extras(self, runs: Runs, *names: str) -> None:
+        """Numbers that were kept beside, as percentages, and means over the seeds."""
+        for name in names:
+            PETSc.Sys.Print(f"\n{name}: " + ", ".join(
+                f"{schedule.title} {np.mean([run.extras[name] for run in by_seed.values()]):.2%}" for schedule, by_seed in runs.items()))

@@ -36,16 +36,25 @@ class Gathering:
         Shape (n, d): the points, sorted.
     components : int
         Values at each point.
+
+    Raises
+    ------
+    ValueError
+        Where the space is mixed, where several of its unknowns lie at the same point, or where ``period`` has not a number for each
+        direction.
     """
 
     def __init__(self, space: FunctionSpace, *, period: Sequence[float] | None = None):
         if len(space) > 1:
             raise ValueError(f"{space} is mixed: make a Gathering for each of its parts, and give the layer one output for each")
+        dimension = space.mesh().geometric_dimension
+        if period is not None and len(period) != dimension:
+            raise ValueError(f"expected {dimension} periods, one for each direction, found {len(period)}")
         self.comm = space.mesh().comm
         self.components = space.block_size
         self._nodes = space if space.block_size == 1 else space.sub(0).collapse()
         points = VectorFunctionSpace(space.mesh(), self._nodes.ufl_element())
-        local = Function(points).interpolate(SpatialCoordinate(space.mesh())).dat.data_ro.reshape(-1, space.mesh().geometric_dimension)
+        local = Function(points).interpolate(SpatialCoordinate(space.mesh())).dat.data_ro.reshape(-1, dimension)
         self._sizes = self.comm.allgather(len(local))
         everywhere = np.concatenate(self.comm.allgather(local))
         # Coordinates that differ by rounding are the same: compared as integers. Of a periodic mesh either end may stand for both.
@@ -85,7 +94,7 @@ class Gathering:
 
     @cached_property
     def cells(self) -> np.ndarray:
-        """Shape (cells, nodes of a cell): the nodes of all cells of the mesh, as numbers in this order."""
+        """Shape (cells, nodes of a cell): the nodes of all cells of the mesh, as numbers in this order; collective at first."""
         nodes = self._nodes.dof_dset.lgmap.apply(self._nodes.cell_node_map().values.ravel().astype(PETSc.IntType))
         width = self._nodes.cell_node_map().arity
         cells = self._place[np.concatenate(self.comm.allgather(nodes)).astype(np.int64)].reshape(-1, width)
@@ -93,7 +102,7 @@ class Gathering:
 
     @cached_property
     def edges(self) -> torch.Tensor:
-        """Shape (2, edges): pairs of nodes (from, to) of the same cell, in both directions.
+        """Shape (2, edges): pairs of nodes (from, to) of the same cell, in both directions; collective at first.
 
         For linear elements on triangles, tetrahedra and intervals, these are the edges of the mesh.
 
@@ -120,6 +129,11 @@ class Gathering:
         -------
         torch.Tensor
             Shape (..., n) for one component, (..., components, n) for more; the same on all ranks.
+
+        Raises
+        ------
+        ValueError
+            For another last axis.
         """
         expected = self._sizes[self.comm.rank]*self.components
         if local.shape[-1] != expected:
@@ -142,6 +156,11 @@ class Gathering:
         -------
         torch.Tensor
             Shape (..., m).
+
+        Raises
+        ------
+        ValueError
+            For other last axes.
         """
         expected = (len(self),) if self.components == 1 else (self.components, len(self))
         if whole.shape[-len(expected):] != expected:

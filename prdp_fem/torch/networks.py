@@ -33,6 +33,11 @@ class MLP(nn.Module):
         Number of hidden layers, at least 1.
     activation : type
         The class of the nonlinearity.
+
+    Raises
+    ------
+    ValueError
+        For a depth below 1.
     """
 
     def __init__(self, inputs: int, outputs: int, *, width: int = 64, depth: int = 2, activation: type[nn.Module] = nn.Tanh):

@@ -63,7 +63,7 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     Raises
     ------
     ValueError
-        For counts below one, and where the metric is not finite: training has diverged.
+        For counts below one, for a network without parameters, and where the metric is negative or not finite: training has diverged.
     """
     for name, count in (("samples", samples), ("batch_size", batch_size), ("epochs", epochs)):
         if count < 1:
