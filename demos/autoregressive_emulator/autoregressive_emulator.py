@@ -159,7 +159,7 @@ def rollout(network, u, steps):
 # would hide from a refinement whether training still improves.
 
 BATCH, AVERAGE = 5, 0.95
-EPOCHS = arguments.epochs or {"quick": 8, "default": 80, "full": 120}[arguments.size]
+EPOCHS = arguments.epochs or {"quick": 8, "default": 100, "full": 120}[arguments.size]
 
 
 def train_one(seed, refinement, label):

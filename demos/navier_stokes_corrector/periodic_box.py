@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 
 CELLS = {"quick": 12, "default": 32, "full": 48}[arguments.size]  # in each direction; the reference has twice as many
 TRAINING, VALIDATION = {"quick": (8, 8), "default": (40, 50), "full": (200, 50)}[arguments.size]
-EPOCHS = arguments.epochs or {"quick": 12, "default": 40, "full": 100}[arguments.size]
+EPOCHS = arguments.epochs or {"quick": 12, "default": 50, "full": 100}[arguments.size]
 WIDTH, BLOCKS = {"quick": (8, 1), "default": (16, 1), "full": (64, 3)}[arguments.size]
 BATCH, LEARNING_RATE = 2, 5e-3 if arguments.size != "full" else 1e-3
 LADDER = IterationLadder(start=16, step=8) if arguments.size == "quick" else IterationLadder(start=24, step=16)
