@@ -146,6 +146,10 @@ def test_refusals():
     V = FunctionSpace(mesh, "CG", 1)
     with pytest.raises(ValueError, match="mixed"):
         Gathering(V*V)
+    with pytest.raises(ValueError, match="Bernstein elements are not values at points"):
+        Gathering(FunctionSpace(mesh, "Bernstein", 2))
+    with pytest.raises(ValueError, match="is periodic: name its period"):
+        Gathering(FunctionSpace(PeriodicUnitIntervalMesh(12), "CG", 1))
     with pytest.raises(ValueError, match="expected 2 periods, one for each direction, found 1"):
         Gathering(V, period=[1])
     with pytest.raises(ValueError, match="same point"):
@@ -162,3 +166,12 @@ def test_refusals():
         _ = Gathering(FunctionSpace(UnitDiskMesh(1), "CG", 1)).grid
     with pytest.raises(ValueError, match="no edges"):
         _ = Gathering(FunctionSpace(mesh, "DG", 0)).edges
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_cells_of_extruded_meshes_are_those_of_all_layers():
+    gathering = Gathering(FunctionSpace(ExtrudedMesh(UnitIntervalMesh(6), 3), "CG", 1))
+    corners = gathering.coordinates[gathering.cells]
+    assert gathering.grid == (7, 4) and gathering.cells.shape == (18, 4)
+    assert np.allclose(np.ptp(corners, axis=1), [1/6, 1/3])                      # each is a cell,
+    assert len(np.unique(corners.mean(axis=1).round(9), axis=0)) == 18           # and another one

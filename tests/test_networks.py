@@ -125,6 +125,17 @@ def test_a_graph_network_does_not_depend_on_the_order_of_nodes(activation):
     torch.testing.assert_close(other(x[..., order]), network(x)[..., order], rtol=1e-12, atol=1e-12)
 
 
+def test_a_periodic_graph_network_commutes_with_shifts():
+    n = 12
+    gathering = Gathering(FunctionSpace(PeriodicIntervalMesh(n, 3.0), "CG", 1), period=[3.0])
+    periodic = awake(GraphNetwork(1, 1, gathering.edges, gathering.coordinates, period=[3.0]))
+    unaware = awake(GraphNetwork(1, 1, gathering.edges, gathering.coordinates))
+    x = torch.randn(2, 1, n)
+    # The coordinates of a periodic mesh are multiples of 1e-9 of its extent.
+    torch.testing.assert_close(periodic(x.roll(5, -1)), periodic(x).roll(5, -1), rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(unaware(x.roll(5, -1)), unaware(x).roll(5, -1), rtol=1e-3)
+
+
 def test_a_graph_network_depends_on_neither_place_nor_scale_of_a_mesh():
     edges, coordinates = graph()
     network = awake(GraphNetwork(1, 1, edges, coordinates))

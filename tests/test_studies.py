@@ -172,6 +172,38 @@ def test_a_machine_may_be_without_torch(monkeypatch):
     assert "torch" not in machine(1) and machine(1)["numpy"] == "1"
 
 
+def test_a_run_that_cannot_be_written_leaves_nothing_behind(tmp_path):
+    run = run_of(PRDP, 0.01, [1]*20)
+    run.extras["drag"] = np.float32(1)
+    with pytest.raises(TypeError, match="float32"):
+        run.write(tmp_path/"run.json")
+    assert not list(tmp_path.iterdir())
+    (tmp_path/"run.json").mkdir()
+    run.extras = {}
+    with pytest.raises(OSError):
+        run.write(tmp_path/"run.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_seconds_of_other_machines_are_not_compared():
+    runs = {schedule: {1: run_of(schedule, 0.01, [10]*20)} for schedule in (CONVERGED, PRDP)}
+    runs[PRDP][1].machine = {**runs[CONVERGED][1].machine, "ranks": 2}
+    saved = savings(runs[PRDP][1], runs[CONVERGED][1])
+    assert np.isnan(saved.seconds) and np.isnan(saved.solver_seconds) and saved.iterations == 0
+    assert "nan" not in plain_table(runs)
+
+
+def test_an_option_that_the_solver_did_not_look_at_is_told(tmp_path, capfd):
+    make_study(tmp_path, solver_options="-physics_pc_tipe ilu").run(lambda *_: (history([0.25]*20, [3]*20), {}))
+    assert "the solver did not look at -physics_pc_tipe" in capfd.readouterr().out
+
+
+def test_short_runs_are_averaged_as_a_whole(tmp_path, capfd):
+    study = make_study(tmp_path)
+    study.print_table({CONVERGED: {1: run_of(CONVERGED, 0.01, [10]*4, epochs=4)}})
+    assert "over all of 4" in capfd.readouterr().out
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path/"study-prdp-seed1.json").write_text('{"study": "study"}')
     with pytest.raises(ValueError, match="does not hold a run of a study"):
@@ -256,12 +288,16 @@ print(command_line(__file__, "A demo.", check=lambda arguments: "no epochs of 7"
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--schedules", "converged", "fast"], "a schedule is converged, prdp"),
-    (["--seed", "x"], "expected a whole number, found x"),
+    (["--seed", "x"], "expected a whole number below 2^31, found x"),
     (["--epochs", "0"], "at least one epoch"),
+    (["--seed", "99999999999999999999"], "below 2^31"),
+    (["--schedules", "99999999999"], "a schedule is converged, prdp"),
+    (["-quick"], "-quick would be an option of PETSc: write --quick"),
     (["--epochs", "7"], "no epochs of 7"),
     (["--nonsense"], "cannot make anything of --nonsense"),
     (["--quick", "--full"], "not allowed with"),
     (["--output", "/dev/null/x"], "cannot put results into"),
+    (["--output", "/proc"], "cannot put results into /proc"),
 ])
 def test_a_wrong_command_line_is_refused(tmp_path, options, message):
     script = tmp_path/"demo.py"

@@ -12,7 +12,7 @@ Picard iteration, GMRES restarted after 8 iterations. The script trains the same
 and with the same batches:
 
 * with converged physics: every linear system is solved to a relative residual of 1e-10;
-* with progressively refined physics (PRDP): each is given 24 iterations at first, and 16 more whenever the validation error stops
+* with progressively refined physics (PRDP): each is given 32 iterations at first, and 16 more whenever the validation error stops
   improving, until more iterations no longer help;
 * with constant numbers of iterations, where asked for.
 
@@ -43,10 +43,10 @@ torch.set_num_threads(1)
 
 CELLS = {"quick": 12, "default": 32, "full": 48}[arguments.size]  # in each direction; the reference has twice as many
 TRAINING, VALIDATION = {"quick": (8, 8), "default": (40, 50), "full": (200, 50)}[arguments.size]
-EPOCHS = arguments.epochs or {"quick": 12, "default": 50, "full": 100}[arguments.size]
+EPOCHS = arguments.epochs or {"quick": 12, "default": 40, "full": 100}[arguments.size]
 WIDTH, BLOCKS = {"quick": (8, 1), "default": (16, 1), "full": (64, 3)}[arguments.size]
 BATCH, LEARNING_RATE = 2, 5e-3 if arguments.size != "full" else 1e-3
-LADDER = IterationLadder(start=16, step=8) if arguments.size == "quick" else IterationLadder(start=24, step=16)
+LADDER = IterationLadder(start=16, step=8) if arguments.size == "quick" else IterationLadder(start=32, step=16)
 
 # The flow
 # --------
@@ -208,9 +208,9 @@ def train_one(seed, refinement, label):
         return errors, u[0]
 
     loss(torch.arange(BATCH)).backward()  # kernels are compiled before the clock starts
-    history = train(corrector, loss, lambda: validate()[0][-1], refinement=refinement, solvers=[step.solver], samples=TRAINING,
-                    batch_size=BATCH, epochs=EPOCHS, optimiser=torch.optim.Adam(corrector.parameters(), lr=LEARNING_RATE, fused=True),
-                    seed=seed, comm=comm, label=label)
+    optimiser = torch.optim.Adam(corrector.parameters(), lr=LEARNING_RATE, fused=True)
+    history = train(corrector, loss, lambda: validate()[0][-1], optimiser=optimiser, refinement=refinement,
+                    solvers=[step.solver], samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
 
     # What the last corrector is worth for more steps than it was trained for, and with converged physics: coarse physics may have
     # taught it to make up for the solver's errors. This is not counted as training.

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Parser(argparse.ArgumentParser):
         """What was read, and what is left for PETSc."""
         arguments, others = self.parse_known_args()
         # Behind an option of PETSc a word may be its value, in front of all of them it is nothing.
+        if wrong := [option for option in others if f"-{option}" in self._option_string_actions]:
+            self.error(f"{wrong[0]} would be an option of PETSc: write -{wrong[0]}")
         if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
             self.error(f"cannot make anything of {' '.join(unknown)}")
         PETSc.Options().setValue("options_left", False)  # those of this parser are no mistakes
@@ -40,16 +43,15 @@ class Parser(argparse.ArgumentParser):
         """Where results are to be put, or an error."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             self.error(f"cannot put results into {folder}: {error.strerror}")
-        if not os.access(folder, os.W_OK):
-            self.error(f"cannot put results into {folder}: it is not writable")
 
 
 def count(text: str) -> int:
     """A whole number, as the type of an option."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a whole number, found {text}")
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"expected a whole number below 2^31, found {text}")
     return int(text)
 
 
@@ -104,8 +106,8 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     size.add_argument("--full", dest="size", action="store_const", const="full", help="a large run, for hours on a larger machine")
     parser.set_defaults(size="quick" if os.environ.get("QUICK", "") not in ("", "0") else "default")
     parser.add_argument("--epochs", type=count, metavar="N", help="outer iterations (default: as the size says)")
-    parser.add_argument("--output", type=Path, default=Path(script).resolve().parent/"output", metavar="DIR",
-                        help="where runs and figures are put (default: output beside this script)")
+    parser.add_argument("--output", type=Path, metavar="DIR",
+                        help="where runs and figures are put (default: output beside this script, or output/quick or output/full)")
     parser.add_argument("--resume", action="store_true", help="take runs that are in DIR already from there")
     if configure is not None:
         configure(parser)
@@ -114,6 +116,9 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
         parser.error("there must be at least one epoch")
     if check is not None and (problem := check(arguments)):
         parser.error(problem)
+    if arguments.output is None:
+        # Runs of another size are not overwritten.
+        arguments.output = Path(script).resolve().parent/"output"/("" if arguments.size == "default" else arguments.size)
     parser.make_folder(arguments.output)
     arguments.solver_options = " ".join(
         word for option, word in zip(_options_of(others), others) if option.startswith(f"-{SOLVER_PREFIX}"))

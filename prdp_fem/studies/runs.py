@@ -91,11 +91,16 @@ class Run:
 
     def write(self, path: Path) -> None:
         """Put the run into a file, whole or not at all."""
+        text = json.dumps(asdict(self), separators=(",", ":")) + "\n"
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(asdict(self), separators=(",", ":")) + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
+        try:
+            with os.fdopen(handle, "w") as file:
+                file.write(text)
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
 
     @classmethod
     def read(cls, path: Path) -> Run:

@@ -28,7 +28,7 @@ class Savings:
         Their parts, as in the PRDP paper: what coarser levels early in training save against the last level throughout, and what the
         last level throughout saves against converged physics.
     solver_seconds, seconds : float
-        Saved wall-clock time, in the solvers and in all.
+        Saved wall-clock time, in the solvers and in all; NaN where the two ran on different processors or numbers of ranks.
     """
 
     excess: float
@@ -43,18 +43,21 @@ def savings(run: Run, converged: Run) -> Savings:
     """What a run saves against the converged one."""
     solves = run.history.solves[-1] + run.history.adjoint_solves[-1]
     at_last_level = run.history.iterations_per_solve[-1]*solves
+    same = all(run.machine.get(key) == converged.machine.get(key) for key in ("processor", "ranks"))
     return Savings(
         excess=run.error/converged.error - 1,
         iterations=1 - run.iterations/converged.iterations,
         progressive=(at_last_level - run.iterations)/converged.iterations,
         incomplete=1 - at_last_level/converged.iterations,
-        solver_seconds=1 - run.solver_seconds/converged.solver_seconds,
-        seconds=1 - run.seconds/converged.seconds,
+        solver_seconds=1 - run.solver_seconds/converged.solver_seconds if same else np.nan,
+        seconds=1 - run.seconds/converged.seconds if same else np.nan,
     )
 
 
 def best_constant(runs: Runs) -> Schedule | None:
-    """The smallest constant number of iterations whose error is that of converged physics; nobody knows it before training.
+    """The smallest constant number of iterations, of those tried, whose error is that of converged physics.
+
+    Nobody knows it before training.
 
     Parameters
     ----------

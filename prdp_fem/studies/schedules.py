@@ -48,7 +48,7 @@ class Schedule:
         """
         if text == "converged":
             return cls("converged")
-        if re.fullmatch("[1-9][0-9]*", text):
+        if re.fullmatch("[1-9][0-9]{0,8}", text):
             return cls("constant", iterations=int(text))
         kind, *thresholds = text.split(":")
         if kind == "prdp" and len(thresholds) in (0, 2):

@@ -14,7 +14,8 @@ from mpi4py import MPI
 from prdp_fem.history import History
 from prdp_fem.ladders import Iterations, Setting, Tolerance
 from prdp_fem.refinement import Refinement
-from prdp_fem.studies.runs import Run, Runs, machine
+from prdp_fem.studies.command_line import SOLVER_PREFIX
+from prdp_fem.studies.runs import LAST_EPOCHS, Run, Runs, machine
 from prdp_fem.studies.schedules import PRDP, Schedule
 from prdp_fem.studies.tables import plain_table
 
@@ -103,6 +104,7 @@ class Study:
                     run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(COMM.size))
                     if COMM.rank == 0:
                         run.write(paths[schedule, seed])
+                    self._check_options()
                 runs[schedule][seed] = run
         return runs
 
@@ -119,6 +121,12 @@ class Study:
         schedule = PRDP if PRDP in runs else next(iter(runs))
         return schedule, next(iter(runs[schedule].values()))
 
+    def _check_options(self) -> None:
+        """A solver has been made by now, so that an option that nobody has asked for is a mistake."""
+        options = [word for word in self.setup.get("options", "").split() if word.startswith(f"-{SOLVER_PREFIX}")]
+        if unused := [option for option in options if not PETSc.Options().used(option[1:])]:
+            PETSc.Sys.Print(f"the solver did not look at {', '.join(unused)}: is it spelt right?")
+
     def _check_setup(self, run: Run, path: Path) -> None:
         differing = [f"{key}: {run.setup.get(key)} there, {self.setup.get(key)} here"
                      for key in sorted(run.setup.keys() | self.setup.keys()) if run.setup.get(key) != self.setup.get(key)]
@@ -129,6 +137,8 @@ class Study:
     def print_table(self, runs: Runs) -> None:
         """What the runs have reached and what they cost, as text on rank 0."""
         PETSc.Sys.Print("\n" + plain_table(runs))
+        if (shortest := min(len(run.history) for by_seed in runs.values() for run in by_seed.values())) < LAST_EPOCHS:
+            PETSc.Sys.Print(f"(errors are means over all of {shortest}, where longer runs have those of the last {LAST_EPOCHS})")
 
     def print_extras(self, runs: Runs, *names: str) -> None:
         """Numbers that were kept beside, as percentages, and means over the seeds."""

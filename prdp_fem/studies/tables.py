@@ -36,9 +36,9 @@ def _rows(runs: Runs) -> dict[Schedule, tuple[str, ...]]:
 
 
 def _median(items: Iterable, quantity: str, form: str) -> str:
-    """The median of an attribute as text, empty where there are no items."""
+    """The median of an attribute as text, empty where there are no items or one is not known."""
     values = [getattr(item, quantity) for item in items]
-    return format(np.median(values), form) if values else ""
+    return format(np.median(values), form) if values and np.isfinite(values).all() else ""
 
 
 def plain_table(runs: Runs) -> str:

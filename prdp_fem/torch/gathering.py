@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from firedrake import Function, FunctionSpace, SpatialCoordinate, VectorFunctionSpace
+from firedrake import H1, Function, FunctionSpace, SpatialCoordinate, VectorFunctionSpace
 from mpi4py import MPI
 from petsc4py import PETSc
 
@@ -40,14 +40,18 @@ class Gathering:
     Raises
     ------
     ValueError
-        Where the space is mixed, where several of its unknowns lie at the same point, or where ``period`` has not a number for each
-        direction.
+        Where the space is mixed, where its unknowns are not values at distinct points, where the mesh is periodic and no period is given,
+        or where ``period`` has not a number for each direction.
     """
 
     def __init__(self, space: FunctionSpace, *, period: Sequence[float] | None = None):
         if len(space) > 1:
             raise ValueError(f"{space} is mixed: make a Gathering for each of its parts, and give the layer one output for each")
         dimension = space.mesh().geometric_dimension
+        if (family := space.ufl_element().family()) not in _NODAL:
+            raise ValueError(f"unknowns of {family} elements are not values at points: expected {', '.join(_NODAL)}")
+        if period is None and space.mesh().coordinates.function_space().ufl_element() not in H1:
+            raise ValueError(f"{space.mesh()} is periodic: name its period, so that its ends are taken for the same points")
         if period is not None and len(period) != dimension:
             raise ValueError(f"expected {dimension} periods, one for each direction, found {len(period)}")
         self.comm = space.mesh().comm
@@ -95,8 +99,14 @@ class Gathering:
     @cached_property
     def cells(self) -> np.ndarray:
         """Shape (cells, nodes of a cell): the nodes of all cells of the mesh, as numbers in this order; collective at first."""
-        nodes = self._nodes.dof_dset.lgmap.apply(self._nodes.cell_node_map().values.ravel().astype(PETSc.IntType))
-        width = self._nodes.cell_node_map().arity
+        cell_nodes, width = self._nodes.cell_node_map(), self._nodes.cell_node_map().arity
+        local = cell_nodes.values
+        if self._nodes.mesh().extruded:  # the map has the lowest layer's
+            layers = self._nodes.mesh().layers
+            if np.ndim(layers):
+                raise ValueError("expected an extruded mesh of as many layers everywhere, found one whose layers vary")
+            local = local[:, None] + np.arange(layers - 1)[:, None]*cell_nodes.offset
+        nodes = self._nodes.dof_dset.lgmap.apply(local.ravel().astype(PETSc.IntType))
         cells = self._place[np.concatenate(self.comm.allgather(nodes)).astype(np.int64)].reshape(-1, width)
         return cells[np.lexsort(np.sort(cells, axis=1).T[::-1])]
 
@@ -171,11 +181,14 @@ class Gathering:
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of a tensor without gradients, such as a part of an error; collective."""
         if self.comm.size == 1:
-            return part
+            return part.detach()
         summed = part.detach().clone().contiguous()
         self.comm.Allreduce(MPI.IN_PLACE, summed.numpy())
         return summed
 
+
+# Elements whose unknowns are values at points.
+_NODAL = ("Lagrange", "Q", "Discontinuous Lagrange", "DQ", "Kong-Mulder-Veldhuizen")
 
 # Steps across the mesh that coordinates are told apart by.
 _RESOLUTION = 10**9

@@ -133,6 +133,8 @@ class GraphNetwork(nn.Module):
         Shape (n, d).
     features : torch.Tensor or None
         Shape (k, n): what is known of the nodes, of size one.
+    period : Sequence of float or None
+        Extent of a periodic mesh in each direction, as for :class:`prdp_fem.torch.Gathering`: edges across its ends are short ones.
     width : int
         Size of a node's state; hidden layers are twice as wide.
     steps : int
@@ -149,9 +151,9 @@ class GraphNetwork(nn.Module):
     """
 
     def __init__(self, inputs: int, outputs: int, edges: torch.Tensor, coordinates, *, features: torch.Tensor | None = None,
-                 width: int = 16, steps: int = 4, activation: type[nn.Module] | None = nn.ReLU):
+                 period: Sequence[float] | None = None, width: int = 16, steps: int = 4, activation: type[nn.Module] | None = nn.ReLU):
         super().__init__()
-        means = _neighbour_means(edges, torch.as_tensor(coordinates, dtype=torch.float64)).to(torch.get_default_dtype())
+        means = _neighbour_means(edges, torch.as_tensor(coordinates, dtype=torch.float64), period).to(torch.get_default_dtype())
         self.means, self.operators = _SparseProduct(means), means.shape[0]//means.shape[1]
         self.activation = nn.Identity() if activation is None else activation()
         hidden, bias = 2*width, activation is not None
@@ -181,7 +183,7 @@ class GraphNetwork(nn.Module):
         return self.decode(state).permute(1, 2, 0).reshape(*batch, self.decode.out_features, n)
 
 
-def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Sequence[float] | None = None) -> torch.Tensor:
     """Shape ((d + 1) n, n), sparse: the mean difference to the neighbours, and each component of the gradient by least squares.
 
     Lengths are in units of the mean edge, and the mean difference is scaled to the Laplacian where neighbours lie evenly.
@@ -189,6 +191,9 @@ def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor) -> torch.Te
     source, target = edges
     n, dimension = coordinates.shape
     offset = coordinates[source] - coordinates[target]
+    if period is not None:
+        lengths = torch.as_tensor(period, dtype=offset.dtype)
+        offset = offset - torch.where(torch.isfinite(lengths), lengths*torch.round(offset/lengths), 0.0)
     offset = offset/offset.norm(dim=-1).mean()
     share = 1/torch.bincount(target, minlength=n)[target].to(offset.dtype)
     moments = offset.new_zeros(n, dimension, dimension).index_add(0, target, share[:, None, None]*offset[:, :, None]*offset[:, None])
