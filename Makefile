@@ -49,26 +49,26 @@ poisson: install
 
 heat: install
 	$(call study,$(HEAT) --domain plate,4 6 8)
-	$(call study,$(HEAT) --domain interval --solver jacobi,8 12 16)
+	$(call study,$(HEAT) --domain interval --solver jacobi,5 6 8 12 16)
 	$(call thresholds,$(HEAT) --domain interval --solver jacobi)
-	$(call study,$(HEAT) --domain square --solver jacobi,8 16)
+	$(call study,$(HEAT) --domain square --solver jacobi,8 12 16)
 	$(call thresholds,$(HEAT) --domain square --solver jacobi)
-	$(call study,$(HEAT) --domain square --solver steepest_descent,8 16)
+	$(call study,$(HEAT) --domain square --solver steepest_descent,3 4 6 8 16)
 	$(call thresholds,$(HEAT) --domain square --solver steepest_descent)
-	$(call study,$(HEAT) --domain square --solver cg,3 5 8)
+	$(call study,$(HEAT) --domain square --solver cg,2 3 5 8)
 	$(call thresholds,$(HEAT) --domain square --solver cg)
 	$(call study,$(HEAT) --domain cube,4 8)
 
 burgers: install
 	$(call study,$(BURGERS) --dimension 1,12 20)
 	$(call thresholds,$(BURGERS) --dimension 1)
-	$(call study,$(BURGERS) --dimension 2,8 12)
+	$(call study,$(BURGERS) --dimension 2,2 4 8 12)
 	$(call thresholds,$(BURGERS) --dimension 2)
 
 navier_stokes: install
-	$(call study,$(BOX),24 40 56)
+	$(call study,$(BOX),40 48 56)
 	$(call thresholds,$(BOX))
-	$(call study,$(CYLINDER),8)
+	$(call study,$(CYLINDER),2 4 8)
 
 autoregressive: install
 	$(call study,$(AUTOREGRESSIVE),4 8)

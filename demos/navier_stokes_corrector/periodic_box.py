@@ -20,7 +20,7 @@ It prints what they have reached and what they cost, and draws it:
 
     python periodic_box.py                                              three minutes
     python periodic_box.py --quick                                      a quarter of a minute; or QUICK=1 in the environment
-    python periodic_box.py --schedules converged prdp 24 36 48 60 --seed 1 2 3
+    python periodic_box.py --schedules converged prdp 40 48 56 --seed 1 2 3
     mpiexec -n 2 python periodic_box.py --output out                    in parallel
 
 Options with a single dash are PETSc's: -log_view, or -physics_pc_type and whatever else configures the solver with prefix physics_.

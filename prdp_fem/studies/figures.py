@@ -131,7 +131,7 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
     axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=0.1)
-    axes.margins(x=0.12)  # for the labels
+    axes.margins(x=0.12, y=0.12)  # for the labels
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100*fraction:.3g} %"))
