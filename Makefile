@@ -69,6 +69,7 @@ navier_stokes: install
 	$(call study,$(BOX),40 48 56)
 	$(call thresholds,$(BOX))
 	$(call study,$(CYLINDER),2 4 8)
+	$(if $(QUICK),true,cp $(RUNS)/navier_stokes_cylinder-forces.png $(RUNS)/navier_stokes_cylinder-flow.png docs/results/)
 
 autoregressive: install
 	$(call study,$(AUTOREGRESSIVE),4 8)

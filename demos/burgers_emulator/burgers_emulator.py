@@ -169,7 +169,7 @@ data_of = lru_cache(1)(Data)  # by seed: schedules share them
 EPOCHS = arguments.epochs or {"quick": 25, "default": 60, "full": 120}[arguments.size]
 BATCH = 5
 LEARNING_RATE, COOLING = {1: (5e-3, 0.4), 2: (3e-3, 0.3)}[dimension]  # COOLING: the share of epochs in which it goes down
-ALONE, CONVERGED = "error at one step, of the network alone", "error with converged physics"
+AT_ONE_STEP, CONVERGED_PHYSICS = "error at one step, of the network alone", "error with converged physics"
 shown = {}  # a validation sample of each run, for the picture
 
 
@@ -198,7 +198,7 @@ def train_one(seed, refinement, label):
         one_step = field.total(((u1 - data.u1[validation])**2).sum(dim=-1)/data.norm1[validation]).mean().sqrt().item()
         converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
         shown[label] = data.u0[TRAINING], *(field.gather(part).view(dimension, -1) for part in (data.u2[TRAINING], u2[0]))
-    return history, {ALONE: one_step, CONVERGED: converged}
+    return history, {AT_ONE_STEP: one_step, CONVERGED_PHYSICS: converged}
 
 
 PETSc.Sys.Print(f"Burgers in {dimension}-D: {V.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}; "
@@ -213,7 +213,7 @@ runs = study.run(train_one)
 # Iterations and seconds are those of training and validation together.
 
 study.print_table(runs)
-study.print_extras(runs, ALONE, CONVERGED)
+study.print_extras(runs, AT_ONE_STEP, CONVERGED_PHYSICS)
 
 
 def draw_fields(path, u0, reference, prediction):

@@ -194,16 +194,18 @@ for condition in conditions:
 warm = field.gather(torch.from_numpy(warm.dat.data_ro.copy()))
 
 
+WIDTH = {"mlp": 128 if dimension < 3 else 64, "resnet": 8, "graph": 16}[arguments.network]
+
+
 class Emulator(torch.nn.Module):
     def __init__(self):
         super().__init__()
         if arguments.network == "mlp":
-            self.layers = MLP(n, n, width=128 if dimension < 3 else 64, depth=1)
+            self.layers = MLP(n, n, width=WIDTH, depth=1)
         elif arguments.network == "resnet":
-            self.layers = ResNet(1, 1, field.grid, width=8, blocks=1)
+            self.layers = ResNet(1, 1, field.grid, width=WIDTH, blocks=1)
         else:
-            self.layers = GraphNetwork(1, 1, field.edges, field.coordinates, width=16, steps=3)
-
+            self.layers = GraphNetwork(1, 1, field.edges, field.coordinates, width=WIDTH, steps=3)
         self.to(PRECISION)
 
     def forward(self, u):
@@ -221,19 +223,20 @@ class Emulator(torch.nn.Module):
 EPOCHS = arguments.epochs or {"quick": 60 if domain == "plate" else 15, "default": 60 if dimension == 3 else 150,
                               "full": 300}[arguments.size]
 BATCH = 10 if dimension == 3 else 20
-ALONE, CONVERGED = "error at one step, of the network alone", "error with converged physics"
+LEARNING_RATE = 2e-3 if arguments.network != "mlp" else 6e-4 if dimension == 3 else 2e-4
+AT_ONE_STEP, CONVERGED_PHYSICS = "error at one step, of the network alone", "error with converged physics"
 shown = {}  # a validation sample of each run, for the picture
 
 
 def adam(network):
     if arguments.network != "mlp":
-        return torch.optim.Adam(network.parameters(), lr=2e-3, fused=True)
+        return torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
     # The first layer has a weight for each node. Adam moves all of them at once, and the sum over the nodes moves by as much: the
     # more nodes, the slower they must be.
     first, *others = network.layers.layers
-    rate = 6e-4 if dimension == 3 else 2e-4
-    return torch.optim.Adam([{"params": list(first.parameters()), "lr": rate*min(1, 1000/n)},
-                             {"params": [parameter for layer in others for parameter in layer.parameters()]}], lr=rate, fused=True)
+    return torch.optim.Adam([{"params": list(first.parameters()), "lr": LEARNING_RATE*min(1, 1000/n)},
+                             {"params": [parameter for layer in others for parameter in layer.parameters()]}],
+                            lr=LEARNING_RATE, fused=True)
 
 
 
@@ -262,7 +265,7 @@ def train_one(seed, refinement, label):
         one_step = field.total((u1 - data.u1[validation])**2 @ mass/data.norm1[validation]).mean().sqrt().item()
         converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
         shown[label] = [field.gather(values) for values in (u2[0], data.u2[TRAINING])] + [data.u0[TRAINING]]
-    return history, {ALONE: one_step, CONVERGED: converged}
+    return history, {AT_ONE_STEP: one_step, CONVERGED_PHYSICS: converged}
 
 
 PETSc.Sys.Print(f"{domain}: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; "
@@ -271,7 +274,8 @@ name = ("mesh_" if arguments.mesh else "") + f"{Path(domain).stem}_{arguments.so
 study = Study(f"heat_{name}" + (f"_{arguments.network}" if arguments.network != "mlp" else ""), arguments,
               ladder=IterationLadder(start=2 if dimension == 3 else 1, step=LEVEL),
               setup={"domain": domain, "nodes": n, "solver": arguments.solver, "network": arguments.network, "training samples": TRAINING,
-                     "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "diffusivity times time step": DIFFUSION})
+                     "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "width": WIDTH,
+                     "diffusivity times time step": DIFFUSION})
 runs = study.run(train_one)
 
 # The result
@@ -279,7 +283,7 @@ runs = study.run(train_one)
 # Iterations and seconds are those of training and validation together.
 
 study.print_table(runs)
-study.print_extras(runs, ALONE, CONVERGED)
+study.print_extras(runs, AT_ONE_STEP, CONVERGED_PHYSICS)
 
 
 def draw_fields(path, u2, reference, u0):
