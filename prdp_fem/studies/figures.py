@@ -87,7 +87,8 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=outer, ylabel="relative error", title=_label(chosen, "errors", "Validation error"))
-    axes.legend(fontsize="small")
+    if chosen:
+        axes.legend(fontsize="small")
     axes.grid(alpha=0.25)
 
 
