@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from prdp_fem.studies.runs import Run, Runs
 from prdp_fem.studies.savings import TOLERATED, savings
@@ -79,10 +79,10 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
         axes.semilogy(np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule])
     if (prdp := chosen.get(PRDP)) is not None:
         refined = np.flatnonzero(np.diff(prdp.history.level))
-        axes.plot(refined + 1, prdp.errors[refined], "^", color=BLUE, markersize=4, label=f"refined after this {outer}")
+        axes.plot(refined + 1, prdp.errors[refined], "^", color=BLUE, markersize=5, label=f"refined after this {outer}")
     low, high = axes.get_ylim()
     if high/low < 30:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axes.yaxis.set_major_locator(MaxNLocator(6) if high/low < 3 else LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -125,13 +125,12 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
     others = [schedule for schedule in points if schedule.tau_step is not None]
     for index, schedule in enumerate(others):
         axes.plot(*points[schedule], "s", color=BLUE, alpha=0.5, markersize=4, label=None if index else "PRDP, other thresholds")
-        axes.annotate(f"{schedule.tau_step:g}, {schedule.tau_stop:g}", points[schedule], (4, -8), textcoords="offset points",
-                      fontsize="x-small", color=BLUE)
     if PRDP in points:
         axes.plot(*points[PRDP], "*", color=BLUE, markersize=13, label="PRDP")
     axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
     axes.set_xscale("log")
-    axes.set_yscale("symlog", linthresh=0.1)
+    if max((abs(excess) for _, excess in points.values()), default=0) > 0.15:
+        axes.set_yscale("symlog", linthresh=0.1)
     axes.margins(x=0.12, y=0.12)  # for the labels
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
