@@ -31,9 +31,9 @@ class Parser(argparse.ArgumentParser):
     def parse(self) -> tuple[argparse.Namespace, list[str]]:
         """What was read, and what is left for PETSc."""
         arguments, others = self.parse_known_args()
-        # Behind an option of PETSc a word may be its value, in front of all of them it is nothing.
         if wrong := [option for option in others if f"-{option}" in self._option_string_actions]:
             self.error(f"{wrong[0]} would be an option of PETSc: write -{wrong[0]}")
+        # Behind an option of PETSc a word may be its value, in front of all of them it is nothing.
         if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
             self.error(f"cannot make anything of {' '.join(unknown)}")
         PETSc.Options().setValue("options_left", False)  # those of this parser are no mistakes
