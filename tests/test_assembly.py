@@ -155,7 +155,7 @@ def test_extruded_meshes_are_left_to_firedrake():
 
 @pytest.mark.parallel([1, 2, 3])
 def test_an_operator_that_is_assembled_again_gives_the_same_bits():
-    """On one and two ranks; on three a solve has been seen to differ by rounding, rarely, and only after all test modules were imported."""
+    """On one and two ranks; on three the matrix has the same bits, but solves with it have been seen to differ by rounding."""
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"})
     solver.solve()
