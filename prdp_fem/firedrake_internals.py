@@ -214,8 +214,13 @@ class CoordinateAssembler:
         self._loops = [part.loop_into(self._values[start:stop]) for part, start, stop in zip(parts, bounds, bounds[1:])]
 
     def _diagonal(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that this rank owns, and their values: those of boundary rows; zero where there is only room for factorisations."""
-        space = self._matrix.a.arguments()[0].function_space()
+        """The rows that this rank owns, and their values: those of boundary rows; zero where there is only room for factorisations.
+
+        A matrix between two spaces has none.
+        """
+        space, trial_space = (argument.function_space() for argument in self._matrix.a.arguments())
+        if space != trial_space:
+            return np.empty(0, PETSc.IntType), np.empty(0)
         rows = np.arange(*self._matrix.petscmat.getOwnershipRange(), dtype=PETSc.IntType)
         values = Function(space)
         for condition in self._matrix.bcs:

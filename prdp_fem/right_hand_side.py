@@ -10,14 +10,14 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Function, TrialFunction, assemble, derivative
+from firedrake import Cofunction, Function, TrialFunction, derivative
 from firedrake.petsc import PETSc
 from ufl import classes
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.corealg.traversal import unique_pre_traversal
 
 from prdp_fem.batch import Batch, BatchStore
-from prdp_fem.firedrake_internals import assemble_into
+from prdp_fem.firedrake_internals import MatrixAssembler, assemble_into
 from prdp_fem.forms import LinearForms
 from prdp_fem.inputs import Input, coefficients_of, is_real_space, same_bits, vector_like
 from prdp_fem.lifting import Lifting
@@ -151,7 +151,8 @@ class AffineTerm:
 
     def __init__(self, form: ufl.Form, parameters: set[int], entry: Input, boundary_dofs: np.ndarray):
         self.parameters = parameters
-        self._form, self._boundary_dofs = form, boundary_dofs
+        self._boundary_dofs = boundary_dofs
+        self._assemble = MatrixAssembler(form, [], parameters=None)
         self._inputs = BatchStore(vector_like(entry.copy))
         self._matrix: PETSc.Mat | None = None
         self._transpose: PETSc.Mat | None = None
@@ -163,7 +164,7 @@ class AffineTerm:
 
     def _assembled(self) -> PETSc.Mat:
         if self._matrix is None:
-            self._matrix = assemble(self._form, mat_type="aij").petscmat
+            self._matrix = self._assemble()
             rows = self._boundary_dofs + self._matrix.getOwnershipRange()[0]
             self._matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
             # Products with one vector then add up in the order in which those with several do: equal to the bit.

@@ -1,4 +1,6 @@
 """Operators assembled in coordinate format against Firedrake's own assembly."""
+import time
+
 import numpy as np
 import pytest
 from firedrake import *
@@ -154,16 +156,13 @@ def test_extruded_meshes_are_left_to_firedrake():
 
 
 @pytest.mark.parallel([1, 2, 3])
-def test_an_operator_that_is_assembled_again_gives_the_same_bits():
-    """On one and two ranks; on three the matrix has the same bits, but solves with it have been seen to differ by rounding."""
+def test_what_is_assembled_again_gives_the_same_bits():
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"})
     solver.solve()
     first = problem.u.dat.data_ro.copy()
-    for _ in range(10):
+    for repetition in range(30):
+        time.sleep(0.001*((problem.mesh.comm.rank + repetition) % problem.mesh.comm.size))  # ranks arrive in changing orders
         solver.invalidate_jacobian()
         solver.solve()
-        if problem.mesh.comm.size < 3:
-            np.testing.assert_array_equal(problem.u.dat.data_ro, first)
-        else:
-            np.testing.assert_allclose(problem.u.dat.data_ro, first, rtol=1e-14, atol=1e-15)
+        np.testing.assert_array_equal(problem.u.dat.data_ro, first)
