@@ -76,12 +76,14 @@ class Account:
     solvers : iterable of LinearVariationalSolver or NonlinearVariationalSolver
         Those whose work is counted.
     comm : mpi4py.MPI.Comm
-        Over which times are compared; ``spent`` is collective on it.
+        All ranks, over which times are compared; ``spent`` is collective on it.
+    members : mpi4py.MPI.Comm
+        One rank of each member of an ensemble, whose counts are added up.
     """
 
-    def __init__(self, solvers: Iterable, comm: MPI.Comm = MPI.COMM_SELF):
+    def __init__(self, solvers: Iterable, comm: MPI.Comm = MPI.COMM_SELF, members: MPI.Comm = MPI.COMM_SELF):
         self._statistics = [solver.statistics for solver in solvers]
-        self._comm = comm
+        self._comm, self._members = comm, members
         self._opening = self._sums()
         self._start = time.perf_counter()
 
@@ -92,7 +94,9 @@ class Account:
         """Counts, ``solver_seconds`` and ``seconds`` so far."""
         seconds = time.perf_counter() - self._start
         sums = self._sums()
-        spent = {name: int(sums[name] - self._opening[name]) for name in _COUNTS}
+        counts = np.array([int(sums[name] - self._opening[name]) for name in _COUNTS])
+        self._members.Allreduce(MPI.IN_PLACE, counts)
+        spent = dict(zip(_COUNTS, counts.tolist()))
         slowest = np.array([sums["seconds"] - self._opening["seconds"], seconds])
         self._comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
         spent["solver_seconds"], spent["seconds"] = slowest.round(4).tolist()

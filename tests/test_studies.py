@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
+from firedrake import COMM_WORLD, Ensemble
 
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, ProgressiveRefinement, Tolerance
 from prdp_fem.history import Account, History
@@ -111,8 +112,7 @@ def test_tables_show_medians():
 
 def arguments(tmp_path, **others):
     return argparse.Namespace(**{"schedules": [CONVERGED, PRDP], "seeds": [1, 2], "output": tmp_path, "resume": False, "size": "default",
-                                 "solver_options": "",
-                                 **others})
+                                 "ensemble": Ensemble(COMM_WORLD, COMM_WORLD.size), "solver_options": "", **others})
 
 
 def make_study(tmp_path, *, setup=None, **others):
@@ -169,7 +169,8 @@ def test_a_machine_may_be_without_torch(monkeypatch):
         return "1"
 
     monkeypatch.setattr(runs_module, "version", version)
-    assert "torch" not in machine(1) and machine(1)["numpy"] == "1"
+    described = machine(Ensemble(COMM_WORLD, 1))
+    assert "torch" not in described and described["numpy"] == "1" and described["members"] == 1
 
 
 def test_a_run_that_cannot_be_written_leaves_nothing_behind(tmp_path):

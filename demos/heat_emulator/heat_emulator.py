@@ -18,7 +18,8 @@ It prints what they have reached and what they cost, and draws it:
     python heat_emulator.py                                             a plate with holes; about a minute
     python heat_emulator.py --quick                                     half a minute; or QUICK=1 in the environment
     python heat_emulator.py --domain square --solver jacobi --schedules converged prdp 5 10 20 --seed 1 2 3
-    mpiexec -n 2 python heat_emulator.py --mesh my.msh --output out     in parallel, on another mesh
+    mpiexec -n 2 python heat_emulator.py --mesh my.msh --output out     two ranks share another mesh
+    mpiexec -n 2 python heat_emulator.py --ensemble 2                   two ranks share the samples
 
 Options with a single dash are PETSc's: -log_view, or -physics_ksp_type and whatever else configures the solver with prefix physics_.
 """
@@ -34,7 +35,7 @@ from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
 from prdp_fem.studies import Study, command_line, draw_training
-from prdp_fem.torch import MLP, Gathering, GraphNetwork, ResNet, SolverLayer, train
+from prdp_fem.torch import MLP, Gathering, GraphNetwork, Partition, ResNet, SolverLayer, deal, to_torch, total, train
 
 # The command line
 # ----------------
@@ -79,6 +80,8 @@ def check(arguments):
 
 
 arguments = command_line(__file__, __doc__, configure=configure, check=check)
+ensemble = arguments.ensemble  # its members have the whole mesh each, on ranks of their own (comm), and deal the samples out
+comm = ensemble.comm
 
 # The domain
 # ----------
@@ -91,21 +94,21 @@ CELLS = {"interval": {"quick": 31, "default": 31, "full": 200}, "square": {"quic
 
 if domain in CELLS:
     cells = CELLS[domain][arguments.size]
-    mesh = {"interval": UnitIntervalMesh, "square": UnitSquareMesh, "cube": UnitCubeMesh}[domain](*[cells]*(list(CELLS).index(domain) + 1))
+    make_mesh = {"interval": UnitIntervalMesh, "square": UnitSquareMesh, "cube": UnitCubeMesh}[domain]
+    mesh = make_mesh(*[cells]*(list(CELLS).index(domain) + 1), comm=comm)
     cold = "on_boundary"
 else:
     try:
-        mesh = Mesh(str(arguments.mesh or PLATE))
+        mesh = Mesh(str(arguments.mesh or PLATE), comm=comm)
     except (ValueError, PETSc.Error) as error:
         raise ValueError(f"{domain} cannot be read as a plane mesh of straight triangles") from error
     degree = mesh.coordinates.function_space().ufl_element().degree()
     if mesh.ufl_cell().cellname != "triangle" or mesh.geometric_dimension != 2 or degree != 1:
         raise ValueError(f"{domain} must be a plane mesh of straight triangles")
-    corners = np.concatenate(mesh.comm.allgather(mesh.coordinates.dat.data_ro))
+    corners = np.concatenate(comm.allgather(mesh.coordinates.dat.data_ro))
     size = np.ptp(corners, axis=0).max()
     mesh.coordinates.assign((mesh.coordinates - Constant(corners.min(axis=0)))/size)
     cold = None if arguments.mesh else RIM
-comm = mesh.comm
 
 # The solver
 # ----------
@@ -157,7 +160,7 @@ torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 sines = np.sin(np.pi*np.arange(1, MODES + 1)[:, None]*x[:, None])  # by direction, mode and node
 reference_step = Step(solver_parameters={"ksp_type": "cg", "pc_type": "jacobi", "ksp_rtol": 1e-12})
-mass = torch.from_numpy(assemble(v*dx).dat.data_ro.copy())
+mass = to_torch(assemble(v*dx), copy=True)
 
 
 class Data:
@@ -179,22 +182,29 @@ class Data:
         return (u2 - self.u2[samples])**2 @ mass/self.norm2[samples]
 
 
-validation = torch.arange(TRAINING, TRAINING + VALIDATION)
+validation = deal(torch.arange(TRAINING, TRAINING + VALIDATION), ensemble)
+
+
+def mean_error(squared_errors):
+    """Over all validation samples, from this rank's part of those that its member has been dealt."""
+    return total(squared_errors.sum(), ensemble.global_comm).item()/VALIDATION
+
 
 # The network
 # -----------
-# It adds to the temperature what its layers say, and leaves a cold boundary cold. It starts as the identity. In three dimensions its
-# two million weights are numbers of single precision: moving them through memory is what they cost.
+# It adds to the temperature what its layers say, and leaves a cold boundary cold. It starts as the identity. It is given whole
+# temperatures, and each rank has its part of the new one. Dense layers and convolutions need the whole to compute any part. A graph
+# network looks from a node to its neighbours: each rank computes its own nodes, and has its neighbours' values from their ranks.
+#
+# In three dimensions the two million weights of dense layers are numbers of single precision: moving them through memory is what they cost.
 
 PRECISION = torch.float32 if dimension == 3 else torch.float64
+WIDTH = {"mlp": 128 if dimension < 3 else 64, "resnet": 8, "graph": 16}[arguments.network]
 
 warm = Function(V).assign(1)
 for condition in conditions:
     condition.zero(warm)
-warm = field.gather(torch.from_numpy(warm.dat.data_ro.copy()))
-
-
-WIDTH = {"mlp": 128 if dimension < 3 else 64, "resnet": 8, "graph": 16}[arguments.network]
+warm = to_torch(warm, copy=True)
 
 
 class Emulator(torch.nn.Module):
@@ -205,12 +215,18 @@ class Emulator(torch.nn.Module):
         elif arguments.network == "resnet":
             self.layers = ResNet(1, 1, field.grid, width=WIDTH, blocks=1)
         else:
-            self.layers = GraphNetwork(1, 1, field.edges, field.coordinates, width=WIDTH, steps=3)
+            own = Partition(V)
+            self.layers = GraphNetwork(1, 1, own.edges, own.coordinates, halo=own.halo, width=WIDTH, steps=3)
         self.to(PRECISION)
 
-    def forward(self, u):
-        inputs = u.to(PRECISION)
-        change = self.layers(inputs) if arguments.network == "mlp" else self.layers(inputs[..., None, :])[..., 0, :]
+    def forward(self, whole):
+        u = field.scatter(whole)
+        if arguments.network == "mlp":
+            change = field.scatter(self.layers(whole.to(PRECISION)))
+        elif arguments.network == "resnet":
+            change = field.scatter(self.layers(whole.to(PRECISION)[..., None, :])[..., 0, :])
+        else:
+            change = self.layers(u.to(PRECISION)[..., None, :])[..., 0, :]
         return u + warm*change
 
 
@@ -247,28 +263,29 @@ def train_one(seed, refinement, label):
     step = Step(refinement=refinement, options_prefix="physics_", solver_parameters=SOLVERS[arguments.solver])
 
     def loss(samples):
-        u2 = step(field.scatter(network(data.u0[samples])))
+        u2 = step(network(data.u0[samples]))
         return data.squared_errors(u2, samples).mean()
 
     def validate():
-        u2 = step(field.scatter(network(data.u0[validation])))
-        return field.total(data.squared_errors(u2, validation)).mean().item()
+        u2 = step(network(data.u0[validation]))
+        return mean_error(data.squared_errors(u2, validation))
 
     history = train(network, loss, validate, refinement=refinement, solvers=[step.solver], samples=TRAINING, batch_size=BATCH,
-                    epochs=EPOCHS, optimiser=adam(network), seed=seed, comm=comm, label=label)
+                    epochs=EPOCHS, optimiser=adam(network), seed=seed, ensemble=ensemble, label=label)
 
     # What the last network is worth with converged physics, and without any: coarse physics may have taught it to make up
     # for the solver's errors. This is not counted as training.
     with torch.no_grad():
-        u1 = field.scatter(network(data.u0[validation]))
+        u1 = network(data.u0[validation])
         u2 = reference_step(u1)
-        one_step = field.total((u1 - data.u1[validation])**2 @ mass/data.norm1[validation]).mean().sqrt().item()
-        converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
+        one_step = mean_error((u1 - data.u1[validation])**2 @ mass/data.norm1[validation])**0.5
+        converged = mean_error(data.squared_errors(u2, validation))**0.5
         shown[label] = [field.gather(values) for values in (u2[0], data.u2[TRAINING])] + [data.u0[TRAINING]]
     return history, {AT_ONE_STEP: one_step, CONVERGED_PHYSICS: converged}
 
 
-PETSc.Sys.Print(f"{domain}: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; "
+PETSc.Sys.Print(f"{domain}: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}"
+                f"{f', {ensemble.ensemble_size} times' if ensemble.ensemble_size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
 name = ("mesh_" if arguments.mesh else "") + f"{Path(domain).stem}_{arguments.solver}"
 study = Study(f"heat_{name}" + (f"_{arguments.network}" if arguments.network != "mlp" else ""), arguments,
@@ -318,7 +335,7 @@ def draw_fields(path, u2, reference, u0):
 
 cells = field.cells  # collective at first
 schedule, run = study.representative(runs)
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw_training(runs, study.path("training"))
     if (fields := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
         draw_fields(study.path("fields"), *(values.numpy() for values in fields))

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from firedrake import Ensemble
 from mpi4py import MPI
 from petsc4py import PETSc
 
@@ -74,6 +75,7 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
         --epochs N                   instead of what the size says
         --output DIR                 where runs and figures are put
         --resume                     take runs that are there already from their files
+        --ensemble N                 deal samples out to N groups of ranks; the ranks of a group share a mesh
 
     Options with a single dash are PETSc's, which reads them itself.
 
@@ -92,7 +94,8 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     -------
     argparse.Namespace
         With ``seeds``, ``schedules``, ``size`` (``"quick"``, ``"default"`` or ``"full"``), ``epochs`` (or None), ``output`` and
-        ``resume``, what ``configure`` has added, and ``solver_options``, PETSc's options with prefix ``physics_``.
+        ``resume``, what ``configure`` has added, ``ensemble``, a :class:`firedrake.Ensemble`, and ``solver_options``, PETSc's options
+        with prefix ``physics_``.
     """
     parser = Parser(prog=Path(script).name, description=description.strip().partition("\n")[0])
     parser.add_argument("--seed", dest="seeds", type=count, nargs="+", default=[1], metavar="N",
@@ -109,17 +112,23 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="where runs and figures are put (default: output beside this script, or output/quick or output/full)")
     parser.add_argument("--resume", action="store_true", help="take runs that are in DIR already from there")
+    parser.add_argument("--ensemble", type=count, default=1, metavar="N",
+                        help="deal samples out to N groups of ranks; the ranks of a group share a mesh (default: %(default)s)")
     if configure is not None:
         configure(parser)
     arguments, others = parser.parse()
     if arguments.epochs == 0:
         parser.error("there must be at least one epoch")
+    ranks = MPI.COMM_WORLD.size
+    if arguments.ensemble == 0 or ranks % arguments.ensemble:
+        parser.error(f"--ensemble {arguments.ensemble} cannot share {ranks} rank{'s' if ranks > 1 else ''} out evenly")
     if check is not None and (problem := check(arguments)):
         parser.error(problem)
     if arguments.output is None:
         # Runs of another size are not overwritten.
         arguments.output = Path(script).resolve().parent/"output"/("" if arguments.size == "default" else arguments.size)
     parser.make_folder(arguments.output)
+    arguments.ensemble = Ensemble(MPI.COMM_WORLD, ranks//arguments.ensemble)
     arguments.solver_options = " ".join(
         word for option, word in zip(_options_of(others), others) if option.startswith(f"-{SOLVER_PREFIX}"))
     return arguments

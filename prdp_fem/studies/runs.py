@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from firedrake import Ensemble
 
 from prdp_fem.history import History
 from prdp_fem.studies.schedules import Schedule
@@ -123,8 +124,8 @@ class Run:
 Runs = Mapping[Schedule, Mapping[int, Run]]  # by schedule and seed
 
 
-def machine(ranks: int) -> dict[str, Any]:
-    """Processor, number of ranks, and versions of what is installed."""
+def machine(ensemble: Ensemble) -> dict[str, Any]:
+    """Processor, ranks and how many groups deal samples out among them, and versions of what is installed."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
@@ -134,4 +135,5 @@ def machine(ranks: int) -> dict[str, Any]:
     for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy"):
         with contextlib.suppress(PackageNotFoundError):  # torch: inverse problems do without
             versions[name] = version(name)
-    return {"processor": processor, "ranks": ranks, "python": platform.python_version(), **versions}
+    return {"processor": processor, "ranks": ensemble.global_comm.size, "members": ensemble.ensemble_size,
+            "python": platform.python_version(), **versions}

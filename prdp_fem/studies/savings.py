@@ -43,7 +43,7 @@ def savings(run: Run, converged: Run) -> Savings:
     """What a run saves against the converged one."""
     solves = run.history.solves[-1] + run.history.adjoint_solves[-1]
     at_last_level = run.history.iterations_per_solve[-1]*solves
-    same = all(run.machine.get(key) == converged.machine.get(key) for key in ("processor", "ranks"))
+    same = all(run.machine.get(key, 1) == converged.machine.get(key, 1) for key in ("processor", "ranks", "members"))
     return Savings(
         excess=run.error/converged.error - 1,
         iterations=1 - run.iterations/converged.iterations,

@@ -61,7 +61,7 @@ class Study:
                  constant: Callable[[int], Setting] = Iterations, setup: dict[str, Any]):
         self.name = name
         self.schedules, self.seeds = list(dict.fromkeys(arguments.schedules)), list(dict.fromkeys(arguments.seeds))
-        self.output, self.resume = arguments.output, arguments.resume
+        self.output, self.resume, self.ensemble = arguments.output, arguments.resume, arguments.ensemble
         self.ladder, self.converged, self.constant = ladder, converged, constant
         setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
         if arguments.solver_options:
@@ -101,7 +101,7 @@ class Study:
                 if run is None:
                     refinement = schedule.refinement(ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM)
                     history, extras = train(seed, refinement, self.label(schedule, seed))
-                    run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(COMM.size))
+                    run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(self.ensemble))
                     if COMM.rank == 0:
                         run.write(paths[schedule, seed])
                     self._check_options()

@@ -6,11 +6,17 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from firedrake import H1, Function, FunctionSpace, SpatialCoordinate, VectorFunctionSpace
-from mpi4py import MPI
-from petsc4py import PETSc
+from firedrake import FunctionSpace
+
+from prdp_fem.nodes import Nodes, pairs_of
+from prdp_fem.parallel import agree
+from prdp_fem.torch.exchange import Exchange
+from prdp_fem.torch.reduction import total
 
 __all__ = ["Gathering"]
+
+# Steps across the mesh that coordinates are told apart by.
+_RESOLUTION = 10**9
 
 
 class Gathering:
@@ -45,24 +51,11 @@ class Gathering:
     """
 
     def __init__(self, space: FunctionSpace, *, period: Sequence[float] | None = None):
-        if len(space) > 1:
-            raise ValueError(f"{space} is mixed: make a Gathering for each of its parts, and give the layer one output for each")
-        dimension = space.mesh().geometric_dimension
-        if (family := space.ufl_element().family()) not in _NODAL:
-            raise ValueError(f"unknowns of {family} elements are not values at points: expected {', '.join(_NODAL)}")
-        if period is None and space.mesh().coordinates.function_space().ufl_element() not in H1:
-            raise ValueError(f"{space.mesh()} is periodic: name its period, so that its ends are taken for the same points")
-        if period is not None and len(period) != dimension:
-            raise ValueError(f"expected {dimension} periods, one for each direction, found {len(period)}")
-        self.comm = space.mesh().comm
-        self.components = space.block_size
-        self._nodes = space if space.block_size == 1 else space.sub(0).collapse()
-        points = VectorFunctionSpace(space.mesh(), self._nodes.ufl_element())
-        local = Function(points).interpolate(SpatialCoordinate(space.mesh())).dat.data_ro.reshape(-1, dimension)
-        self._sizes = self.comm.allgather(len(local))
-        everywhere = np.concatenate(self.comm.allgather(local))
+        self._nodes = nodes = Nodes(space, period)
+        self.comm, self.components = nodes.comm, nodes.components
+        everywhere = np.concatenate(self.comm.allgather(nodes.coordinates))
         # Coordinates that differ by rounding are the same: compared as integers. Of a periodic mesh either end may stand for both.
-        lower, upper = _bounding_box(space.mesh())
+        lower, upper = nodes.bounding_box()
         extent = (upper - lower).max()
         marks = np.rint((everywhere - lower)/extent*_RESOLUTION).astype(np.int64)
         for direction, length in enumerate([] if period is None else period):
@@ -71,16 +64,15 @@ class Gathering:
         if len(np.unique(marks, axis=0)) < len(marks):
             raise ValueError(f"several unknowns of {space} lie at the same point, so that sorting by coordinates gives them no order: "
                              "use a continuous space of nodal values" + ("" if period else ", and name the period of a periodic mesh"))
-        self._order = np.lexsort(marks.T[::-1])
-        self._place = np.argsort(self._order)
-        self._marks = marks[self._order]
-        self.coordinates = lower + self._marks*(extent/_RESOLUTION) if period is not None else everywhere[self._order]
-        first = sum(self._sizes[:self.comm.rank])
-        self._mine = torch.from_numpy(self._place[first:first + self._sizes[self.comm.rank]])
-        self._sorted = torch.from_numpy(self._order)
+        order = np.lexsort(marks.T[::-1])
+        self._place = np.argsort(order)
+        self._marks = marks[order]
+        self.coordinates = lower + self._marks*(extent/_RESOLUTION) if period is not None else everywhere[order]
+        self._mine = torch.from_numpy(self._place[nodes.first:nodes.first + len(nodes)])
+        self._exchange = Exchange(self.comm, len(nodes), order)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._place)
 
     @cached_property
     def grid(self) -> tuple[int, ...]:
@@ -99,15 +91,7 @@ class Gathering:
     @cached_property
     def cells(self) -> np.ndarray:
         """Shape (cells, nodes of a cell): the nodes of all cells of the mesh, as numbers in this order; collective at first."""
-        cell_nodes, width = self._nodes.cell_node_map(), self._nodes.cell_node_map().arity
-        local = cell_nodes.values
-        if self._nodes.mesh().extruded:  # the map has the lowest layer's
-            layers = self._nodes.mesh().layers
-            if np.ndim(layers):
-                raise ValueError("expected an extruded mesh of as many layers everywhere, found one whose layers vary")
-            local = local[:, None] + np.arange(layers - 1)[:, None]*cell_nodes.offset
-        nodes = self._nodes.dof_dset.lgmap.apply(local.ravel().astype(PETSc.IntType))
-        cells = self._place[np.concatenate(self.comm.allgather(nodes)).astype(np.int64)].reshape(-1, width)
+        cells = self._place[np.concatenate(self.comm.allgather(self._nodes.cells()))]
         return cells[np.lexsort(np.sort(cells, axis=1).T[::-1])]
 
     @cached_property
@@ -121,11 +105,7 @@ class Gathering:
         ValueError
             Where a cell has a single node.
         """
-        width = self.cells.shape[1]
-        if width == 1:
-            raise ValueError("there are no edges between nodes of a cell where each cell has a single one: use a continuous space")
-        pairs = np.concatenate([self.cells[:, [i, j]] for i in range(width) for j in range(width) if i != j])
-        return torch.from_numpy(np.unique(pairs, axis=0).T.copy())
+        return torch.from_numpy(pairs_of(self.cells).T.copy())
 
     def gather(self, local: torch.Tensor) -> torch.Tensor:
         """The whole field from this rank's part; collective, forward and backward.
@@ -145,13 +125,9 @@ class Gathering:
         ValueError
             For another last axis.
         """
-        expected = self._sizes[self.comm.rank]*self.components
-        if local.shape[-1] != expected:
-            raise ValueError(f"expected a last axis of {expected} (the unknowns that this rank owns), found shape {tuple(local.shape)}")
-        nodes = local.unflatten(-1, (-1, self.components))
-        if self.comm.size > 1:
-            nodes = _GatherNodes.apply(nodes, self.comm, self._sizes)
-        whole = nodes.index_select(-2, self._sorted)
+        expected = len(self._nodes)*self.components
+        agree(self.comm, lambda: _checked_batch(local, expected), "batch axes")
+        whole = self._exchange(local.unflatten(-1, (-1, self.components)), axis=-2)
         return whole.squeeze(-1) if self.components == 1 else whole.movedim(-1, -2)
 
     def scatter(self, whole: torch.Tensor) -> torch.Tensor:
@@ -180,47 +156,10 @@ class Gathering:
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of a tensor without gradients, such as a part of an error; collective."""
-        if self.comm.size == 1:
-            return part.detach()
-        summed = part.detach().clone().contiguous()
-        self.comm.Allreduce(MPI.IN_PLACE, summed.numpy())
-        return summed
+        return total(part, self.comm)
 
 
-# Elements whose unknowns are values at points.
-_NODAL = ("Lagrange", "Q", "Discontinuous Lagrange", "DQ", "Kong-Mulder-Veldhuizen")
-
-# Steps across the mesh that coordinates are told apart by.
-_RESOLUTION = 10**9
-
-
-def _bounding_box(mesh) -> tuple[np.ndarray, np.ndarray]:
-    """The lowest and the highest coordinates; of a periodic mesh those of both of its ends."""
-    local = mesh.coordinates.dat.data_ro.reshape(-1, mesh.geometric_dimension)
-    ends = np.stack([local.min(axis=0, initial=np.inf), -local.max(axis=0, initial=-np.inf)])
-    mesh.comm.Allreduce(MPI.IN_PLACE, ends, MPI.MIN)
-    return ends[0], -ends[1]
-
-
-class _GatherNodes(torch.autograd.Function):
-    """Nodes of all ranks, one rank behind the other, along the axis before the last.
-
-    Every rank goes on with the same values but its own part of the loss, so the cotangents of all ranks add up.
-    """
-
-    @staticmethod
-    def forward(ctx, nodes, comm, sizes):
-        ctx.comm, ctx.sizes = comm, sizes
-        batch, components = nodes.shape[:-2], nodes.shape[-1]
-        mine = nodes.detach().contiguous().numpy()
-        counts = np.array(sizes)*(batch.numel()*components)
-        received = np.empty(counts.sum(), mine.dtype)
-        comm.Allgatherv(mine, (received, counts))
-        parts = np.split(received, np.cumsum(counts)[:-1])
-        return torch.from_numpy(np.concatenate([part.reshape(*batch, size, components) for part, size in zip(parts, sizes)], axis=-2))
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        summed = cotangent.clone(memory_format=torch.contiguous_format)
-        ctx.comm.Allreduce(MPI.IN_PLACE, summed.numpy())
-        return summed.split(ctx.sizes, dim=-2)[ctx.comm.rank], None, None
+def _checked_batch(local: torch.Tensor, expected: int) -> list[int]:
+    if local.shape[-1] != expected:
+        raise ValueError(f"expected a last axis of {expected} (the unknowns that this rank owns), found shape {tuple(local.shape)}")
+    return list(local.shape[:-1])

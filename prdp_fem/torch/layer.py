@@ -11,6 +11,7 @@ from firedrake import Cofunction, Constant, Function
 from prdp_fem.boundary import BoundaryData
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
+from prdp_fem.parallel import agree
 from prdp_fem.solvers import RefinedSolver
 from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
 
@@ -70,6 +71,7 @@ class SolverLayer(torch.nn.Module):
         self.controls = controls
         self.output = output
         system, solution = solver.system, solver.problem.u
+        self._comm = solution.function_space().mesh().comm
         self._sizes = [local_values(control).size for control in controls]
         self._boundary = BoundaryData(system.forms, controls)
         self._guess = next((place for place, control in enumerate(controls) if control is solution), None) if solver.warm_start else None
@@ -134,19 +136,11 @@ class SolverLayer(torch.nn.Module):
         Raises
         ------
         TypeError, ValueError
-            For tensors of the wrong number, type, device or shape.
+            For tensors of the wrong number, type, device or shape; on all ranks, where one has such, or another batch than others.
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
         """
-        if len(tensors) != len(self.controls):
-            raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
-        for tensor, control, size in zip(tensors, self.controls, self._sizes):
-            _check(tensor, control, size)
-        try:
-            batch = _batch_axes(tensors)
-        except RuntimeError:
-            raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
-                             f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
+        batch = torch.Size(agree(self._comm, lambda: self._checked(tensors), "batch axes")[0])
         boundary = guess = None
         if self._boundary.inputs:
             given = [tensors[place] for place in self._boundary.inputs]
@@ -160,6 +154,19 @@ class SolverLayer(torch.nn.Module):
         if all(tensor.dtype is torch.float32 for tensor in tensors):
             outputs = tuple(output.to(torch.float32) for output in outputs)
         return outputs if self._returns_tuple else outputs[0]
+
+    def _checked(self, tensors: Sequence[torch.Tensor]) -> tuple:
+        """The batch axes, and what else ranks must have alike to make the same calls, forward and backward."""
+        if len(tensors) != len(self.controls):
+            raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
+        for tensor, control, size in zip(tensors, self.controls, self._sizes):
+            _check(tensor, control, size)
+        try:
+            batch = _batch_axes(tensors)
+        except RuntimeError:
+            raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
+                             f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
+        return (*batch,), *((*tensor.shape[:-1], tensor.requires_grad and torch.is_grad_enabled()) for tensor in tensors)
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)

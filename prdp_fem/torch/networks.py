@@ -11,6 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from prdp_fem.torch.exchange import Exchange
+from prdp_fem.torch.reduction import total
+
 __all__ = ["MLP", "GraphNetwork", "ResNet"]
 
 
@@ -128,9 +131,12 @@ class GraphNetwork(nn.Module):
     inputs, outputs : int
         Values at a node.
     edges : torch.Tensor
-        Shape (2, e): from which node to which; :attr:`prdp_fem.torch.Gathering.edges`.
+        Shape (2, e): from which node to which; :attr:`prdp_fem.torch.Gathering.edges`, or :attr:`prdp_fem.torch.Partition.edges`.
     coordinates : array-like
-        Shape (n, d).
+        Shape (n, d); of a partition, with the ghosts'.
+    halo : Exchange or None
+        :attr:`prdp_fem.torch.Partition.halo`: each rank has its own part of the nodes (n of them in x), and fetches what is next to it
+        in each step.
     features : torch.Tensor or None
         Shape (k, n): what is known of the nodes, of size one.
     period : Sequence of float or None
@@ -150,11 +156,13 @@ class GraphNetwork(nn.Module):
     conditioning layer*, AAAI 2018.
     """
 
-    def __init__(self, inputs: int, outputs: int, edges: torch.Tensor, coordinates, *, features: torch.Tensor | None = None,
-                 period: Sequence[float] | None = None, width: int = 16, steps: int = 4, activation: type[nn.Module] | None = nn.ReLU):
+    def __init__(self, inputs: int, outputs: int, edges: torch.Tensor, coordinates, *, halo: Exchange | None = None,
+                 features: torch.Tensor | None = None, period: Sequence[float] | None = None, width: int = 16, steps: int = 4,
+                 activation: type[nn.Module] | None = nn.ReLU):
         super().__init__()
-        means = _neighbour_means(edges, torch.as_tensor(coordinates, dtype=torch.float64), period).to(torch.get_default_dtype())
-        self.means, self.operators = _SparseProduct(means), means.shape[0]//means.shape[1]
+        coordinates = torch.as_tensor(coordinates, dtype=torch.float64)
+        self.operators, nodes = coordinates.shape[1] + 1, len(coordinates) if halo is None else halo.owned
+        self.halo, self.means = halo, _SparseProduct(_neighbour_means(edges, coordinates, period, halo).to(torch.get_default_dtype()))
         self.activation = nn.Identity() if activation is None else activation()
         hidden, bias = 2*width, activation is not None
         self.encode = nn.Linear(inputs, width, bias=bias)
@@ -163,8 +171,8 @@ class GraphNetwork(nn.Module):
         self.decode = _starts_at_zero(nn.Linear(width, outputs, bias=bias))
         self.gates = nn.ModuleList()
         if features is not None:
-            if features.ndim != 2 or features.shape[1] != means.shape[1]:
-                raise ValueError(f"features must have shape (k, {means.shape[1]}), found {tuple(features.shape)}")
+            if features.ndim != 2 or features.shape[1] != nodes:
+                raise ValueError(f"features must have shape (k, {nodes}), found {tuple(features.shape)}")
             self.register_buffer("features", features.detach().T.to(torch.get_default_dtype(), copy=True), persistent=False)
             for _ in range(steps):
                 self.gates.append(nn.Sequential(nn.Linear(len(features), hidden), nn.Tanh(), nn.Linear(hidden, hidden)))
@@ -175,7 +183,8 @@ class GraphNetwork(nn.Module):
         # Nodes first, so that one sparse product serves all samples and states.
         state = self.encode(x.reshape(-1, *x.shape[-2:]).permute(2, 0, 1))
         for step, (update, mix) in enumerate(zip(self.update, self.mix)):
-            means = self.means(state.flatten(1)).view(self.operators, *state.shape)
+            known = state.flatten(1) if self.halo is None else self.halo(state.flatten(1))
+            means = self.means(known).view(self.operators, *state.shape)
             hidden = self.activation(update(torch.cat([state, *means], dim=-1)))
             if self.gates:
                 hidden = hidden*self.gates[step](self.features)[:, None]
@@ -183,27 +192,33 @@ class GraphNetwork(nn.Module):
         return self.decode(state).permute(1, 2, 0).reshape(*batch, self.decode.out_features, n)
 
 
-def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Sequence[float] | None = None) -> torch.Tensor:
-    """Shape ((d + 1) n, n), sparse: the mean difference to the neighbours, and each component of the gradient by least squares.
+def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Sequence[float] | None = None,
+                     halo: Exchange | None = None) -> torch.Tensor:
+    """Shape ((d + 1) m, n), sparse: the mean difference to the neighbours, and each component of the gradient by least squares.
 
-    Lengths are in units of the mean edge, and the mean difference is scaled to the Laplacian where neighbours lie evenly.
+    Of m nodes, with a halo those that this rank owns, among n. Lengths are in units of the mean edge, and the mean difference is scaled to
+    the Laplacian where neighbours lie evenly.
     """
     source, target = edges
     n, dimension = coordinates.shape
+    m = n if halo is None else halo.owned
     offset = coordinates[source] - coordinates[target]
     if period is not None:
         lengths = torch.as_tensor(period, dtype=offset.dtype)
         offset = offset - torch.where(torch.isfinite(lengths), lengths*torch.round(offset/lengths), 0.0)
-    offset = offset/offset.norm(dim=-1).mean()
-    share = 1/torch.bincount(target, minlength=n)[target].to(offset.dtype)
-    moments = offset.new_zeros(n, dimension, dimension).index_add(0, target, share[:, None, None]*offset[:, :, None]*offset[:, None])
+    length, count = offset.norm(dim=-1).sum(), torch.tensor(len(source))
+    if halo is not None:
+        length, count = total(length, halo.comm), total(count, halo.comm)
+    offset = offset/(length/count)
+    share = 1/torch.bincount(target, minlength=m)[target].to(offset.dtype)
+    moments = offset.new_zeros(m, dimension, dimension).index_add(0, target, share[:, None, None]*offset[:, :, None]*offset[:, None])
     gradient = share[:, None]*torch.einsum("eij,ej->ei", torch.linalg.pinv(moments, rtol=1e-6, hermitian=True)[target], offset)
     weights = torch.cat([2*dimension*share[None], gradient.T]).flatten()  # (d + 1) e
-    operator = torch.arange(dimension + 1).repeat_interleave(len(source))*n
+    operator = torch.arange(dimension + 1).repeat_interleave(len(source))*m
     rows, columns = operator + target.repeat(dimension + 1), source.repeat(dimension + 1)
     own = target.repeat(dimension + 1)
     return torch.sparse_coo_tensor(torch.cat([torch.stack([rows, columns]), torch.stack([rows, own])], dim=1),
-                                   torch.cat([weights, -weights]), ((dimension + 1)*n, n), check_invariants=True).coalesce()
+                                   torch.cat([weights, -weights]), ((dimension + 1)*m, n), check_invariants=True).coalesce()
 
 
 class _SparseProduct(nn.Module):

@@ -1,0 +1,71 @@
+"""What ranks agree on before they go on together.
+
+A collective call waits for all ranks. Where one of them has left, or has other sizes in mind, it waits for ever, or mixes numbers up.
+So what every rank must have alike is compared first, and what is wrong on one rank is raised on all.
+"""
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from mpi4py import MPI
+
+__all__ = ["agree"]
+
+T = TypeVar("T")
+
+
+def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") -> T:
+    """Find something on each rank, and make sure that it is the same on all.
+
+    One small reduction where it is.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        On which this is collective.
+    find : callable
+        Without arguments, and without communication. What it returns is compared by its ``repr``.
+    what : str
+        What it is called, in the plural.
+    remedy : str
+        What to do where ranks differ.
+
+    Returns
+    -------
+    object
+        What ``find`` has returned.
+
+    Raises
+    ------
+    Exception
+        What ``find`` has raised on this rank.
+    ValueError
+        Where it has raised on other ranks only, or where ranks have found different things.
+    """
+    if comm.size == 1:
+        return find()
+    found = error = None
+    try:
+        found = find()
+        mine = repr(found)
+    except Exception as raised:
+        error, mine = raised, f"{type(raised).__name__}: {raised}"
+    checksum = zlib.crc32(mine.encode())
+    largest = np.array([checksum, -checksum, error is not None])
+    comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
+    if error is not None:
+        # Others need to know what; where all have raised, nobody asks.
+        comm.allgather((mine, True))
+        raise error
+    if largest[0] == -largest[1] and not largest[2]:
+        return found
+    everywhere = comm.allgather((mine, False))
+    for rank, (message, is_error) in enumerate(everywhere):
+        if is_error:
+            raise ValueError(f"rank {rank} of {comm.size} has raised {message}")
+    other = next(rank for rank, (message, _) in enumerate(everywhere) if message != everywhere[0][0])
+    raise ValueError(f"{what} must be the same on all ranks, found {everywhere[0][0]} on rank 0 and {everywhere[other][0]} on rank {other}"
+                     + (f": {remedy}" if remedy else ""))

@@ -1,0 +1,124 @@
+"""Values that ranks have from each other, with their derivative."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from prdp_fem.parallel import agree
+
+__all__ = ["Exchange"]
+
+
+class Exchange:
+    """Values of nodes on the ranks that want them, from the ranks that own them.
+
+    The derivative adds up, for each node, the cotangents of all ranks that have its value, since each of them goes on with its own part
+    of the loss. Both are scatters of PETSc's between vectors on the memory of tensors, on whatever device that is. They are made in
+    double precision, and can be differentiated again.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+    owned : int
+        How many nodes this rank owns.
+    wanted : Sequence of int
+        Which nodes this rank wants, in this order, numbered through all ranks.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Comm
+    owned : int
+    wanted : numpy.ndarray
+
+    Raises
+    ------
+    ValueError
+        On all ranks, where one wants a node that there is not.
+    """
+
+    def __init__(self, comm: MPI.Comm, owned: int, wanted: Sequence[int]):
+        self.comm, self.owned = comm, owned
+        self.wanted = np.asarray(wanted, dtype=PETSc.IntType)
+        self._total = comm.allreduce(owned)
+        self._scatters: dict[int, PETSc.Scatter] = {}
+        lowest, highest = self.wanted.min(initial=0), self.wanted.max(initial=0)
+        if comm.allreduce(lowest, MPI.MIN) < 0 or comm.allreduce(highest, MPI.MAX) >= self._total:
+            raise ValueError(f"nodes are numbered from 0 to {self._total - 1}, found others among those that are wanted")
+
+    def __call__(self, values: torch.Tensor, axis: int = 0) -> torch.Tensor:
+        """The values that this rank wants; collective, forward and backward.
+
+        Parameters
+        ----------
+        values : torch.Tensor
+            Shape (..., owned, ...), other axes the same on all ranks.
+        axis : int
+            That of the nodes.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape (..., wanted, ...).
+
+        Raises
+        ------
+        ValueError
+            On all ranks, where one has another shape.
+        """
+        agree(self.comm, lambda: self._other_axes(values, axis), "axes beside that of the nodes")
+        if self.comm.size == 1:
+            return values.index_select(axis, torch.from_numpy(self.wanted).to(values.device))
+        return _Exchanged.apply(self, False, values.movedim(axis, 0)).movedim(0, axis)
+
+    def __deepcopy__(self, memo) -> Exchange:
+        """A copy of a network exchanges by the same plans: they have no state."""
+        return self
+
+    def _other_axes(self, values: torch.Tensor, axis: int) -> list[int]:
+        shape = list(values.shape)
+        if shape.pop(axis) != self.owned:
+            raise ValueError(f"expected {self.owned} nodes along axis {axis} (those that this rank owns), found shape "
+                             f"{tuple(values.shape)}")
+        return shape
+
+    def _apply(self, values: torch.Tensor, adjoint: bool) -> torch.Tensor:
+        """The exchange or its adjoint, without a derivative."""
+        rows = self.owned if adjoint else len(self.wanted)
+        # Not empty: what nobody wants has the cotangent zero, and what is wanted is overwritten.
+        received = torch.zeros(rows, *values.shape[1:], dtype=torch.float64, device=values.device)
+        width = int(np.prod(values.shape[1:]))
+        if width:
+            sent = values.detach().resolve_neg().to(torch.float64).contiguous()
+            owned, wanted = (received, sent) if adjoint else (sent, received)
+            whole = PETSc.Vec().createWithDLPack(owned, size=(self.owned*width, self._total*width), comm=self.comm)
+            part = PETSc.Vec().createWithDLPack(wanted, comm=PETSc.COMM_SELF)
+            scatter = self._scatter(width, whole, part)
+            if adjoint:
+                scatter.scatter(part, whole, PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
+            else:
+                scatter.scatter(whole, part, PETSc.InsertMode.INSERT, PETSc.ScatterMode.FORWARD)
+        return received.to(values.dtype)
+
+    def _scatter(self, width: int, whole: PETSc.Vec, part: PETSc.Vec) -> PETSc.Scatter:
+        """For nodes of so many values each."""
+        if width not in self._scatters:
+            blocks = PETSc.IS().createBlock(width, self.wanted, comm=PETSc.COMM_SELF)
+            self._scatters[width] = PETSc.Scatter().create(whole, blocks, part, None)
+        return self._scatters[width]
+
+
+class _Exchanged(torch.autograd.Function):
+    """An exchange or its adjoint: each is the other's derivative."""
+
+    @staticmethod
+    def forward(ctx, exchange: Exchange, adjoint: bool, values: torch.Tensor) -> torch.Tensor:
+        ctx.exchange, ctx.adjoint = exchange, adjoint
+        return exchange._apply(values, adjoint)
+
+    @staticmethod
+    def backward(ctx, cotangent: torch.Tensor):
+        return None, None, _Exchanged.apply(ctx.exchange, not ctx.adjoint, cotangent)

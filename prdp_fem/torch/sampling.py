@@ -1,0 +1,77 @@
+"""Samples and batches: in an order that a seed decides, and dealt out to the members of an ensemble."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from firedrake import Ensemble
+
+from prdp_fem.parallel import agree
+
+__all__ = ["EnsembleSampler", "deal"]
+
+
+def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
+    """A member's part of some samples, as even as can be.
+
+    Parameters
+    ----------
+    samples : torch.Tensor
+        Sample numbers, the same on all ranks.
+    ensemble : firedrake.Ensemble or None
+        None for a single member.
+
+    Returns
+    -------
+    torch.Tensor
+        Neighbours in ``samples``; those of all members, one behind the other, are ``samples``.
+    """
+    return samples if ensemble is None else samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
+
+
+class EnsembleSampler:
+    """Batches of an epoch, and of each the part that a member of an ensemble works on.
+
+    Each iteration over it is an epoch. Which samples make a batch depends on the seed alone; so training is the same on any number
+    of members, where each weights its part of the loss by its share.
+
+    Parameters
+    ----------
+    samples : int
+        How many there are.
+    batch_size : int
+        Samples of a batch, of all members together.
+    seed : int
+        Of the order of the samples.
+    ensemble : firedrake.Ensemble or None
+        None for a single member.
+
+    Raises
+    ------
+    ValueError
+        For counts below one; on all ranks, where they differ.
+
+    Examples
+    --------
+    >>> for samples, share in EnsembleSampler(200, 20, seed=1, ensemble=ensemble):  # doctest: +SKIP
+    ...     (share*loss(samples)).backward()
+    """
+
+    def __init__(self, samples: int, batch_size: int, *, seed: int = 0, ensemble: Ensemble | None = None):
+        for name, count in (("samples", samples), ("batch_size", batch_size)):
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, found {count!r}")
+        if ensemble is not None:
+            agree(ensemble.global_comm, lambda: (samples, batch_size, seed), "numbers of samples, batch sizes and seeds")
+        self._samples, self._batch_size, self._ensemble = samples, batch_size, ensemble
+        self._order = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return -(-self._samples//self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, float]]:
+        """Sample numbers of this member, and their share of the batch; none where a batch is smaller than the ensemble."""
+        for batch in torch.randperm(self._samples, generator=self._order).split(self._batch_size):
+            mine = deal(batch, self._ensemble)
+            yield mine, len(mine)/len(batch)

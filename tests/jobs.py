@@ -1,0 +1,53 @@
+"""Scripts run on several ranks by a test that runs on one: with real MPI, to the end of the job however it comes, and never in a hang."""
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+# What a job that the tests themselves run in has set; what the machine's owner has set stays.
+_OF_ANOTHER_JOB = ("OMPI_", "PMIX_")
+_OF_THE_MACHINE = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_MCA_")
+
+
+@dataclass
+class Job:
+    """How a job ended.
+
+    Attributes
+    ----------
+    status : int
+        The exit status of mpiexec.
+    output : str
+        What all ranks and mpiexec printed, on stdout and stderr.
+    seconds : float
+        From the start of mpiexec to its end.
+    """
+
+    status: int
+    output: str
+    seconds: float
+
+
+def run_ranks(ranks: int, script: str, *arguments: str, timeout: float = 30) -> Job:
+    """Run Python code on this many ranks, and wait for its end.
+
+    Raises
+    ------
+    subprocess.TimeoutExpired
+        Where the job is still there after ``timeout`` seconds. It is ended then, and what it has printed is in the error's ``output``.
+    """
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(_OF_ANOTHER_JOB) or name.startswith(_OF_THE_MACHINE)}
+    command = ["mpiexec", "--oversubscribe", "-n", str(ranks), sys.executable, "-c", script, *arguments]
+    start = time.monotonic()
+    with subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            # Not killed: mpiexec takes its ranks along when it is asked to end.
+            process.terminate()
+            output, _ = process.communicate()
+            raise subprocess.TimeoutExpired(command, timeout, output) from None
+    return Job(process.returncode, output, time.monotonic() - start)

@@ -1,0 +1,110 @@
+"""Gradients added up over ranks, against sums by hand."""
+import numpy as np
+import pytest
+import torch
+from firedrake import COMM_WORLD
+
+from prdp_fem.torch import GradientReduction, total
+from prdp_fem.torch.reduction import check_replicas
+
+pytestmark = pytest.mark.parallel([1, 2, 3])
+torch.set_num_threads(1)
+
+
+def make_network(seed=0):
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    network.register_parameter("single", torch.nn.Parameter(torch.ones(5)))
+    network.register_parameter("frozen", torch.nn.Parameter(torch.ones(2), requires_grad=False))
+    return network
+
+
+def part_of_loss(network, rank):
+    x = torch.full((2, 3), 1.0 + rank, dtype=torch.float64)
+    return (network(x)**2).sum()*(rank + 1) + (network.single**2).sum()
+
+
+def expected_gradients():
+    network = make_network()
+    sum(part_of_loss(network, rank) for rank in range(COMM_WORLD.size)).backward()
+    return [parameter.grad for parameter in network.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("bucket_size", [1, 50, 2**22])
+def test_gradients_are_sums_over_ranks(bucket_size):
+    network = make_network()
+    with GradientReduction(network, COMM_WORLD, bucket_size=bucket_size) as gradients:
+        assert len(gradients.buckets) == {1: 5, 50: 3, 2**22: 2}[bucket_size]
+        for _ in range(3):
+            gradients.zero()
+            part_of_loss(network, COMM_WORLD.rank).backward()
+            gradients.finish()
+            for parameter, expected in zip((p for p in network.parameters() if p.requires_grad), expected_gradients()):
+                torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=0)
+    assert network.frozen.grad is None
+    # No trace is left at the network: a backward pass afterwards is local.
+    network.zero_grad()
+    part_of_loss(network, 0).backward()
+
+
+def test_a_reduction_starts_while_the_backward_pass_goes_on():
+    network, started = make_network(), []
+
+    class Noted(GradientReduction):
+        def _start(self):
+            started.append(network[0].weight.grad.abs().max().item())  # the last one that the pass comes to
+            super()._start()
+
+    with Noted(network, COMM_WORLD, bucket_size=1) as gradients:
+        gradients.zero()
+        part_of_loss(network, COMM_WORLD.rank).backward()
+        assert len(started) == (len(gradients.buckets) if COMM_WORLD.size > 1 else 0)
+        gradients.finish()
+    if COMM_WORLD.size > 1:
+        assert started[0] == 0 and started[-1] > 0
+
+
+def test_ranks_whose_pass_does_not_come_to_all_parameters():
+    """Even to none: without samples, a member of an ensemble has no part of the loss."""
+    network = make_network()
+    with GradientReduction(network, COMM_WORLD, bucket_size=1) as gradients:
+        gradients.zero()
+        if COMM_WORLD.rank == 0:
+            (network.single**2).sum().backward()
+        gradients.finish()
+        torch.testing.assert_close(network.single.grad, torch.full((5,), 2.0))
+        assert not network[0].weight.grad.any()
+
+
+def test_networks_that_differ_are_an_error_on_all_ranks():
+    odd = COMM_WORLD.rank == COMM_WORLD.size - 1 > 0
+    network = make_network()
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.1)
+    check_replicas(network, optimiser, COMM_WORLD)
+    if COMM_WORLD.size == 1:
+        return
+    with pytest.raises(ValueError, match="weights must be the same on all ranks.*torch.manual_seed"):
+        check_replicas(make_network(seed=int(odd)), optimiser, COMM_WORLD)
+    with pytest.raises(ValueError, match="the optimiser's states must be the same on all ranks"):
+        check_replicas(network, torch.optim.Adam(network.parameters(), lr=0.2 if odd else 0.1), COMM_WORLD)
+    part_of_loss(network, int(odd)).backward()
+    optimiser.step()
+    with pytest.raises(ValueError, match="the optimiser's states|weights"):
+        check_replicas(network, optimiser, COMM_WORLD)
+    with pytest.raises(ValueError, match="shapes of the network's parameters must be the same on all ranks"):
+        GradientReduction(torch.nn.Linear(2, 3 if odd else 2), COMM_WORLD)
+
+
+def test_without_parameters_there_is_nothing_to_train():
+    with pytest.raises(ValueError, match="no parameters to train"):
+        GradientReduction(torch.nn.Tanh(), COMM_WORLD)
+
+
+def test_totals():
+    part = torch.arange(3.0).requires_grad_()*(COMM_WORLD.rank + 1)
+    summed = total(part, COMM_WORLD)
+    assert not summed.requires_grad
+    np.testing.assert_allclose(summed, np.arange(3)*sum(range(1, COMM_WORLD.size + 1)))
+    if COMM_WORLD.size > 1:
+        with pytest.raises(ValueError, match="must be the same on all ranks"):
+            total(torch.ones(2 + COMM_WORLD.rank), COMM_WORLD)
