@@ -8,7 +8,7 @@ from firedrake import H1, Function, FunctionSpace, SpatialCoordinate, VectorFunc
 from mpi4py import MPI
 from petsc4py import PETSc
 
-__all__ = ["Nodes", "pairs_of"]
+__all__ = ["Nodes", "pairs_of", "unique_pairs"]
 
 # Elements whose unknowns are values at points.
 _NODAL = ("Lagrange", "Q", "Discontinuous Lagrange", "DQ", "Kong-Mulder-Veldhuizen")
@@ -96,4 +96,11 @@ def pairs_of(cells: np.ndarray) -> np.ndarray:
     width = cells.shape[1]
     if width == 1:
         raise ValueError("there are no edges between nodes of a cell where each cell has a single one: use a continuous space")
-    return np.unique(np.concatenate([cells[:, [i, j]] for i in range(width) for j in range(width) if i != j]), axis=0)
+    return unique_pairs(np.concatenate([cells[:, [i, j]] for i in range(width) for j in range(width) if i != j]))
+
+
+def unique_pairs(pairs: np.ndarray) -> np.ndarray:
+    """Rows (from, to) of an array, sorted, each once."""
+    count = pairs.max(initial=0) + 1
+    # As single numbers: several times as fast as NumPy compares rows.
+    return np.stack(np.divmod(np.unique(pairs[:, 0]*count + pairs[:, 1]), count), axis=1)

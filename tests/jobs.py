@@ -29,7 +29,7 @@ class Job:
     seconds: float
 
 
-def run_ranks(ranks: int, script: str, *arguments: str, timeout: float = 30) -> Job:
+def run_ranks(ranks: int, script: str, *arguments: str, timeout: float = 60) -> Job:
     """Run Python code on this many ranks, and wait for its end.
 
     Raises

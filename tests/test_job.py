@@ -1,4 +1,4 @@
-"""A job ends when a rank raises, with one message that says which; every job here is a real one, and has 30 seconds to end."""
+"""A job ends when a rank raises, with one message that says which; every job here is a real one, and has to end within 30 seconds."""
 import subprocess
 
 import pytest
@@ -29,7 +29,7 @@ V = FunctionSpace(mesh, "CG", 1)
 w, v = TrialFunction(V), TestFunction(V)
 u = Function(V)
 problem = LinearVariationalProblem(inner(grad(w), grad(v))*dx, v*dx, u, bcs=DirichletBC(V, 0, "on_boundary"))
-refinement = ProgressiveRefinement(IterationLadder())
+options = {"refinement": ProgressiveRefinement(IterationLadder()), "solver_parameters": {"ksp_type": "cg", "pc_type": "jacobi"}}
 """
 
 MINE = "sys.excepthook = mine = lambda kind, value, trace: sys.stdout.write(f'mine: {value}\\n')"
@@ -178,7 +178,7 @@ def test_a_rank_that_raises_while_others_solve():
     job = run_ranks(2, f"""{SOLVER}
 if mesh.comm.rank == 1:
     raise ArithmeticError('no data')
-LinearVariationalSolver(problem, refinement=refinement).solve()""")
+LinearVariationalSolver(problem, **options).solve()""")
     assert f"rank 1 of 2 raised, and ends the job:\n{TRACEBACK}" in job.output
     assert "ArithmeticError: no data" in job.output and tracebacks(job.output) == 1
     assert job.status == 1
@@ -187,11 +187,38 @@ LinearVariationalSolver(problem, refinement=refinement).solve()""")
 
 def test_bad_input_to_a_solver_on_all_ranks():
     job = run_ranks(2, f"""{SOLVER}
-LinearVariationalSolver(problem, refinement=refinement).solve()
-LinearVariationalSolver(problem, refinement=refinement, differentiation='explicit')""")
+LinearVariationalSolver(problem, **options).solve()
+LinearVariationalSolver(problem, **options, differentiation='explicit')""")
     assert f"all 2 ranks raised:\n{TRACEBACK}" in job.output
-    assert tracebacks(job.output) == 1
+    assert "found 'explicit'" in job.output and tracebacks(job.output) == 1
     assert "MPI_ABORT" not in job.output and "Alarm clock" not in job.output
+    assert job.status == 1
+    assert job.seconds < 30
+
+
+def test_ranks_that_disagree_about_the_size_of_a_batch():
+    """All of them raise, and none waits in the solve."""
+    job = run_ranks(2, f"""{SOLVER}
+import torch
+from prdp_fem.torch import SolverLayer
+f = Function(V, name="f")
+problem = LinearVariationalProblem(inner(grad(w), grad(v))*dx, f*v*dx, u, bcs=DirichletBC(V, 0, "on_boundary"))
+physics = SolverLayer(LinearVariationalSolver(problem, **options), [f])
+physics(torch.ones(3 + mesh.comm.rank, f.dat.data_ro.size))""")
+    assert f"all 2 ranks raised:\n{TRACEBACK}" in job.output
+    assert "ValueError: batch axes must be the same on all ranks, found ['f: (3,)'] on rank 0 and ['f: (4,)'] on rank 1" in job.output
+    assert tracebacks(job.output) == 1
+    assert job.status == 1
+    assert job.seconds < 30
+
+
+def test_a_tensor_that_is_wrong_on_one_rank():
+    job = run_ranks(2, f"""{SOLVER}
+import torch
+from prdp_fem.torch import Gathering
+Gathering(V).gather(torch.ones(u.dat.data_ro.size + mesh.comm.rank))""")
+    assert "raised:" in job.output and "expected a last axis of" in job.output and tracebacks(job.output) == 1
+    assert "rank 1 of 2 has raised ValueError: expected a last axis of" in job.output
     assert job.status == 1
     assert job.seconds < 30
 

@@ -108,3 +108,25 @@ def test_totals():
     if COMM_WORLD.size > 1:
         with pytest.raises(ValueError, match="must be the same on all ranks"):
             total(torch.ones(2 + COMM_WORLD.rank), COMM_WORLD)
+
+
+def test_the_same_gradients_as_those_of_torch_parallel(tmp_path):
+    """DistributedDataParallel takes means over processes where this takes sums; solver layers have no parameters that it could see."""
+    folder = COMM_WORLD.bcast(str(tmp_path))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=COMM_WORLD.rank, world_size=COMM_WORLD.size)
+    try:
+        network = make_network()
+        network.single.requires_grad_(False)
+        parallel = torch.nn.parallel.DistributedDataParallel(network)
+        x = torch.full((2, 3), 1.0 + COMM_WORLD.rank, dtype=torch.float64)
+        ((parallel(x)**2).sum()*COMM_WORLD.size).backward()
+        theirs = [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
+    finally:
+        torch.distributed.destroy_process_group()
+    network = make_network()
+    network.single.requires_grad_(False)
+    with GradientReduction(network, COMM_WORLD) as gradients:
+        (network(x)**2).sum().backward()
+        gradients.finish()
+        for parameter, other in zip((p for p in network.parameters() if p.requires_grad), theirs):
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=0)

@@ -85,6 +85,7 @@ class Exchange:
                              f"{tuple(values.shape)}")
         return shape
 
+    @PETSc.Log.EventDecorator("PRDPExchange")
     def _apply(self, values: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """The exchange or its adjoint, without a derivative."""
         rows = self.owned if adjoint else len(self.wanted)

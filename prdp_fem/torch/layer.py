@@ -140,7 +140,8 @@ class SolverLayer(torch.nn.Module):
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
         """
-        batch = torch.Size(agree(self._comm, lambda: self._checked(tensors), "batch axes")[0])
+        agree(self._comm, lambda: self._checked(tensors), "batch axes")
+        batch = _batch_axes(tensors)
         boundary = guess = None
         if self._boundary.inputs:
             given = [tensors[place] for place in self._boundary.inputs]
@@ -155,18 +156,19 @@ class SolverLayer(torch.nn.Module):
             outputs = tuple(output.to(torch.float32) for output in outputs)
         return outputs if self._returns_tuple else outputs[0]
 
-    def _checked(self, tensors: Sequence[torch.Tensor]) -> tuple:
-        """The batch axes, and what else ranks must have alike to make the same calls, forward and backward."""
+    def _checked(self, tensors: Sequence[torch.Tensor]) -> list[str]:
+        """What ranks must have alike to make the same calls, forward and backward."""
         if len(tensors) != len(self.controls):
             raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
         for tensor, control, size in zip(tensors, self.controls, self._sizes):
             _check(tensor, control, size)
         try:
-            batch = _batch_axes(tensors)
+            _batch_axes(tensors)
         except RuntimeError:
             raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
                              f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
-        return (*batch,), *((*tensor.shape[:-1], tensor.requires_grad and torch.is_grad_enabled()) for tensor in tensors)
+        return [f"{name_of(control)}: {tuple(tensor.shape[:-1])}" + (" with a gradient" if tensor.requires_grad else "")
+                for tensor, control in zip(tensors, self.controls)]
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)

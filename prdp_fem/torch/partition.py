@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from firedrake import FunctionSpace
 
-from prdp_fem.nodes import Nodes, pairs_of
+from prdp_fem.nodes import Nodes, pairs_of, unique_pairs
 from prdp_fem.torch.exchange import Exchange
 
 __all__ = ["Partition"]
@@ -87,4 +87,4 @@ def _edges_to_own_nodes(nodes: Nodes) -> np.ndarray:
     pairs = pairs_of(nodes.cells())
     bounds = np.searchsorted(np.cumsum(nodes.sizes), pairs[:, 1], side="right")
     received = nodes.comm.alltoall([pairs[bounds == rank] for rank in range(nodes.comm.size)])
-    return np.unique(np.concatenate(received), axis=0)
+    return unique_pairs(np.concatenate(received))

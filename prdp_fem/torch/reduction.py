@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from mpi4py import MPI
+from petsc4py import PETSc
 
 from prdp_fem.parallel import agree
 
@@ -113,6 +114,7 @@ class GradientReduction:
     def _start(self) -> None:
         self._requests.append(self._comm.Iallreduce(MPI.IN_PLACE, self.buckets[len(self._requests)].numpy()))
 
+    @PETSc.Log.EventDecorator("PRDPReduce")
     def finish(self) -> None:
         """After the backward pass: gradients are sums over the ranks. Collective."""
         if self._comm.size > 1:
