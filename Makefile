@@ -1,5 +1,5 @@
-# make demo            set up what is missing, and train the heat emulator (QUICK=1: under a minute; RANKS=2: in parallel; ARGS="--help");
-#                      DEMO=folder or DEMO=folder/script: another demo
+# make demo            set up what is missing, and train the heat emulator (QUICK=1: under a minute; RANKS=2: two ranks share the mesh,
+#                      with ARGS="--ensemble 2" the samples; ARGS="--help"); DEMO=folder or DEMO=folder/script: another demo
 # make reproduce       run all scenarios under all schedules, and renew the tables and figures of docs/results.md (about two hours of
 #                      one core; make -j2 for two at a time; runs that are in docs/runs already are taken from there;
 #                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: the runs of one

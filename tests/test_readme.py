@@ -10,7 +10,8 @@ from problems import CG, HeatStep
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations
 
-README = (Path(__file__).parent.parent/"README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT/"README.md").read_text()
 
 
 TRAINING, LOOP, NEWTON, UNROLLED, CONTROL, EXCHANGE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -50,6 +51,16 @@ def test_the_other_scripts_run_as_printed():
         assert solver.statistics.forward_iterations == 3
 
 
+@pytest.mark.parallel([1, 2, 3])
+def test_the_script_for_many_ranks_runs_as_printed():
+    script, = re.findall(r"```python\n(.*?)```", (ROOT/"docs"/"scaling.md").read_text(), re.DOTALL)
+    variables = run(script, {})
+    history = variables["history"]
+    assert len(history) == 20 and history.metric[-1] < 0.9*history.metric[0]
+    metrics = COMM_WORLD.allgather(history.metric)
+    assert all(metric == metrics[0] for metric in metrics)
+
+
 @pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
 def test_links_lead_somewhere(target):
-    assert (Path(__file__).parent.parent/target).exists()
+    assert (ROOT/target).exists()
