@@ -224,13 +224,14 @@ venv() {
     done
     run "Firedrake, torch and prdp_fem into $venv (about 1 minute)" install "$venv/bin/pip" install "${files[@]}" -e ".${extras:+[$extras]}"
     # Settings of the processes that use this environment, for make and for whoever activates it by hand.
-    if ! grep -q '^# prdp_fem' "$venv/bin/activate"; then
-        cat >>"$venv/bin/activate" <<SETTINGS
-# prdp_fem: one thread a process, MPI as root and on more ranks than cores, compiled kernels shared by all checkouts
-export OMP_NUM_THREADS=1 OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
+    sed -i '/^# prdp_fem/,$d' "$venv/bin/activate"
+    cat >>"$venv/bin/activate" <<SETTINGS
+# prdp_fem: one thread a process (for Scotch, so that meshes are partitioned alike each time), MPI as root and on more ranks than cores,
+# compiled kernels shared by all checkouts
+export OMP_NUM_THREADS=1 SCOTCH_PTHREAD_NUMBER=1
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export PYOP2_CACHE_DIR=\${PYOP2_CACHE_DIR:-$kernels/pyop2} FIREDRAKE_TSFC_KERNEL_CACHE_DIR=\${FIREDRAKE_TSFC_KERNEL_CACHE_DIR:-$kernels/tsfc}
 SETTINGS
-    fi
     echo "$wanted" >"$stamp"
 }
 

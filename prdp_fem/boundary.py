@@ -30,6 +30,8 @@ class BoundaryData:
     ----------
     inputs : dict of int to Input
         The controls that boundary values depend on, by their places.
+    size : int
+        Rank-local dofs of the solution.
     """
 
     def __init__(self, forms: Forms, controls: Sequence):
@@ -39,6 +41,7 @@ class BoundaryData:
         self._comm = space.mesh().comm
         with stop_annotating():
             self._values = Function(space)
+            self.size = local_values(self._values).size
             in_conditions = coefficients_of(*map(boundary_expression, conditions))
             self.inputs = {place: Input(control, mesh) for place, control in enumerate(controls)
                            if any(control is coefficient for coefficient in in_conditions)}

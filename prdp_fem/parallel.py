@@ -11,8 +11,11 @@ from typing import TypeVar
 
 import numpy as np
 from mpi4py import MPI
+from petsc4py import PETSc
 
 __all__ = ["agree"]
+
+_EVENT = "PRDPAgree"
 
 T = TypeVar("T")
 
@@ -55,7 +58,8 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
         error, mine = raised, f"{type(raised).__name__}: {raised}"
     checksum = zlib.crc32(mine.encode())
     largest = np.array([checksum, -checksum, error is not None])
-    comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
+    with PETSc.Log.Event(_EVENT):
+        comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
     if error is not None:
         # Others need to know what; where all have raised, nobody asks.
         comm.allgather((mine, True))

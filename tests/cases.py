@@ -1,9 +1,14 @@
-"""Problems of many kinds, each with its controls, directions for them, and a functional."""
+"""Problems of many kinds, each with its controls, directions for them, and a functional; and checks of layers on any number of ranks."""
+import numpy as np
+import pytest
+import torch
 from firedrake import *
 from firedrake.adjoint import *
-from problems import CONVERGED, AdvectionDiffusion, HeatStep, smooth
+from problems import CONVERGED, AdvectionDiffusion, HeatStep, same_on_all_ranks, smooth
+from ufl import Form
 
 import prdp_fem
+from prdp_fem.torch import to_torch
 
 NEWTON = {"snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 0, "snes_linesearch_type": "basic"}
 
@@ -135,9 +140,71 @@ class Burgers(Case):
 def direction_of(control):
     if isinstance(control, Constant):
         return Constant(0.3)
-    if control.function_space().ufl_element().family() == "Real":
+    if same_on_all_ranks(control):
         return Function(control.function_space()).assign(0.3)
     direction = smooth(control.function_space(), 11)
     with stop_annotating():
         direction.assign({"displacement": 0.05}.get(control.name(), 0.5)*direction)
     return direction
+
+
+def on_fewer(rows, *features) -> list:
+    """Parameters of a test that all run on one rank; on several those that bring in a value of a feature, a function of a row, only."""
+    seen, parameters = set(), []
+    for row in rows:
+        found = {(place, feature(*row)) for place, feature in enumerate(features)}
+        name = "-".join(part if isinstance(part, str) else part.__name__ for part in row)
+        parameters.append(pytest.param(*row, id=name, marks=[] if found - seen else [pytest.mark.ranks(1)]))
+        seen |= found
+    return parameters
+
+
+def factorised(pc_type: str) -> dict:
+    """Options of an incomplete factorisation; on several ranks of each one's block, as PETSc has it for the matrices of one only."""
+    return {"pc_type": pc_type} if COMM_WORLD.size == 1 else {"pc_type": "bjacobi", "sub_pc_type": pc_type}
+
+
+# Layers
+
+def _random(shape, seed: int, *, same: bool) -> torch.Tensor:
+    """Random numbers between 0 and 1, the same ones or other ones on each rank."""
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed if same else seed + 1000*COMM_WORLD.rank))
+
+
+def samples(control, batch=(), seed: int = 0) -> torch.Tensor:
+    """Random values of a control, positive as a diffusivity must be."""
+    return 0.5 + _random((*batch, to_torch(control).numel()), seed, same=same_on_all_ranks(control))
+
+
+def gradcheck(layer, inputs, *, eps: float = 1e-6, atol: float = 1e-7, rtol: float = 1e-6) -> bool:
+    """torch's gradcheck of a SolverLayer; on several ranks, which torch knows nothing of, by random directions and weights.
+
+    There each input, and each output, contributes to what all ranks' dofs do to the outputs of all ranks.
+    """
+    inputs = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
+    if COMM_WORLD.size == 1:
+        return torch.autograd.gradcheck(layer, inputs, eps=eps, atol=atol, rtol=rtol)
+
+    def outputs(tensors):
+        found = layer(*tensors)
+        return found if isinstance(found, tuple) else (found,)
+
+    def product(one, other, same):
+        own = float((one*other).sum())
+        return own if same else COMM_WORLD.allreduce(own)
+
+    asked = layer.output if isinstance(layer.output, (list, tuple)) else [layer.output]
+    functional = [isinstance(output, Form) for output in asked]
+    for place, (control, tensor) in enumerate(zip(layer.controls, inputs)):
+        for seed in range(3):
+            direction = _random(tensor.shape, 10 + seed, same=same_on_all_ranks(control)) - 0.5
+            values = outputs(inputs)
+            weights = [_random(value.shape, 20 + seed, same=same) - 0.3 for value, same in zip(values, functional)]
+            gradient, = torch.autograd.grad(values, tensor, weights)
+            found = product(gradient, direction, same_on_all_ranks(control))
+            with torch.no_grad():
+                ahead, behind = (outputs([*inputs[:place], tensor + sign*eps*direction, *inputs[place + 1:]]) for sign in (1, -1))
+            changes = [(one - other)/(2*eps) for one, other in zip(ahead, behind)]
+            expected = sum(product(*factors) for factors in zip(changes, weights, functional))
+            np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=f"by {control}")
+    return True

@@ -3,6 +3,7 @@ import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("SCOTCH_PTHREAD_NUMBER", "1")  # with more, partitions of meshes depend on timing
 
 import firedrake.adjoint as adjoint  # before petsc4py, which it initialises
 import pytest
@@ -32,6 +33,26 @@ _TAYLOR_TABLE = pytest.StashKey[list]()
 
 def pytest_configure(config):
     config.stash[_TAYLOR_TABLE] = []
+    config.addinivalue_line("markers", "ranks(*numbers): where a test is made for several numbers of ranks, those of these parameters")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc):
+    """Give a test the mark of its module, as of the numbers of ranks in a mark mpi-pytest makes tests only if the function has it."""
+    own, inherited = getattr(metafunc.function, "pytestmark", []), metafunc.definition.get_closest_marker("parallel")
+    if inherited is not None and all(mark.name != "parallel" for mark in own):
+        metafunc.function.pytestmark = [*own, inherited]
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out parameters on numbers of ranks that they are not for."""
+    def is_left_out(item):
+        mark = item.get_closest_marker("ranks")
+        return mark is not None and item.callspec.params["_nprocs"] not in mark.args
+
+    left_out = [item for item in items if is_left_out(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

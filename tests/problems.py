@@ -18,6 +18,44 @@ def smooth(space, seed: int, name: str = "field"):
     return Function(space, name=name).interpolate(expression)
 
 
+def whole(values) -> np.ndarray:
+    """An array that each rank has a part of, as the values of a Function or the rows of a matrix, whole on each rank."""
+    return np.concatenate(COMM_WORLD.allgather(np.asarray(values)))
+
+
+def dense(form, bcs=(), **options) -> np.ndarray:
+    """The whole matrix of a form on each rank."""
+    return whole(assemble(form, bcs=bcs, mat_type="aij", **options).petscmat.convert("dense").getDenseArray().copy())
+
+
+def boundary_dofs(condition) -> np.ndarray:
+    """The dofs of a condition on a scalar space on all ranks, as places in whole arrays; its ``nodes`` are a rank's, ghosts included."""
+    dofs = condition.function_space().dof_dset
+    return whole(condition.nodes[condition.nodes < dofs.size] + dofs.layout_vec.getOwnershipRange()[0])
+
+
+def norm_by_dofs(f) -> float:
+    """The Euclidean norm of the dofs of a Function or Cofunction on all ranks."""
+    with f.dat.vec_ro as dofs:
+        return dofs.norm()
+
+
+def equality(parameters: dict):
+    """A function that says whether arrays, of which each rank has a part, are what one solver gives twice: equal to the bit.
+
+    Up to rounding on three ranks or more where gamg is set up or MUMPS factorises, as PETSc's do there by themselves, too: they add up
+    what other ranks send in the order of arrival.
+    """
+    if COMM_WORLD.size < 3 or not {"gamg", "lu"} & set(parameters.values()):
+        return lambda one, other: np.array_equal(whole(one), whole(other))
+    return lambda one, other: np.linalg.norm(whole(one - other)) <= 1e-12*np.linalg.norm(whole(other))
+
+
+def same_on_all_ranks(control) -> bool:
+    """Whether each rank has all values of a control, not a part of a field."""
+    return isinstance(control, Constant) or control.function_space().ufl_element().family() == "Real"
+
+
 class HeatStep:
     """An implicit heat step with a source, a diffusivity that varies, and boundary values."""
 

@@ -5,14 +5,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from cases import factorised, gradcheck, samples
 from firedrake import *
 from firedrake.adjoint import *
 from firedrake.exceptions import ConvergenceError
-from problems import CG, CONVERGED, GMRES, AdvectionDiffusion, HeatStep, smooth
+from problems import CG, CONVERGED, GMRES, AdvectionDiffusion, HeatStep, dense, equality, smooth, whole
 
 import prdp_fem
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonSteps, ScheduledRefinement
-from prdp_fem.torch import SolverLayer
+from prdp_fem.torch import SolverLayer, to_torch
+
+pytestmark = pytest.mark.parallel([1, 2, 3])
 
 
 def solution_of_firedrake(problem, **kwargs):
@@ -56,15 +59,12 @@ def test_terms_are_integrated_as_the_whole_and_derivatives_as_what_they_derive(p
     problem = LinearVariationalProblem(w*v*dx, L, u, form_compiler_parameters=parameters)
     layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}), [g])
     layer.solver.solve()
-    b = assemble(L, form_compiler_parameters=parameters).dat.data_ro
-    A = assemble(w*v*dx, form_compiler_parameters=parameters).petscmat.convert("dense").getDenseArray()
-    np.testing.assert_allclose(A @ u.dat.data_ro, b, rtol=1e-12)
+    b = whole(assemble(L, form_compiler_parameters=parameters).dat.data_ro)
+    np.testing.assert_allclose(dense(w*v*dx, form_compiler_parameters=parameters) @ whole(u.dat.data_ro), b, rtol=1e-12)
     # Exact to rounding, not only up to quadrature errors: what gradcheck differences is what was differentiated.
-    start = torch.from_numpy(g.dat.data_ro.copy()).requires_grad_()
-    assert torch.autograd.gradcheck(layer, start, eps=1e-6, atol=1e-6, rtol=1e-8)
+    assert gradcheck(layer, to_torch(g, copy=True).requires_grad_(), atol=1e-6, rtol=1e-8)
 
 
-@pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("name", ["u0", "source", "kappa", "squared"])
 def test_a_field_that_changes_on_one_rank_only(name):
     """Halo exchanges and assembly are collective: all ranks must agree that something has changed."""
@@ -92,23 +92,23 @@ def test_a_field_that_changes_on_one_rank_only(name):
 
 
 @pytest.mark.parametrize("parameters", [
-    {"ksp_type": "cg", "pc_type": "gamg"}, {"ksp_type": "cg", "pc_type": "icc"}, {"ksp_type": "gmres", "pc_type": "sor"},
+    {"ksp_type": "cg", "pc_type": "gamg"}, {"ksp_type": "cg", **factorised("icc")}, {"ksp_type": "gmres", "pc_type": "sor"},
     {"ksp_type": "chebyshev", "pc_type": "jacobi"}, {"ksp_type": "bcgs", "pc_type": "bjacobi"},
 ])
 def test_operators_that_change_and_return_give_the_same_bits(parameters):
-    problem = HeatStep(cells=16)
+    problem, equal = HeatStep(cells=16), equality(parameters)
     solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(3)), solver_parameters=parameters)
     first = solver.solve().dat.data_ro.copy()
     kappa = problem.kappa.copy(deepcopy=True)
     problem.kappa.interpolate(1 + 50*SpatialCoordinate(problem.mesh)[1])
     solver.solve()
     problem.kappa.assign(kappa)
-    assert np.array_equal(first, solver.solve().dat.data_ro)
+    assert equal(first, solver.solve().dat.data_ro)
     problem.u0.dat.data[5] = np.nan
     with pytest.raises(ConvergenceError):
         solver.solve()
     problem.u0.assign(smooth(problem.V, 1))
-    assert np.array_equal(first, solver.solve().dat.data_ro)
+    assert equal(first, solver.solve().dat.data_ro)
 
 
 def stokes():
@@ -126,7 +126,6 @@ SCHUR = {"mat_type": "matfree", "ksp_type": "fgmres", "pc_type": "fieldsplit", "
          "fieldsplit_1": {"ksp_type": "preonly", "pc_type": "python", "pc_python_type": "firedrake.MassInvPC"}}
 
 
-@pytest.mark.parallel([1, 2])
 @pytest.mark.parametrize("kind", ["schur", "additive"])
 def test_preconditioners_of_firedrake_inside_a_fieldsplit(kind):
     problem, force = stokes()
@@ -239,7 +238,7 @@ def test_a_source_that_changes_on_one_rank_only():
     assert errornorm(solution_of_firedrake(problem.problem), found) < 1e-11
 
 
-@pytest.mark.parallel([2])
+@pytest.mark.parallel([2, 3])
 def test_results_that_one_rank_keeps():
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
@@ -282,12 +281,12 @@ def test_results_that_are_kept_do_not_change():
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_multigrid_inside_a_preconditioner_does_not_remember(parameters, nonlinear):
     V = FunctionSpace(UnitSquareMesh(12, 12), "CG", 1)
-    u, v, w, k = Function(V), TestFunction(V), TrialFunction(V), Function(V)
+    u, v, w, k, f = Function(V), TestFunction(V), TrialFunction(V), Function(V), smooth(V, 1)
     if nonlinear:
-        problem = NonlinearVariationalProblem((k*(1 + u**2)*inner(grad(u), grad(v)) + u*v - v)*dx, u)
+        problem = NonlinearVariationalProblem((k*(1 + u**2)*inner(grad(u), grad(v)) + u*v - f*v)*dx, u)
         make, setting = prdp_fem.NonlinearVariationalSolver, NewtonSteps(2, Iterations(2))
     else:
-        problem = LinearVariationalProblem((k*inner(grad(w), grad(v)) + w*v)*dx, v*dx, u)
+        problem = LinearVariationalProblem((k*inner(grad(w), grad(v)) + w*v)*dx, f*v*dx, u)
         make, setting = prdp_fem.LinearVariationalSolver, Iterations(2)
     k.assign(1.0)
 
@@ -299,29 +298,34 @@ def test_multigrid_inside_a_preconditioner_does_not_remember(parameters, nonline
         out = layer(x)
         out.sum().backward()
         return out.detach(), x.grad
-    rough = torch.exp(3*torch.randn(V.dim(), dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    rough = torch.exp(6*(samples(k, seed=1) - 1))
     used = layer()
     evaluate(used, torch.ones_like(rough))
     batch, = (layer()(torch.stack([torch.ones_like(rough), rough])),)
+    equal = equality(parameters)
     for one, again in zip(evaluate(layer(), rough), evaluate(used, rough)):
-        assert torch.equal(one, again)
-    assert torch.equal(batch[1], evaluate(layer(), rough)[0])
+        assert equal(one, again)
+    assert equal(batch[1].detach(), evaluate(layer(), rough)[0])
 
 
-@pytest.mark.parametrize("parameters", [{"ksp_type": "cg", "pc_type": "gamg"}, {"ksp_type": "gmres", "pc_type": "ilu"},
-                                        {"ksp_type": "preonly", "pc_type": "lu"}, {"ksp_type": "cg", "pc_type": "jacobi"}])
-def test_a_solver_recovers_from_nan_in_its_operator(parameters):
+@pytest.mark.parametrize("parameters, words", [
+    ({"ksp_type": "cg", "pc_type": "gamg"}, "look for"), ({"ksp_type": "gmres", **factorised("ilu")}, "look for"),
+    # PETSc's own factorisation, which is for one rank. Once MUMPS has met NaN, its solves fail (INFOG(1)=-3), with stock solvers as well.
+    pytest.param({"ksp_type": "preonly", "pc_type": "lu"}, "look for", marks=pytest.mark.ranks(1)),
+    ({"ksp_type": "cg", "pc_type": "jacobi"}, "look for"),
+])
+def test_a_solver_recovers_from_nan_in_its_operator(parameters, words):
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters)
     expected = solver.solve().dat.data_ro.copy()
     kappa = problem.kappa.copy(deepcopy=True)
     problem.kappa.assign(np.nan)
     for _ in range(2):
-        with pytest.raises(ConvergenceError, match="'solution'.*look for"):
+        with pytest.raises(ConvergenceError, match=f"'solution'.*{words}"):
             solver.solve()
         np.testing.assert_array_equal(problem.u.dat.data_ro, expected)
     problem.kappa.assign(kappa)
-    np.testing.assert_array_equal(solver.solve().dat.data_ro, expected)
+    assert equality(parameters)(solver.solve().dat.data_ro, expected)
 
 
 @pytest.mark.parametrize("parameters", [CG, {"ksp_type": "preonly", "pc_type": "lu"}])
@@ -366,7 +370,7 @@ def test_inputs_that_the_users_jacobian_lacks_change_the_adjoint():
             "ksp_type": "preonly", "pc_type": "lu"}), [f, k])
 
     def gradient(layer, value):
-        source = torch.zeros(V.dim(), dtype=torch.float64, requires_grad=True)
+        source = torch.zeros_like(to_torch(f), requires_grad=True)
         layer(source, torch.tensor([value], dtype=torch.float64)).sum().backward()
         return source.grad
     used = layer()
@@ -383,7 +387,7 @@ def test_a_replay_with_values_given_to_a_condition_behind_the_tapes_back_is_an_e
     reduced(problem.source)
     problem.bcs[0].set_value(2.0)
     solver.solve()
-    assert problem.u.dat.data_ro[problem.bcs[0].nodes] == pytest.approx(2.0)
+    assert problem.u.dat.data_ro_with_halos[problem.bcs[0].nodes] == pytest.approx(2.0)
     with pytest.raises(ValueError, match="'solution' was given another value after the solve.*set_value"):
         reduced(problem.source)
 
@@ -405,7 +409,7 @@ def test_boundary_controls_keep_the_other_coefficients_of_their_forward_pass():
 def test_second_derivatives_raise():
     problem = HeatStep()
     layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG), [problem.kappa])
-    x = (1 + torch.rand(49, dtype=torch.float64)).requires_grad_()
+    x = (0.5 + samples(problem.kappa)).requires_grad_()
     gradient, = torch.autograd.grad(layer(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         (gradient**2).sum().backward()
@@ -417,7 +421,7 @@ def test_second_derivatives_raise():
 def test_a_mesh_that_moves_between_forward_and_backward_is_an_error():
     problem = HeatStep()
     layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG), [problem.kappa])
-    x = torch.ones(49, dtype=torch.float64, requires_grad=True)
+    x = torch.ones_like(to_torch(problem.kappa), requires_grad=True)
     y = layer(x)
     problem.mesh.coordinates.dat.data[:] *= 1.1
     with pytest.raises(RuntimeError, match="mesh .* has moved"):
@@ -434,7 +438,6 @@ def test_copies_share_the_solver_and_pickles_are_refused():
         pickle.dumps(network)
 
 
-@pytest.mark.parallel([1, 2, 3])
 def test_real_spaces_beside_fields():
     """Firedrake eliminates them by a Schur complement, whose fieldsplit PETSc cannot apply transposed."""
     mesh = UnitSquareMesh(5, 5)

@@ -1,5 +1,6 @@
 """Values that ranks have from each other, against NumPy on what all of them have."""
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from firedrake import COMM_WORLD
 
 from prdp_fem.torch import Exchange
+from prdp_fem.torch import exchange as exchange_module
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 torch.set_num_threads(1)
@@ -82,6 +84,17 @@ def test_the_same_plan_serves_copies_and_other_widths():
         np.testing.assert_array_equal(exchange(values), everywhere(values)[exchange.wanted])
 
 
+def test_vectors_of_too_many_entries_are_made_in_pieces(monkeypatch):
+    exchange = make()
+    monkeypatch.setattr(exchange_module, "_MOST", 2*sum(SIZES[COMM_WORLD.size]))
+    values = random(exchange.owned, 5).requires_grad_()
+    received = exchange(values)
+    np.testing.assert_array_equal(received.detach(), everywhere(values)[exchange.wanted])
+    gradient, = torch.autograd.grad(received, values, torch.ones_like(received))
+    counts = np.bincount(np.concatenate(COMM_WORLD.allgather(exchange.wanted)), minlength=sum(SIZES[COMM_WORLD.size]))
+    np.testing.assert_array_equal(everywhere(gradient), np.repeat(counts[:, None], 5, axis=1))
+
+
 def test_bad_input_is_an_error_on_all_ranks():
     exchange, last = make(), COMM_WORLD.size - 1
     with pytest.raises(ValueError, match="expected .* nodes along axis 0|rank .* has raised ValueError: expected .* nodes along"):
@@ -90,6 +103,12 @@ def test_bad_input_is_an_error_on_all_ranks():
         Exchange(COMM_WORLD, exchange.owned, [sum(SIZES[COMM_WORLD.size])] if COMM_WORLD.rank == last else [])
     with pytest.raises(ValueError, match="numbered from 0 to"):
         Exchange(COMM_WORLD, exchange.owned, [-1] if COMM_WORLD.rank == last else [])
+    with pytest.raises(TypeError, match="expected real numbers"):
+        exchange(random(exchange.owned).to(torch.complex128))
+    with pytest.raises(TypeError, match="state_dict"):
+        pickle.dumps(exchange)
     if COMM_WORLD.size > 1:
-        with pytest.raises(ValueError, match="axes beside that of the nodes must be the same on all ranks"):
+        with pytest.raises(ValueError, match="whether there are gradients, must be the same on all ranks"):
+            exchange(random(exchange.owned).requires_grad_(COMM_WORLD.rank == 0))
+        with pytest.raises(ValueError, match="axes beside that of the nodes.* must be the same on all ranks"):
             exchange(random(exchange.owned, 2 + COMM_WORLD.rank))

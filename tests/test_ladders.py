@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 
 from prdp_fem.ladders import IterationLadder, Iterations, Setting, Tolerance, ToleranceLadder
 
+pytestmark = pytest.mark.parallel([1, 2, 3])
+
 # --- settings ----------------------------------------------------------------------------------------------------------------------------
 
 
@@ -306,7 +308,10 @@ def test_ladders_that_differ(one, other):
 
 # --- the module --------------------------------------------------------------------------------------------------------------------------
 
+# In interpreters of their own, and on one rank: a process that mpiexec has not started must not be one of its job.
 
+
+@pytest.mark.parallel(1)
 def test_ladders_and_refinements_are_pure_python():
     """Loaded without the package's ``__init__``, which imports Firedrake, the two modules bring nothing heavy along."""
     source = Path(importlib.import_module("prdp_fem.ladders").__file__).parent
@@ -327,6 +332,7 @@ assert not heavy, heavy
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parallel(1)
 def test_importing_the_package_does_not_import_torch():
     script = "import sys, prdp_fem; assert 'firedrake' in sys.modules; assert 'torch' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -12,6 +12,8 @@ from prdp_fem.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.options import refinement_from_options
 from prdp_fem.refinement import ProgressiveRefinement
 
+pytestmark = pytest.mark.parallel([1, 2, 3])
+
 
 @pytest.fixture
 def set_options():
@@ -28,6 +30,13 @@ def set_options():
     yield put
     for name in names:
         options.delValue(name)
+
+
+def printed(capfd):
+    """What rank 0 has printed, on all ranks; the others must be silent."""
+    first, *others = MPI.COMM_WORLD.allgather(capfd.readouterr().out)
+    assert not any(others)
+    return first
 
 
 # --- the documented list -----------------------------------------------------------------------------------------------------------------
@@ -54,7 +63,7 @@ CHANGES = {
 def make_and_step(capfd):
     refinement = refinement_from_options()
     refinement.step(1.0)
-    return refinement, capfd.readouterr().out
+    return refinement, printed(capfd)
 
 
 def test_every_option_is_documented_and_nothing_else_is():
@@ -174,7 +183,7 @@ def test_options_are_read_when_the_refinement_is_made(set_options):
 def test_view(set_options, capfd):
     set_options(prdp_view=None, prdp_stop="60")
     refinement = refinement_from_options(tau_stop=0.5)
-    output = capfd.readouterr().out
+    output = printed(capfd)
     assert output == f"{refinement!r}\n"
     assert "stop=60" in output and "tau_stop=0.5" in output
 
@@ -182,11 +191,11 @@ def test_view(set_options, capfd):
 def test_monitor(set_options, capfd):
     set_options(prdp_monitor=None)
     refinement = refinement_from_options(start=5, step=10, ema_window=1, error_window=1)
-    assert capfd.readouterr().out == ""
+    assert printed(capfd) == ""
     refinement.step(0.5)
     refinement.step(0.25)  # the second metric is a plateau, as error_window is 1
     refinement.step(0.25)  # r = 1: stay
-    first, second, third = capfd.readouterr().out.splitlines()
+    first, second, third = printed(capfd).splitlines()
     assert first.split() == "0 PRDP metric 5.000000e-01 smoothed 5.000000e-01 level 0 (5 iterations)".split()
     assert second.split() == ("1 PRDP metric 2.500000e-01 smoothed 2.500000e-01 level 0 (5 iterations), refined to 15 iterations").split()
     assert third.split() == "2 PRDP metric 2.500000e-01 smoothed 2.500000e-01 level 1 (15 iterations)".split()
@@ -195,7 +204,7 @@ def test_monitor(set_options, capfd):
 def test_monitor_of_tolerances(set_options, capfd):
     set_options(heat_prdp_monitor=None)
     refinement_from_options("heat_", ladder="tolerances").step(3)
-    assert "level 0 (relative tolerance 0.1)" in capfd.readouterr().out
+    assert "level 0 (relative tolerance 0.1)" in printed(capfd)
 
 
 @pytest.mark.parametrize("options", [{}, {"prdp_monitor": "false", "prdp_view": "0"}, {"heat_prdp_monitor": None, "heat_prdp_view": None}])
@@ -205,7 +214,7 @@ def test_no_output_unasked_for(set_options, capfd, options):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel([2, 3])
 def test_output_and_metric_of_rank_0(set_options, capfd):
     set_options(prdp_monitor=None, prdp_view=None)
     comm = MPI.COMM_WORLD
@@ -213,8 +222,8 @@ def test_output_and_metric_of_rank_0(set_options, capfd):
     refinement.step(comm.rank + 1.0)
     output = capfd.readouterr().out
     assert refinement.comm == comm  # the world's by default
-    assert comm.allgather(refinement.history[0].metric) == [1.0, 1.0]
-    assert comm.allgather(len(output.splitlines())) == [2, 0]
+    assert comm.allgather(refinement.history[0].metric) == [1.0]*comm.size
+    assert comm.allgather(len(output.splitlines())) == [2, *[0]*(comm.size - 1)]
 
 
 def test_communicator_is_handed_on(set_options, capfd):

@@ -107,3 +107,15 @@ def test_pointwise_networks_need_no_communication():
     pointwise.zero_grad()
     pointwise(whole[:, None]).square().sum().backward()
     np.testing.assert_allclose(mine, pointwise[0].weight.grad, rtol=1e-12)
+
+
+def test_ranks_without_nodes():
+    V = FunctionSpace(UnitSquareMesh(1, 1), "CG", 1)
+    own = Partition(V)
+    torch.manual_seed(0)
+    network = GraphNetwork(1, 1, own.edges, own.coordinates, halo=own.halo, width=2, steps=1).double()
+    torch.nn.init.normal_(network.decode.weight)
+    values = network(torch.as_tensor(own.coordinates[:len(own), 0])[None])
+    values.sum().backward()
+    assert values.shape == (1, len(own))
+    assert COMM_WORLD.allreduce(len(own)) == 4

@@ -76,6 +76,28 @@ def test_ranks_whose_pass_does_not_come_to_all_parameters():
         assert not network[0].weight.grad.any()
 
 
+def test_gradients_that_would_be_wrong_are_an_error():
+    network = make_network()
+    with GradientReduction(network, COMM_WORLD) as gradients:
+        optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+        optimiser.zero_grad()  # before zero(), which puts them back
+        gradients.zero()
+        part_of_loss(network, COMM_WORLD.rank).backward()
+        gradients.finish()
+        torch.testing.assert_close(network[0].weight.grad, expected_gradients()[1], rtol=1e-12, atol=0)
+        gradients.zero()
+        optimiser.zero_grad()
+        part_of_loss(network, COMM_WORLD.rank).backward()
+        with pytest.raises(RuntimeError, match="gradients have been replaced since zero"):
+            gradients.finish()
+        gradients.zero()
+        part_of_loss(network, COMM_WORLD.rank).backward()
+        if COMM_WORLD.size > 1:
+            with pytest.raises(RuntimeError, match="a second backward pass"):
+                part_of_loss(network, COMM_WORLD.rank).backward()
+        gradients.finish()
+
+
 def test_networks_that_differ_are_an_error_on_all_ranks():
     odd = COMM_WORLD.rank == COMM_WORLD.size - 1 > 0
     network = make_network()
@@ -87,6 +109,10 @@ def test_networks_that_differ_are_an_error_on_all_ranks():
         check_replicas(make_network(seed=int(odd)), optimiser, COMM_WORLD)
     with pytest.raises(ValueError, match="the optimiser's states must be the same on all ranks"):
         check_replicas(network, torch.optim.Adam(network.parameters(), lr=0.2 if odd else 0.1), COMM_WORLD)
+    normalised = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
+    normalised[0].running_mean += int(odd)
+    with pytest.raises(ValueError, match="the network's buffers must be the same on all ranks.*LayerNorm"):
+        check_replicas(normalised, optimiser, COMM_WORLD)
     part_of_loss(network, int(odd)).backward()
     optimiser.step()
     with pytest.raises(ValueError, match="the optimiser's states|weights"):

@@ -17,6 +17,8 @@ from mpi4py import MPI
 from prdp_fem.ladders import IterationLadder, Iterations, Tolerance, ToleranceLadder
 from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Record, ScheduledRefinement
 
+pytestmark = pytest.mark.parallel([1, 2, 3])
+
 # Averages are the metrics themselves, and thresholds are exact in binary, so that a case can be worked out in the head.
 EXACT = {"tau_step": 3/4, "tau_stop": 1/2, "ema_window": 1, "error_window": 2}
 
@@ -692,7 +694,7 @@ RANK_0 = [8, 8, 6, 6, 3, 3, 7]
 RANK_0_LEVELS = [0, 0, 0, 1, 1, 1, 2]
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("others", [
     [8, 8, math.nextafter(6, 7), 6, 3, 3, 7],  # the last bit of one metric, and q > tau_step
     [8, 8, 6, 6, 3, math.nextafter(3, 0), 7],  # the last bit of one metric, and r < tau_stop
@@ -720,7 +722,7 @@ def test_the_ranks_would_not_agree_by_themselves():
         assert (levels == RANK_0_LEVELS) is (metrics is RANK_0)
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("bad", [math.nan, -1.0, "bad", None, lambda: 1.0], ids=["nan", "negative", "string", "None", "cannot be sent"])
 @pytest.mark.timeout(60, method="thread")  # a rank that is left alone waits for ever, in MPI, where no signal interrupts it
 def test_bad_metric_of_rank_0_is_refused_on_all_ranks(bad):
@@ -738,7 +740,7 @@ def test_bad_metric_of_rank_0_is_refused_on_all_ranks(bad):
     assert run(refinement, [8 if comm.rank == 0 else 1]) == [1]
 
 
-@pytest.mark.parallel(2)
+@pytest.mark.parallel([2, 3])
 @pytest.mark.parametrize("make", [lambda comm: FixedRefinement(Iterations(3), comm=comm),
                                   lambda comm: ScheduledRefinement(IterationLadder(), {1: 2}, comm=comm)], ids=["fixed", "scheduled"])
 def test_the_record_is_the_same_on_all_ranks(make):

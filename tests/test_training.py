@@ -183,3 +183,24 @@ def test_metrics_that_are_none_are_refused(metric, message):
     network, loss = regression()
     with pytest.raises(ValueError, match=message):
         trained(network, loss, validate=lambda: metric)
+
+
+def test_an_optimiser_of_others_parameters_is_refused():
+    network, loss = regression()
+    with pytest.raises(ValueError, match="parameters that are not the network's"):
+        trained(network, loss, torch.optim.SGD([*network.parameters(), torch.nn.Parameter(torch.ones(1))], lr=0.1))
+
+
+@pytest.mark.parallel([2, 3])
+def test_what_ranks_must_have_alike():
+    network, loss = regression()
+    for options, message in (({"epochs": 1 + COMM_WORLD.rank}, "epochs, samples, .* must be the same on all ranks"),
+                             ({"seed": COMM_WORLD.rank}, "epochs, samples, .* must be the same on all ranks")):
+        with pytest.raises(ValueError, match=message):
+            trained(network, loss, comm=COMM_WORLD, **options)
+    V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
+    solver = LinearVariationalSolver(LinearVariationalProblem(TrialFunction(V)*TestFunction(V)*dx, TestFunction(V)*dx, Function(V)))
+    with pytest.raises(ValueError, match="is on [23] ranks, and training on 1: give comm=mesh.comm"):
+        trained(network, loss, solvers=[solver])
+    history = trained(network, lambda samples: loss(samples)/COMM_WORLD.size, comm=COMM_WORLD, validate=lambda: 1.0 + 1e-16*COMM_WORLD.rank)
+    assert COMM_WORLD.allgather(history.metric) == [history.metric]*COMM_WORLD.size

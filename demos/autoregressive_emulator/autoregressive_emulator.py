@@ -15,7 +15,8 @@ state depends on what the network made of those before. Under progressive refine
     python autoregressive_emulator.py                         two minutes
     python autoregressive_emulator.py --quick                 some seconds; or QUICK=1 in the environment
     python autoregressive_emulator.py --network mlp           another network
-    mpiexec -n 2 python autoregressive_emulator.py --output out
+    mpiexec -n 2 python autoregressive_emulator.py --output out         two ranks share the mesh
+    mpiexec -n 2 python autoregressive_emulator.py --ensemble 2         two ranks share the samples
     python autoregressive_emulator.py --schedules converged prdp 1 2 3 5 8 --seed 1 2 3 --resume
 
 A schedule that is a number is so many GMRES iterations throughout. Options with a single dash are PETSc's: -physics_pc_type ilu
@@ -35,10 +36,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.studies import Study, command_line, draw_training
-from prdp_fem.torch import MLP, Gathering, GraphNetwork, SolverLayer, to_torch, train
+from prdp_fem.torch import MLP, Gathering, GraphNetwork, SolverLayer, deal, to_torch, total, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
     "--network", choices=("graph", "mlp"), default="graph", help="(default: %(default)s)"))
+ensemble = arguments.ensemble  # its members have the whole mesh each, on ranks of their own (comm), and deal the samples out
+comm = ensemble.comm
 
 # The lake
 # --------
@@ -50,9 +53,8 @@ arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_
 FINER = 2 if arguments.size == "full" else 0  # times that each triangle is divided into four
 SPEED = 0.06/2**FINER                         # of the fastest water, times the time step
 DIFFUSION = 1.6e-3/4**FINER                   # diffusivity, times the time step; both in lengths of the lake
-mesh = Mesh(str(Path(__file__).resolve().with_name("lake.msh")))  # made from lake.geo
+mesh = Mesh(str(Path(__file__).resolve().with_name("lake.msh")), comm=comm)  # made from lake.geo
 mesh = MeshHierarchy(mesh, FINER)[-1]
-comm = mesh.comm
 V = FunctionSpace(mesh, "CG", 1)
 w, v = TrialFunction(V), TestFunction(V)
 stream = Function(V)
@@ -166,7 +168,7 @@ def train_one(seed, refinement, label):
     """Train a network under a refinement."""
     u0 = initial_concentrations(seed)
     norm = square_norm(u0)
-    validation = slice(TRAINING, TRAINING + VALIDATION)
+    validation = deal(torch.arange(TRAINING, TRAINING + VALIDATION), ensemble)
     reference_step = Step(FixedRefinement(Tolerance(1e-12)))
     with torch.no_grad():
         reference = field.gather(rollout(reference_step, field.scatter(u0[validation]), 2*STEPS))
@@ -181,24 +183,28 @@ def train_one(seed, refinement, label):
 
     def loss(samples):
         """This rank's part: the difference between network and solver from each state of the network's own trajectory."""
-        u, total = u0[samples], 0.0
+        u, error = u0[samples], 0.0
         for _ in range(STEPS):
             u_next = network(u)
             difference = field.scatter(u_next) - step(field.scatter(u))
-            total = total + (difference**2 @ local_mass.to(u)/norm[samples]).mean()/STEPS
+            error = error + (difference**2 @ local_mass.to(u)/norm[samples]).mean()/STEPS
             u = u_next
-        return total
+        return error
 
     def errors(steps):
-        """The mean squares, relative to the reference's, after each step of the network alone; no solver is needed."""
+        """The mean squares, relative to the reference's, after each step of the network alone; no solver is needed.
+
+        Each rank has whole samples here, so that the sum is one over members.
+        """
         states = rollout(averaged, u0[validation], steps)
-        return (square_norm(states.double() - reference[:steps])/reference_norm[:steps]).mean(dim=1)
+        squared_errors = square_norm(states.double() - reference[:steps])/reference_norm[:steps]
+        return total(squared_errors.sum(dim=1), ensemble.ensemble_comm)/VALIDATION
 
     history = train(network, loss, validate=lambda: errors(STEPS)[-1].item(), optimiser=optimiser, refinement=refinement,
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS), solvers=[step.solver], samples=TRAINING,
-                    batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
+                    batch_size=BATCH, epochs=EPOCHS, seed=seed, ensemble=ensemble, label=label)
 
-    # How the error grows, also where it was not trained to go, and a trajectory for the figures.
+    # How the error grows, also where it was not trained to go, and a trajectory for the figures: that of the member's first sample.
     with torch.no_grad():
         growth = errors(2*STEPS).sqrt()
         states = rollout(averaged, u0[validation][:1], 2*STEPS)[:, 0]
@@ -216,7 +222,8 @@ def rounded(state):
 
 setup = {"network": arguments.network, "unknowns": n, "speed": SPEED, "diffusion": DIFFUSION, "steps": STEPS, "training samples": TRAINING,
          "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "average": AVERAGE}
-PETSc.Sys.Print(f"A lake of {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; {STEPS} steps, {TRAINING} training and "
+PETSc.Sys.Print(f"A lake of {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}"
+                f"{f', {ensemble.ensemble_size} times' if ensemble.ensemble_size > 1 else ''}; {STEPS} steps, {TRAINING} training and "
                 f"{VALIDATION} validation samples, {EPOCHS} epochs")
 study = Study(f"autoregressive_{arguments.network}", arguments, ladder=IterationLadder(start=2, step=3), setup=setup)
 runs = study.run(train_one)
@@ -280,7 +287,7 @@ def draw_lake(path, run, title, stream):
 
 cells, stream = field.cells, field.gather(to_torch(stream, copy=True)).numpy()  # collective
 schedule, run = study.representative(runs)
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw_training(runs, study.path("training"))
     draw_growth(study.path("growth"))
     draw_lake(study.path("lake"), run, schedule.title, stream)

@@ -12,7 +12,8 @@ iterations, in two dimensions of 30. Under progressive refinement (PRDP) it is a
     python burgers_emulator.py                         in one dimension; a minute
     python burgers_emulator.py --dimension 2           in two; two minutes
     python burgers_emulator.py --quick                 some seconds; or QUICK=1 in the environment
-    mpiexec -n 2 python burgers_emulator.py --dimension 2 --output out
+    mpiexec -n 2 python burgers_emulator.py --dimension 2 --output out     two ranks share the mesh
+    mpiexec -n 2 python burgers_emulator.py --ensemble 2                   two ranks share the samples
     python burgers_emulator.py --schedules converged prdp 5 10 20 --seed 1 2 3 --resume
 
 A schedule that is a number is so many GMRES iterations throughout, in each of two Newton steps. Options with a single dash are PETSc's:
@@ -29,11 +30,13 @@ from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonLadder, NewtonSteps, NonlinearVariationalSolver, Tolerance
 from prdp_fem.studies import Study, command_line, draw_training
-from prdp_fem.torch import Gathering, ResNet, SolverLayer, train
+from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
     "--dimension", type=int, choices=(1, 2), default=1, help="of the domain (default: %(default)s)"))
 dimension = arguments.dimension
+ensemble = arguments.ensemble  # its members have the whole mesh each, on ranks of their own (comm), and deal the samples out
+comm = ensemble.comm
 
 # The flow
 # --------
@@ -46,12 +49,11 @@ cells = CELLS[dimension][arguments.size]
 viscosity, time_step, modes = (1.28/cells, 0.05, 5) if dimension == 1 else (0.5/cells, 0.1, 3)
 
 if dimension == 1:
-    mesh = PeriodicUnitIntervalMesh(cells)
+    mesh = PeriodicUnitIntervalMesh(cells, comm=comm)
     V = FunctionSpace(mesh, "CG", 1)
 else:
-    mesh = PeriodicUnitSquareMesh(cells, cells, quadrilateral=True)
+    mesh = PeriodicUnitSquareMesh(cells, cells, quadrilateral=True, comm=comm)
     V = VectorFunctionSpace(mesh, "CG", 1)
-comm = mesh.comm
 
 # A step of implicit Euler from u_old to u = u_old + w. It is the increment w that is solved for: Newton's method and GMRES both start
 # from w = 0, which is the old velocity, so that a single iteration is a rough step already, and all others improve on it.
@@ -126,7 +128,7 @@ def local(velocity):
 TRAINING, VALIDATION = (20, 10) if arguments.size == "quick" else (100, 50)
 torch.set_num_threads(1)
 reference_step = Step(FixedRefinement(Tolerance(1e-12)), newton_tolerance=1e-12)
-validation = torch.arange(TRAINING, TRAINING + VALIDATION)
+validation = deal(torch.arange(TRAINING, TRAINING + VALIDATION), ensemble)
 
 
 def initial_velocities(seed):
@@ -161,6 +163,11 @@ class Data:
 data_of = lru_cache(1)(Data)  # by seed: schedules share them
 
 
+def mean_error(squared_errors):
+    """Over all validation samples, from this rank's part of those that its member has been dealt."""
+    return total(squared_errors.sum(), ensemble.global_comm)/VALIDATION
+
+
 # Training
 # --------
 # Adam, at a constant learning rate for most of the time, so that networks still learn when physics has become finer; in the end it
@@ -185,23 +192,24 @@ def train_one(seed, refinement, label):
         return data.squared_errors(step(local(network(data.u0[samples]))), samples).mean()
 
     def validate():
-        return field.total(data.squared_errors(step(local(network(data.u0[validation]))), validation)).mean().item()
+        return mean_error(data.squared_errors(step(local(network(data.u0[validation]))), validation)).item()
 
     history = train(network, loss, validate, optimiser=optimiser, scheduler=scheduler, refinement=refinement, solvers=[step.solver],
-                    samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
+                    samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, ensemble=ensemble, label=label)
 
     # What the last network is worth with converged physics, and without any: coarse physics may have taught it to make up
     # for the solver's errors. This is not counted as training.
     with torch.no_grad():
         u1 = local(network(data.u0[validation]))
         u2 = reference_step(u1)
-        one_step = field.total(((u1 - data.u1[validation])**2).sum(dim=-1)/data.norm1[validation]).mean().sqrt().item()
-        converged = field.total(data.squared_errors(u2, validation)).mean().sqrt().item()
+        one_step = mean_error(((u1 - data.u1[validation])**2).sum(dim=-1)/data.norm1[validation]).sqrt().item()
+        converged = mean_error(data.squared_errors(u2, validation)).sqrt().item()
         shown[label] = data.u0[TRAINING], *(field.gather(part).view(dimension, -1) for part in (data.u2[TRAINING], u2[0]))
     return history, {AT_ONE_STEP: one_step, CONVERGED_PHYSICS: converged}
 
 
-PETSc.Sys.Print(f"Burgers in {dimension}-D: {V.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}; "
+PETSc.Sys.Print(f"Burgers in {dimension}-D: {V.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}"
+                f"{f', {ensemble.ensemble_size} times' if ensemble.ensemble_size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
 study = Study(f"burgers_{dimension}d", arguments, ladder=ladder, constant=constant,
               setup={"unknowns": V.dim(), "viscosity": viscosity, "time step": time_step, "training samples": TRAINING,
@@ -249,7 +257,7 @@ def draw_fields(path, u0, reference, prediction):
 
 
 schedule, run = study.representative(runs)
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw_training(runs, study.path("training"))
     if (velocities := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
         draw_fields(study.path("fields"), *(velocity.numpy() for velocity in velocities))

@@ -22,10 +22,11 @@ Then the corrected solver goes alone for five periods. The script prints what dr
     python cylinder.py                                              four minutes, and two more the first time, for the reference
     python cylinder.py --quick                                      half a minute, of a flow that sheds no vortices yet; or QUICK=1
     python cylinder.py --schedules converged prdp 4 8 16 --seed 1 2 3 --resume
-    mpiexec -n 2 python cylinder.py --output out                    in parallel
+    mpiexec -n 2 python cylinder.py --output out                    two ranks share the mesh
+    mpiexec -n 2 python cylinder.py --ensemble 2                    two ranks share the samples
 
-On several ranks the incomplete factorisation is one of each rank's part, so that iterations, and what truncated solves give, depend on
-their number; -physics_pc_type pbjacobi does not, and takes more of them.
+Where ranks share a mesh, the incomplete factorisation is one of each rank's part, so that iterations, and what truncated solves give,
+depend on their number; -physics_pc_type pbjacobi does not, and takes more of them.
 
 Options with a single dash are PETSc's: -log_view, or -physics_pc_type and whatever else configures the solver with prefix physics_.
 
@@ -46,7 +47,7 @@ from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training
-from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, from_torch, to_torch, train
+from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, deal, from_torch, to_torch, total, train
 
 HERE = Path(__file__).resolve().parent
 arguments = command_line(
@@ -55,6 +56,8 @@ arguments = command_line(
                                                  "(default: the folder output beside this script)"),
     check=lambda arguments: (f"--reference {arguments.reference} is not called FILE.npz"
                              if arguments.reference and arguments.reference.suffix != ".npz" else None))
+ensemble = arguments.ensemble  # its members have the whole mesh each, on ranks of their own (comm), and deal the samples out
+comm = ensemble.comm
 torch.set_num_threads(1)
 quick = arguments.size == "quick"
 
@@ -73,8 +76,7 @@ INFLOW, OUTFLOW, WALLS, CYLINDER = 1, 2, 3, 4
 VISCOSITY, DIAMETER, BENCHMARK = 1e-3, 0.1, 1.0
 TRAINING_SPEEDS = 0.8, 1.2
 
-mesh = Mesh(str(HERE/"cylinder.msh"))  # made from cylinder.geo
-comm = mesh.comm
+mesh = Mesh(str(HERE/"cylinder.msh"), comm=comm)  # made from cylinder.geo
 x, y = SpatialCoordinate(mesh)
 parabola = 6*y*(0.41 - y)/0.41**2
 
@@ -296,24 +298,31 @@ def make_reference():
     return found
 
 
-# It is made once, and kept in a file, with what it depends on.
+# It is made once, and kept in a file, with what it depends on. The first member of the ensemble makes it, and one rank reads and writes it.
 
 ALONE = 8 if quick else round(5*PERIOD/TIME_STEP)  # steps that solver and network go alone in the end
 MADE_WITH = np.array([n, VISCOSITY, TIME_STEP, BENCHMARK, *TRAINING_SPEEDS, REFERENCE_STEP, DEVELOPING, SETTLING, RECORDED, ALONE])
 path = arguments.reference or HERE/"output"/f"cylinder-{'quick' if quick else 'developed'}.npz"
-if comm.bcast(path.is_file()):
+is_first = ensemble.global_comm.rank == 0
+reference = problem_with_file = None
+if is_first and path.is_file():
     try:
         with np.load(path) as file:
             reference = dict(file)
     except (OSError, ValueError, BadZipFile) as error:
-        raise ValueError(f"{path} does not hold a flow ({error}): remove it, or name another --reference") from None
-else:
-    path.parent.mkdir(parents=True, exist_ok=True)
+        problem_with_file = f"{path} does not hold a flow ({error}): remove it, or name another --reference"
+reference, problem_with_file = ensemble.global_comm.bcast((reference, problem_with_file))
+if problem_with_file:
+    raise ValueError(problem_with_file)
+if reference is None:
     PETSc.Sys.Print(f"making the reference flow, to be kept in {os.path.relpath(path)}")
-    reference = make_reference()
-    if comm.rank == 0:
+    if ensemble.ensemble_rank == 0:
+        reference = make_reference()
+    if is_first:
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.savez(path.with_suffix(".part.npz"), **reference)
         path.with_suffix(".part.npz").replace(path)  # whole or not at all
+    reference = ensemble.global_comm.bcast(reference)
 if not np.array_equal(reference.get("made with"), MADE_WITH):
     raise ValueError(f"{path} holds a flow on another mesh, or with other parameters than this script has: remove it, or name another "
                      "--reference")
@@ -330,7 +339,7 @@ recordings = [torch.from_numpy(reference[f"states {speed}"]) for speed in (*TRAI
 snapshots = torch.cat(recordings)
 firsts = np.cumsum([0] + [len(recording) for recording in recordings])
 windows = [torch.arange(first, first + len(recording) - STEPS*STRIDE) for first, recording in zip(firsts, recordings)]
-validation = windows[-1][torch.linspace(0, len(windows[-1]) - 1, VALIDATION).long()]
+validation = deal(windows[-1][torch.linspace(0, len(windows[-1]) - 1, VALIDATION).long()], ensemble)
 
 mass = field.gather(to_torch(assemble(sum(test)*dx), copy=True))
 norms = (snapshots**2*mass).sum(dim=-1)
@@ -374,7 +383,7 @@ class Corrector(torch.nn.Module):
 # --------
 # A refinement makes the whole difference between the runs: it is handed to the solver, and told the validation error after each epoch.
 # A little noise on the first state of a sample teaches the network to bring back what has gone astray; without, errors add
-# up when solver and network go alone.
+# up when solver and network go alone. It is drawn for all samples of a batch, of which a member of the ensemble takes its part.
 
 
 def train_one(seed, refinement, label):
@@ -388,25 +397,27 @@ def train_one(seed, refinement, label):
     disturbances = torch.Generator().manual_seed(seed)
 
     def loss(samples):
-        times, total = first[samples], 0.0
-        noise = torch.randn(len(times), 3, n, generator=disturbances, dtype=torch.float64)
+        times, error = first[samples], 0.0
+        noise = deal(torch.randn(BATCH, 3, n, generator=disturbances, dtype=torch.float64), ensemble)
         states = snapshots[times] + NOISE*free*noise
         for _ in range(STEPS):
             states, times = corrector(*advanced(step, states)), times + STRIDE
             velocity, pressure = squared_errors(states, times)
-            total = total + (velocity + PRESSURE_WEIGHT*pressure).mean()/STEPS
-        return total
+            error = error + (velocity + PRESSURE_WEIGHT*pressure).mean()/STEPS
+        return error
 
-    def errors():
+    def validate():
         states, times = snapshots[validation], validation
         for _ in range(STEPS):
             states, times = corrector(*advanced(step, states)), times + STRIDE
-        return field.total(squared_errors(states, times)).mean(dim=-1)
+        velocity, _ = squared_errors(states, times)
+        return (total(velocity.sum(), ensemble.global_comm)/VALIDATION).item()
 
-    loss(torch.arange(BATCH)).backward()  # kernels are compiled before the clock starts
-    history = train(corrector, loss, lambda: errors()[0].item(), optimiser=optimiser, refinement=refinement, solvers=[step.solver],
+    if len(samples := deal(torch.arange(BATCH), ensemble)):
+        loss(samples).backward()  # kernels are compiled before the clock starts
+    history = train(corrector, loss, validate, optimiser=optimiser, refinement=refinement, solvers=[step.solver],
                     scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS, eta_min=LEARNING_RATE/50),
-                    samples=len(first), batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
+                    samples=len(first), batch_size=BATCH, epochs=EPOCHS, seed=seed, ensemble=ensemble, label=label)
 
     # Solver and network alone, as they have been trained. This is not counted as training.
     step.solver.refinement = FixedRefinement(refinement.setting)
@@ -415,8 +426,9 @@ def train_one(seed, refinement, label):
 
 
 first_state = recordings[-1][1]
-PETSc.Sys.Print(f"cylinder: {W.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}; {TRAINING} training and "
-                f"{VALIDATION} validation samples, {EPOCHS} epochs")
+PETSc.Sys.Print(f"cylinder: {W.dim()} unknowns on {comm.size} rank{'s' if comm.size > 1 else ''}"
+                f"{f', {ensemble.ensemble_size} times' if ensemble.ensemble_size > 1 else ''}; "
+                f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
 study = Study("navier_stokes_cylinder", arguments, ladder=LADDER, setup={
     "unknowns": W.dim(), "viscosity": VISCOSITY, "time step": TIME_STEP, "steps": STEPS, "training samples": TRAINING,
     "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "width": WIDTH, "layers": LAYERS,
@@ -504,7 +516,7 @@ shown = {f"reference, after {ALONE} steps of {TIME_STEP:g}": recordings[-1][1 + 
          f"coarse solver and network, {schedule.title}": chosen.extras["last state"]}
 shown = {title: vorticity(values) for title, values in shown.items()}
 cells = field.cells  # collective at first
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw_training(runs, study.path("training"))
     draw_forces(study.path("forces"))
     draw_flow(study.path("flow"), shown)

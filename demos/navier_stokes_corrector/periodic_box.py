@@ -21,7 +21,8 @@ It prints what they have reached and what they cost, and draws it:
     python periodic_box.py                                              three minutes
     python periodic_box.py --quick                                      a quarter of a minute; or QUICK=1 in the environment
     python periodic_box.py --schedules converged prdp 40 48 56 --seed 1 2 3
-    mpiexec -n 2 python periodic_box.py --output out                    in parallel
+    mpiexec -n 2 python periodic_box.py --output out                    two ranks share the meshes
+    mpiexec -n 2 python periodic_box.py --ensemble 2                    two ranks share the samples
 
 Options with a single dash are PETSc's: -log_view, or -physics_pc_type and whatever else configures the solver with prefix physics_.
 """
@@ -36,9 +37,11 @@ from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
 from prdp_fem.studies import Study, command_line, draw_training
-from prdp_fem.torch import Gathering, ResNet, SolverLayer, train
+from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
 arguments = command_line(__file__, __doc__)
+ensemble = arguments.ensemble  # its members have whole meshes each, on ranks of their own (comm), and deal the samples out
+comm = ensemble.comm
 torch.set_num_threads(1)
 
 CELLS = {"quick": 12, "default": 32, "full": 48}[arguments.size]  # in each direction; the reference has twice as many
@@ -65,7 +68,7 @@ class Flow:
     """The problem of a step on a mesh, and the order in which networks see its unknowns."""
 
     def __init__(self, cells):
-        self.mesh = PeriodicUnitSquareMesh(cells, cells)
+        self.mesh = PeriodicUnitSquareMesh(cells, cells, comm=comm)
         V, W = VectorFunctionSpace(self.mesh, "CG", 1, dim=2), VectorFunctionSpace(self.mesh, "CG", 1, dim=3)
         trial, test = TrialFunction(W), TestFunction(W)
         w, p = as_vector([trial[0], trial[1]]), trial[2]
@@ -113,7 +116,7 @@ GMRES = {"ksp_type": "gmres", "ksp_gmres_restart": 8, "pc_type": "pbjacobi"}
 ACCURATE = {"ksp_type": "gmres", "ksp_gmres_restart": 60, "pc_type": "bjacobi", "ksp_rtol": 1e-8}
 coarse, fine = Flow(CELLS), Flow(2*CELLS)
 coarse_step, fine_step = Step(coarse, solver_parameters=ACCURATE), Step(fine, solver_parameters=ACCURATE)
-grid, n, comm = coarse.velocity.grid, len(coarse.velocity), coarse.mesh.comm
+grid, n = coarse.velocity.grid, len(coarse.velocity)
 
 # The data
 # --------
@@ -154,7 +157,7 @@ def reference(seed):
     return velocities, (velocities**2).sum(dim=(2, 3))
 
 
-validation = torch.arange(TRAINING, TRAINING + VALIDATION)
+validation = deal(torch.arange(TRAINING, TRAINING + VALIDATION), ensemble)
 
 # The network
 # -----------
@@ -200,17 +203,19 @@ def train_one(seed, refinement, label):
         return (squared_errors(u1, samples, 1) + squared_errors(u2, samples, 2)).mean()
 
     def validate(steps=2, step=step, corrector=corrector):
-        """The relative mean square after each step, and the first sample's velocity after the last."""
+        """The relative mean square of all samples after each step, and the velocity of this member's first one after the last."""
         u, errors = velocities[validation, 0], []
         for number in range(1, steps + 1):
             u = corrector(step(u))
-            errors.append(coarse.velocity.total(squared_errors(u, validation, number)).mean().item())
+            mean = total(squared_errors(u, validation, number).sum(), ensemble.global_comm)/VALIDATION
+            errors.append(mean.item())
         return errors, u[0]
 
     loss(torch.arange(BATCH)).backward()  # kernels are compiled before the clock starts
     optimiser = torch.optim.Adam(corrector.parameters(), lr=LEARNING_RATE, fused=True)
     history = train(corrector, loss, lambda: validate()[0][-1], optimiser=optimiser, refinement=refinement,
-                    solvers=[step.solver], samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, comm=comm, label=label)
+                    solvers=[step.solver], samples=TRAINING, batch_size=BATCH, epochs=EPOCHS, seed=seed, ensemble=ensemble,
+                    label=label)
 
     # What the last corrector is worth for more steps than it was trained for, and with converged physics: coarse physics may have
     # taught it to make up for the solver's errors. This is not counted as training.
@@ -221,7 +226,8 @@ def train_one(seed, refinement, label):
     return history, {f"relative errors after each step, {name}": np.sqrt(errors).tolist() for name, (errors, _) in found.items()}
 
 
-PETSc.Sys.Print(f"periodic box: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}; "
+PETSc.Sys.Print(f"periodic box: {n} nodes on {comm.size} rank{'s' if comm.size > 1 else ''}"
+                f"{f', {ensemble.ensemble_size} times' if ensemble.ensemble_size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
 study = Study("navier_stokes_periodic_box", arguments, ladder=LADDER,
               setup={"cells": CELLS, "viscosity": VISCOSITY, "time step": TIME_STEP, "smoothing": SMOOTHING, "training samples": TRAINING,
@@ -275,7 +281,7 @@ def draw_flow(path, velocities):
 
 
 schedule, run = study.representative(runs)
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw_training(runs, study.path("training"))
     if (velocities := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
         draw_flow(study.path("flow"), velocities)

@@ -16,12 +16,15 @@ It needs no torch: the solves stand on pyadjoint's tape, and pyadjoint's own too
     python poisson_inverse.py --problem one --optimiser lbfgs          pyadjoint's minimize
     python poisson_inverse.py --problem field                          a diffusivity field on an unstructured mesh; CG, L-BFGS
     python poisson_inverse.py --quick                                  some seconds; or QUICK=1 in the environment
-    mpiexec -n 2 python poisson_inverse.py --schedules converged prdp 200 400 --seed 1 2 3 --output out
+    python poisson_inverse.py --schedules converged prdp 200 400 --seed 1 2 3 --resume
+    mpiexec -n 2 python poisson_inverse.py --output out                two ranks share the mesh
+    mpiexec -n 2 python poisson_inverse.py --ensemble 2                two ranks share the rods, or the ways in which the plate is heated
 
 The rods follow the PRDP paper's (Bhatia, Koehler and Thuerey, ICLR 2025, arXiv 2502.19611). Options with a single dash are PETSc's:
 -log_view, or -physics_ksp_monitor and whatever else configures the solver with prefix physics_.
 """
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -61,23 +64,58 @@ def configure(parser):
                         help="of truncated solves (default: %(default)s)")
 
 
+# How many rods there are, or ways to heat the plate.
+MEASURED = {
+    "one": {"quick": 3, "default": 10, "full": 50},
+    "three": {"quick": 3, "default": 3, "full": 50},
+    "field": {"quick": 2, "default": 2, "full": 2},
+}
+
+
 def check(arguments):
     if arguments.problem == "field" and arguments.optimiser == "gradient_descent":
         return "--problem field has no step length that gradient descent could go by: leave --optimiser away"
+    count = MEASURED[arguments.problem][arguments.size]
+    if arguments.ensemble > count:
+        return f"--ensemble {arguments.ensemble}: there are {count} {'heatings' if arguments.problem == 'field' else 'rods'} to share"
 
 
 arguments = command_line(__file__, __doc__, configure=configure, check=check)
 SOLVER = arguments.solver or ("cg" if arguments.problem == "field" else "jacobi")
 OPTIMISER = arguments.optimiser or ("lbfgs" if arguments.problem == "field" else "gradient_descent")
 NOISE = 0.01
-comm = COMM_WORLD
+
+# Members of an ensemble
+# ----------------------
+# There are no batches of samples here that an ensemble could share, but there are several rods, and two ways to heat the plate. So each
+# member computes the temperatures of its share of them, on the whole mesh, with ranks of its own (comm). All members have all parameters;
+# functional and derivative are sums over the members, and so is what the refinement is told.
+#
+# CG and steepest descent choose step lengths by all that they solve for at once. A member chooses by its own share, so what
+# truncated solves give depends on the number of members. With Jacobi's method it does not.
+
+COUNT = MEASURED[arguments.problem][arguments.size]
+ensemble = arguments.ensemble
+comm = ensemble.comm
+mine = np.array_split(range(COUNT), ensemble.ensemble_size)[ensemble.ensemble_rank]
+
+
+def norm_over_members(part):
+    """From the norm of what this member has."""
+    return math.hypot(*ensemble.ensemble_comm.allgather(part))
+
+
+def put(values, function):
+    """Values of each node, shape (nodes, components), into a function; where there is a single component, it has no axis for it."""
+    function.dat.data_wo[:] = values.reshape(function.dat.data_ro.shape)
+
 
 # Rods
 # ----
 # The paper's rod: -u'' = sum of theta_k sin(2 k pi x) for k = 1, or for k = 1, 2, 3, with u = 0 at its ends and 30 nodes
 # between. The temperature is measured at all nodes. By how much an error of 1 % there changes a single amplitude is a matter of luck (by
 # 0.15 % in the mean), and the error of a truncated solve may even make up for it. So we look at ten rods at once, or three of those
-# with three amplitudes, each with amplitudes and errors of its own: u is a vector with a component for each rod.
+# with three amplitudes, each with amplitudes and errors of its own: u is a vector with a component for each of this member's rods.
 #
 # The sines are eigenvectors of the discrete Laplacian. What K iterations of Jacobi's method make of one, from zero, is the solution times
 # 1 - cos(2 k pi/31)^K. For k = 1, the slowest of them, 110 iterations leave an error of 10 %, and each 110 more a tenth of it.
@@ -86,20 +124,19 @@ comm = COMM_WORLD
 
 class Rods:
     CELLS = 31
-    COUNT = {"quick": 3, "default": 10 if arguments.problem == "one" else 3, "full": 50}[arguments.size]
 
     def __init__(self, seed):
         rng = np.random.default_rng(seed)
         modes = {"one": 1, "three": 3}[arguments.problem]
-        mesh = UnitIntervalMesh(self.CELLS)
+        mesh = UnitIntervalMesh(self.CELLS, comm=comm)
         x, = SpatialCoordinate(mesh)
-        V = VectorFunctionSpace(mesh, "CG", 1, dim=self.COUNT)
+        V = VectorFunctionSpace(mesh, "CG", 1, dim=len(mine))
         u, v = TrialFunction(V), TestFunction(V)
-        self.truth = rng.uniform(1, 3, (self.COUNT, modes))
+        self.truth = rng.uniform(1, 3, (COUNT, modes))
         R = FunctionSpace(mesh, "R", 0)  # of numbers
         amplitudes = [[Function(R).assign(amplitude) for amplitude in row] for row in self.truth]
         self.controls = self.sought = sum(amplitudes, [])
-        source = as_vector([sum(amplitude*sin(2*k*pi*x) for k, amplitude in enumerate(row, start=1)) for row in amplitudes])
+        source = as_vector([sum(amplitude*sin(2*k*pi*x) for k, amplitude in enumerate(amplitudes[rod], start=1)) for rod in mine])
         self.load = inner(source, v)*dx
         self.problem = LinearVariationalProblem(inner(grad(u), grad(v))*dx, self.load, Function(V, name="temperature"),
                                                 bcs=DirichletBC(V, 0, "on_boundary"), constant_jacobian=True)
@@ -107,10 +144,10 @@ class Rods:
         # errors; nodes are told apart by where they are.
         self.measured = LinearVariationalSolver(self.problem).solve().copy(deepcopy=True)  # Firedrake's default is a direct method
         nodes = np.rint(self.CELLS*mesh.coordinates.dat.data_ro).astype(int)
-        errors = NOISE*norm(self.measured)/np.sqrt(self.COUNT)*rng.normal(size=(self.CELLS + 1, self.COUNT))
+        errors = NOISE*norm_over_members(norm(self.measured))/np.sqrt(COUNT)*rng.normal(size=(self.CELLS + 1, COUNT))
         errors[[0, -1]] = 0
-        self.measured.dat.data_wo[:] += errors[nodes]
-        self.size = norm(self.measured)**2
+        put(self.measured.dat.data_ro.reshape(-1, len(mine)) + errors[nodes][:, mine], self.measured)
+        self.size = norm_over_members(norm(self.measured))**2
         for control in self.controls:
             control.assign(5)  # the first guess, as in the paper
 
@@ -121,7 +158,7 @@ class Rods:
         """What is to be done with the control before the solve."""
 
     def misfit(self):
-        """Mean square of what is measured but not explained, relative to what is measured."""
+        """This member's part of the mean square of what is measured but not explained, relative to what is measured."""
         difference = self.problem.u - self.measured
         return assemble(inner(difference, difference)*dx)/self.size
 
@@ -137,8 +174,8 @@ class Rods:
 # A plate
 # -------
 # -div(exp(m) grad u) = source on a plate with three holes, insulated there and cold (u = 0) at the rim. It is heated in two ways,
-# one after the other; again u has a component for each. From the temperatures at 200 sensors the field m is sought, in linear finite
-# elements: 1277 unknowns, many more than such measurements can tell. What they leave open, a penalty decides.
+# one after the other; again u has a component for each that is this member's. From the temperatures at 200 sensors the field m is sought,
+# in linear finite elements: 1277 unknowns, many more than such measurements can tell. What they leave open, a penalty decides.
 #
 # Which fields are penalised, and which inner product the optimiser goes by, is one question. SciPy's L-BFGS sees vectors of numbers, and
 # its inner product is theirs. Were these numbers the nodal values of m, a finer mesh would mean more iterations. So the control is
@@ -156,7 +193,7 @@ class Rods:
 @functools.cache
 def plate_meshes():
     """Ours, and a finer one."""
-    return MeshHierarchy(Mesh(str(PLATE)), Plate.REFINED + 1)[-2:]
+    return MeshHierarchy(Mesh(str(PLATE), comm=comm), Plate.REFINED + 1)[-2:]
 
 
 class Plate:
@@ -183,16 +220,16 @@ class Plate:
         exact, _ = self.conduction(fine, true_field(fine))
         LinearVariationalSolver(exact).solve()
         sensors = self.random_places(mesh, rng)
-        readings = PointEvaluator(fine, sensors).evaluate(exact.u)
-        readings += NOISE*np.sqrt(np.mean(readings**2, axis=0))*rng.normal(size=readings.shape)
+        readings = PointEvaluator(fine, sensors).evaluate(exact.u).reshape(-1, len(mine))
+        readings += NOISE*np.sqrt(np.mean(readings**2, axis=0))*rng.normal(size=(len(sensors), COUNT))[:, mine]
 
         # Functions on a mesh of nothing but vertices: readings at the sensors, on the rank that has the place.
         places = VertexOnlyMesh(mesh, sensors)
-        in_order = Function(VectorFunctionSpace(places.input_ordering, "DG", 0, dim=2))
-        in_order.dat.data_wo[:] = readings[:len(in_order.dat.data_ro)]  # all on rank 0, none on others
-        self.at_sensors = VectorFunctionSpace(places, "DG", 0, dim=2)
+        in_order = Function(VectorFunctionSpace(places.input_ordering, "DG", 0, dim=len(mine)))
+        put(readings[:len(in_order.dat.data_ro)], in_order)  # all on rank 0, none on others
+        self.at_sensors = VectorFunctionSpace(places, "DG", 0, dim=len(mine))
         self.measured = Function(self.at_sensors).interpolate(in_order)
-        self.size = assemble(inner(self.measured, self.measured)*dx)
+        self.size = ensemble.ensemble_comm.allreduce(assemble(inner(self.measured, self.measured)*dx))
 
         self.controls, self.q, self.sought = [Function(Q, name="z")], q, [m]
         self.scale = Function(Q)
@@ -203,10 +240,11 @@ class Plate:
 
     @staticmethod
     def conduction(mesh, m):
-        V = VectorFunctionSpace(mesh, "CG", 1, dim=2)
+        V = VectorFunctionSpace(mesh, "CG", 1, dim=len(mine))
         u, v = TrialFunction(V), TestFunction(V)
         x, y = SpatialCoordinate(mesh)
-        load = inner(as_vector([1, sin(2*pi*x)]), v)*dx
+        heatings = 1, sin(2*pi*x)
+        load = inner(as_vector([heatings[heating] for heating in mine]), v)*dx
         return LinearVariationalProblem(exp(m)*inner(grad(u), grad(v))*dx, load, Function(V, name="temperature"),
                                         bcs=DirichletBC(V, 0, RIM)), load
 
@@ -225,7 +263,8 @@ class Plate:
         return assemble(inner(difference, difference)*dx)/self.size
 
     def penalty(self):
-        return self.PENALTY*assemble(self.q**2*dx(scheme="KMV", degree=1))
+        """This member's part: an equal one, since all have the whole field."""
+        return self.PENALTY/ensemble.ensemble_size*assemble(self.q**2*dx(scheme="KMV", degree=1))
 
     def error(self):
         return norm(self.sought[0] - self.truth)/norm(self.truth)
@@ -249,6 +288,19 @@ class Plate:
 # the parameters, which shows what is possible where the truth is known. Here that error is only what the runs are judged by.)
 
 
+class SumOverMembers(ReducedFunctionalNumPy):
+    """A functional of an array of numbers, the same for all members, and its derivative.
+
+    (Firedrake's EnsembleReducedFunctional is the same for functions, but pyadjoint's minimize does not take it.)
+    """
+
+    def __call__(self, values):
+        return ensemble.ensemble_comm.allreduce(float(super().__call__(values)))
+
+    def derivative(self, **options):
+        return ensemble.ensemble_comm.allreduce(super().derivative(**options))
+
+
 class Inverse:
     """The functional of a run."""
 
@@ -268,7 +320,7 @@ class Inverse:
             functional = ReducedFunctional(0.5*(misfit + physics.penalty()),
                                            [Control(control, riesz_map="l2") for control in physics.controls])
             pause_annotation()
-        self.functional = ReducedFunctionalNumPy(functional)  # of an array of numbers
+        self.functional = SumOverMembers(functional)
 
     def assess(self):
         """Misfit, residual, and the error of the parameters, where the functional was evaluated last."""
@@ -276,8 +328,8 @@ class Inverse:
             sought.assign(control.tape_value())
         self.physics.problem.u.assign(self._u.tape_value())
         with self._residual.assemble().dat.vec_ro as r, self._load.assemble().dat.vec_ro as b:
-            residual = (r.norm()/b.norm())**2
-        return float(self._misfit.tape_value()), residual, self.physics.error()
+            residual = (norm_over_members(r.norm())/norm_over_members(b.norm()))**2
+        return ensemble.ensemble_comm.allreduce(float(self._misfit.tape_value())), residual, self.physics.error()
 
 
 class Notebook:
@@ -285,9 +337,9 @@ class Notebook:
 
     def __init__(self, inverse, refinement, label):
         self.inverse, self.refinement = inverse, refinement
-        self.history, self.account = History(), Account([inverse.solver], comm)
+        self.history, self.account = History(), Account([inverse.solver], ensemble.global_comm, ensemble.ensemble_comm)
         self.misfits, self.residuals, self.errors = [], [], []
-        self.bar = tqdm(total=ITERATIONS, desc=label, unit="iteration", mininterval=0.5, disable=comm.rank > 0)
+        self.bar = tqdm(total=ITERATIONS, desc=label, unit="iteration", mininterval=0.5, disable=ensemble.global_comm.rank > 0)
 
     @property
     def is_full(self):
@@ -403,7 +455,7 @@ study = Study(f"poisson_{name}_{SOLVER}" + ("_lbfgs" if OPTIMISER == "lbfgs" and
               ladder=LADDERS[problem, SOLVER], converged=Tolerance(1e-10, max_it=1_000_000),
               setup={"problem": arguments.problem, "solver": SOLVER, "optimiser": OPTIMISER, "differentiation": arguments.differentiation,
                      "error of measurement": NOISE, "outer iterations": ITERATIONS,
-                     **({"rods": Rods.COUNT} if problem == "rods" else {"sensors": Plate.SENSORS, "penalty": Plate.PENALTY})})
+                     **({"rods": COUNT} if problem == "rods" else {"sensors": Plate.SENSORS, "penalty": Plate.PENALTY})})
 runs = study.run(find)
 
 # The result
@@ -453,7 +505,7 @@ def draw_costs(path):
 
 
 def draw_fields(path, fields):
-    """The true field, what was found, and how it differs. Each rank has its part of the mesh."""
+    """The true field, what was found, and how it differs. Each rank of a member has its part of the mesh."""
     chosen = list(fields)
     space = fields["true"].function_space()
     points = space.mesh().coordinates.dat.data_ro_with_halos
@@ -476,13 +528,13 @@ def draw_fields(path, fields):
     figure.savefig(path, dpi=110)
 
 
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw_training(runs, study.path("training"))
     draw_costs(study.path("costs"))
 found = {}
 for schedule in (CONVERGED, PRDP):
     if (pair := fields.get(study.label(schedule, arguments.seeds[0]))) is not None:  # not where the run comes from a file
         found["true"], found[schedule.title] = pair
-if found:
+if found and ensemble.ensemble_rank == 0:
     draw_fields(study.path("fields"), found)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

@@ -18,7 +18,8 @@ It prints how many iterations each error takes to fall below 1e-2 and 1e-6, and 
 
     python suboptimality.py                            about a minute
     python suboptimality.py --quick                    a quarter of a minute; or QUICK=1 in the environment
-    mpiexec -n 2 python suboptimality.py --output out  in parallel, with the same result
+    mpiexec -n 2 python suboptimality.py --output out  two ranks share the meshes; the result is the same
+    mpiexec -n 2 python suboptimality.py --ensemble 2  two ranks share the rows of the Jacobians; the result is the same
 
 The figure follows those on "Jacobian suboptimality" in Bhatia, Koehler and Thuerey, PRDP (ICLR 2025, arXiv 2502.19611). Options with a
 single dash are PETSc's, such as -log_view.
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 from prdp_fem import FixedRefinement, Iterations, LinearVariationalSolver
 from prdp_fem.studies.command_line import Parser, count
-from prdp_fem.torch import SolverLayer, to_torch
+from prdp_fem.torch import SolverLayer, deal, to_torch
 
 # The command line
 # ----------------
@@ -59,7 +60,9 @@ parser.add_argument("--quick", action="store_true", default=os.environ.get("QUIC
                          "plate; also switched on by QUICK=1 in the environment")
 parser.add_argument("--output", type=Path, default=HERE/"output", metavar="DIR",
                     help="where results and figure are put (default: output beside this script)")
+parser.add_ensemble("rows of Jacobians")
 arguments, _ = parser.parse()
+ensemble = parser.make_ensemble(arguments.ensemble)
 if arguments.iterations is None:
     arguments.iterations = 250 if arguments.quick else 4000
 if arguments.iterations < 2:
@@ -81,15 +84,18 @@ while counts[0] > 1:
 # The Jacobian J = ∂u/∂θ is looked at row by row, since this is how training needs it: for any weights w, one adjoint solve gives wᵀJ,
 # the gradient of wᵀu by all of θ. On the rod the weights are those of the identity, which makes the whole of J. On the plate that would
 # take a solve for each of 1277 nodes, and we are content with the gradients of three functionals, ∫ f u dx with random smooth f.
+#
+# Rows are independent of each other. So the members of an ensemble deal them out: each has the whole mesh, on ranks of its own, makes the
+# forward solve, and those adjoint solves that its rows take.
 
-comm = COMM_WORLD
+comm = ensemble.comm
 rng = np.random.default_rng(arguments.seed)
 torch.set_num_threads(1)
 torch.set_default_dtype(torch.float64)
 
 
-def total(value):
-    """The sum over the ranks."""
+def total(value, comm=comm):
+    """The sum over the ranks that share a mesh, or others."""
     return comm.allreduce(float(value))
 
 
@@ -99,7 +105,7 @@ class Problem:
     equation: str
     variational: LinearVariationalProblem
     control: Function
-    weights: torch.Tensor  # one w in each row; its columns are the nodes that this rank owns
+    weights: torch.Tensor  # one w in each row that this member has been dealt; its columns are the nodes that this rank owns
     nodes: torch.Tensor    # the size of what belongs to each node: the lumped mass matrix
     cells: torch.Tensor    # the size of each cell
 
@@ -109,7 +115,7 @@ class Problem:
 
     def norm_of_rows(self, J):
         """Of rows of a Jacobian, each a gradient in L2: on the rod, whose cells are of one size, a multiple of the Frobenius norm."""
-        return total((J**2/self.cells).sum())**0.5
+        return total((J**2/self.cells).sum(), ensemble.global_comm)**0.5
 
 
 def random_field(space):
@@ -133,7 +139,7 @@ def conduction(name, equation, source, conductivity, control, cold, functionals=
         weights = torch.eye(V.dim())[:, first:last]
     else:
         weights = torch.stack([to_torch(assemble(random_field(V)*v*dx), copy=True) for _ in range(functionals)])
-    return Problem(name, equation, problem, control, weights, nodes=to_torch(assemble(v*dx), copy=True),
+    return Problem(name, equation, problem, control, deal(weights, ensemble), nodes=to_torch(assemble(v*dx), copy=True),
                    cells=to_torch(assemble(q*dx), copy=True))
 
 
@@ -141,10 +147,10 @@ def conduction(name, equation, source, conductivity, control, cold, functionals=
 # gradients would be done after one iteration, or three; our source differs from cell to cell. And 11 unknowns will do, with which
 # Jacobi's method needs a seventh of the iterations.
 
-Q = FunctionSpace(UnitIntervalMesh(8 if arguments.quick else 12), "DG", 0)
+Q = FunctionSpace(UnitIntervalMesh(8 if arguments.quick else 12, comm=comm), "DG", 0)
 source = Function(Q, name="source").interpolate(1 + 2*random_field(Q))
 conductivity = Function(Q, name="conductivity").interpolate(exp(2*random_field(Q)))
-Q = FunctionSpace(Mesh(str(PLATE)), "DG", 0)
+Q = FunctionSpace(Mesh(str(PLATE), comm=comm), "DG", 0)
 plate_conductivity = Function(Q, name="conductivity").interpolate(exp(2*random_field(Q)))
 
 problems = [
@@ -169,10 +175,12 @@ methods = {
 
 
 def differentiate(physics, problem):
-    """The solution that a layer gives, and rows of its Jacobian."""
+    """The solution that a layer gives, and this member's rows of its Jacobian."""
     theta = to_torch(problem.control, copy=True).requires_grad_()
     u = physics(theta)
-    J = torch.stack([torch.autograd.grad(u, theta, w, retain_graph=True)[0] for w in problem.weights])
+    J = torch.zeros(len(problem.weights), len(theta))
+    for row, w in zip(J, problem.weights):
+        row[:] = torch.autograd.grad(u, theta, w, retain_graph=True)[0]
     return u.detach(), J
 
 
@@ -189,7 +197,8 @@ def exact(problem, step=1e-4):
     theta, direction = to_torch(problem.control), to_torch(random_field(problem.control.function_space()))
     with torch.no_grad():
         slope = (physics(theta + step*direction) - physics(theta - step*direction))/(2*step)
-    by_jacobian, by_difference = comm.allreduce((J @ direction).numpy()), comm.allreduce((problem.weights @ slope).numpy())
+    by_jacobian, by_difference = (np.concatenate(ensemble.ensemble_comm.allgather(comm.allreduce(values.numpy())))
+                                  for values in (J @ direction, problem.weights @ slope))
     check = np.linalg.norm(by_jacobian - by_difference)/np.linalg.norm(by_difference)
     assert check < 1e-6, f"{problem.name}: the Jacobian of the direct solver is off a central difference by {check:.1e}"
     return u, J, check
@@ -230,7 +239,7 @@ def measure(problem, parameters, u_exact, J_exact, bar):
 
 start = time.perf_counter()
 results, checks = {}, {}
-with tqdm(total=len(problems)*len(methods)*len(counts), unit="K", disable=comm.rank > 0) as bar:
+with tqdm(total=len(problems)*len(methods)*len(counts), unit="K", disable=ensemble.global_comm.rank > 0) as bar:
     for problem in problems:
         u_exact, J_exact, checks[problem.name] = exact(problem)
         results[problem.name] = {}
@@ -327,12 +336,12 @@ def draw(path):
     figure.savefig(path, dpi=150)
 
 
-if comm.rank == 0:
+if ensemble.global_comm.rank == 0:
     draw(arguments.output/"suboptimality.png")
     versions = {name: version(name) for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")}
     everything = {
         "arguments": {**vars(arguments), "output": arguments.output.name},
-        "ranks": comm.size,
+        "ranks": ensemble.global_comm.size,
         "versions": {**versions, "python": platform.python_version()},
         "seconds": seconds,
         "difference_from_central_difference": checks,

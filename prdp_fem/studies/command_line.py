@@ -40,6 +40,18 @@ class Parser(argparse.ArgumentParser):
         PETSc.Options().setValue("options_left", False)  # those of this parser are no mistakes
         return arguments, others
 
+    def add_ensemble(self, what: str) -> None:
+        """The option ``--ensemble``, a number for :meth:`make_ensemble`; ``what`` is dealt out."""
+        self.add_argument("--ensemble", type=count, default=1, metavar="N",
+                          help=f"deal {what} out to N groups of ranks; the ranks of a group share a mesh (default: %(default)s)")
+
+    def make_ensemble(self, members: int) -> Ensemble:
+        """So many groups of all ranks, or an error."""
+        ranks = MPI.COMM_WORLD.size
+        if members == 0 or ranks % members:
+            self.error(f"--ensemble {members} cannot share {ranks} rank{'s' if ranks > 1 else ''} out evenly")
+        return Ensemble(MPI.COMM_WORLD, ranks//members)
+
     def make_folder(self, folder: Path) -> None:
         """Where results are to be put, or an error."""
         try:
@@ -112,23 +124,20 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="where runs and figures are put (default: output beside this script, or output/quick or output/full)")
     parser.add_argument("--resume", action="store_true", help="take runs that are in DIR already from there")
-    parser.add_argument("--ensemble", type=count, default=1, metavar="N",
-                        help="deal samples out to N groups of ranks; the ranks of a group share a mesh (default: %(default)s)")
+    parser.add_ensemble("samples")
     if configure is not None:
         configure(parser)
     arguments, others = parser.parse()
     if arguments.epochs == 0:
         parser.error("there must be at least one epoch")
-    ranks = MPI.COMM_WORLD.size
-    if arguments.ensemble == 0 or ranks % arguments.ensemble:
-        parser.error(f"--ensemble {arguments.ensemble} cannot share {ranks} rank{'s' if ranks > 1 else ''} out evenly")
+    ensemble = parser.make_ensemble(arguments.ensemble)
     if check is not None and (problem := check(arguments)):
         parser.error(problem)
     if arguments.output is None:
         # Runs of another size are not overwritten.
         arguments.output = Path(script).resolve().parent/"output"/("" if arguments.size == "default" else arguments.size)
     parser.make_folder(arguments.output)
-    arguments.ensemble = Ensemble(MPI.COMM_WORLD, ranks//arguments.ensemble)
+    arguments.ensemble = ensemble
     arguments.solver_options = " ".join(
         word for option, word in zip(_options_of(others), others) if option.startswith(f"-{SOLVER_PREFIX}"))
     return arguments

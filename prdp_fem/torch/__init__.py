@@ -10,9 +10,9 @@ from prdp_fem.torch.gathering import Gathering
 from prdp_fem.torch.layer import SolverLayer
 from prdp_fem.torch.networks import MLP, GraphNetwork, ResNet
 from prdp_fem.torch.partition import Partition
-from prdp_fem.torch.reduction import GradientReduction, total
+from prdp_fem.torch.reduction import GradientReduction, check_replicas, shared, total
 from prdp_fem.torch.sampling import EnsembleSampler, deal
 from prdp_fem.torch.training import train
 
 __all__ = ["EnsembleSampler", "Exchange", "Gathering", "GradientReduction", "GraphNetwork", "MLP", "Partition", "ResNet", "SolverLayer",
-           "deal", "from_torch", "to_torch", "total", "train"]
+           "check_replicas", "deal", "from_torch", "shared", "to_torch", "total", "train"]

@@ -91,16 +91,16 @@ class BoundaryValues(torch.autograd.Function):
         ctx.data, ctx.batch, ctx.others = data, batch, data.others()
         ctx.save_for_backward(*tensors)
         rows = [data.values(values, ctx.others) for values in _each_row(data.inputs, batch, tensors)]
-        return torch.from_numpy(np.stack(rows)).view(*batch, -1)
+        return torch.from_numpy(np.array(rows).reshape(*batch, data.size))
 
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
         data, tensors = ctx.data, ctx.saved_tensors
         cotangents = _rows(cotangent, ctx.batch)
-        gradients = [np.stack([data.gradient(place, values, ctx.others, cotangents[row])
-                               for row, values in enumerate(_each_row(data.inputs, ctx.batch, tensors))]) if wanted else None
-                     for place, wanted in zip(data.inputs, ctx.needs_input_grad[2:])]
+        gradients = [np.array([data.gradient(place, values, ctx.others, cotangents[row])
+                               for row, values in enumerate(_each_row(data.inputs, ctx.batch, tensors))]).reshape(-1, tensor.shape[-1])
+                     if wanted else None for place, wanted, tensor in zip(data.inputs, ctx.needs_input_grad[2:], tensors)]
         return None, None, *(None if gradient is None else _reduced(gradient, ctx.batch, tensor)
                              for gradient, tensor in zip(gradients, tensors))
 

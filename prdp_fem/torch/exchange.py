@@ -12,6 +12,9 @@ from prdp_fem.parallel import agree
 
 __all__ = ["Exchange"]
 
+# Entries that a vector has at most.
+_MOST = np.iinfo(PETSc.IntType).max
+
 
 class Exchange:
     """Values of nodes on the ranks that want them, from the ranks that own them.
@@ -66,10 +69,14 @@ class Exchange:
 
         Raises
         ------
-        ValueError
-            On all ranks, where one has another shape.
+        TypeError, ValueError
+            On all ranks, where one has complex numbers, another shape, or no gradient where others have.
         """
-        agree(self.comm, lambda: self._other_axes(values, axis), "axes beside that of the nodes")
+        agree(self.comm, lambda: self._alike(values, axis), "axes beside that of the nodes, and whether there are gradients,")
+        return self.without_agreement(values, axis)
+
+    def without_agreement(self, values: torch.Tensor, axis: int = 0) -> torch.Tensor:
+        """The same, where it is known that all ranks have tensors of the right shape."""
         if self.comm.size == 1:
             return values.index_select(axis, torch.from_numpy(self.wanted).to(values.device))
         return _Exchanged.apply(self, False, values.movedim(axis, 0)).movedim(0, axis)
@@ -78,31 +85,42 @@ class Exchange:
         """A copy of a network exchanges by the same plans: they have no state."""
         return self
 
-    def _other_axes(self, values: torch.Tensor, axis: int) -> list[int]:
+    def __reduce__(self):
+        raise TypeError("an exchange, such as a network's halo, belongs to the ranks that it was made on, and cannot be pickled: save the "
+                        "network's state_dict(), in which it has no part")
+
+    def _alike(self, values: torch.Tensor, axis: int) -> tuple:
+        """What ranks must have alike, forward and backward."""
+        if values.is_complex():
+            raise TypeError(f"expected real numbers, found {values.dtype}: exchange torch.view_as_real of them")
         shape = list(values.shape)
         if shape.pop(axis) != self.owned:
             raise ValueError(f"expected {self.owned} nodes along axis {axis} (those that this rank owns), found shape "
                              f"{tuple(values.shape)}")
-        return shape
+        return tuple(shape), values.requires_grad and torch.is_grad_enabled()
 
-    @PETSc.Log.EventDecorator("PRDPExchange")
     def _apply(self, values: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """The exchange or its adjoint, without a derivative."""
+        sent = values.detach().resolve_neg().to(torch.float64).flatten(1) if values.ndim > 1 else values.detach().to(torch.float64)[:, None]
+        # PETSc counts the entries of a vector on all ranks, in 32 bits by default.
+        received = [self._columns(columns.contiguous(), adjoint) for columns in sent.split(max(1, _MOST//self._total), dim=1)]
         rows = self.owned if adjoint else len(self.wanted)
-        # Not empty: what nobody wants has the cotangent zero, and what is wanted is overwritten.
-        received = torch.zeros(rows, *values.shape[1:], dtype=torch.float64, device=values.device)
-        width = int(np.prod(values.shape[1:]))
-        if width:
-            sent = values.detach().resolve_neg().to(torch.float64).contiguous()
+        return torch.cat(received, dim=1).reshape(rows, *values.shape[1:]).to(values.dtype)
+
+    def _columns(self, sent: torch.Tensor, adjoint: bool) -> torch.Tensor:
+        # Zeros, since nothing is added to what nobody wants.
+        received = torch.zeros(self.owned if adjoint else len(self.wanted), sent.shape[1], dtype=torch.float64, device=sent.device)
+        if width := sent.shape[1]:
             owned, wanted = (received, sent) if adjoint else (sent, received)
             whole = PETSc.Vec().createWithDLPack(owned, size=(self.owned*width, self._total*width), comm=self.comm)
             part = PETSc.Vec().createWithDLPack(wanted, comm=PETSc.COMM_SELF)
             scatter = self._scatter(width, whole, part)
-            if adjoint:
-                scatter.scatter(part, whole, PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
-            else:
-                scatter.scatter(whole, part, PETSc.InsertMode.INSERT, PETSc.ScatterMode.FORWARD)
-        return received.to(values.dtype)
+            with PETSc.Log.Event("PRDPExchange"):
+                if adjoint:
+                    scatter.scatter(part, whole, PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
+                else:
+                    scatter.scatter(whole, part, PETSc.InsertMode.INSERT, PETSc.ScatterMode.FORWARD)
+        return received
 
     def _scatter(self, width: int, whole: PETSc.Vec, part: PETSc.Vec) -> PETSc.Scatter:
         """For nodes of so many values each."""

@@ -126,8 +126,8 @@ class Gathering:
             For another last axis.
         """
         expected = len(self._nodes)*self.components
-        agree(self.comm, lambda: _checked_batch(local, expected), "batch axes")
-        whole = self._exchange(local.unflatten(-1, (-1, self.components)), axis=-2)
+        agree(self.comm, lambda: _checked_batch(local, expected), "batch axes, and whether there are gradients,")
+        whole = self._exchange.without_agreement(local.unflatten(-1, (-1, self.components)), axis=-2)
         return whole.squeeze(-1) if self.components == 1 else whole.movedim(-1, -2)
 
     def scatter(self, whole: torch.Tensor) -> torch.Tensor:
@@ -159,7 +159,10 @@ class Gathering:
         return total(part, self.comm)
 
 
-def _checked_batch(local: torch.Tensor, expected: int) -> list[int]:
+def _checked_batch(local: torch.Tensor, expected: int) -> tuple:
+    """What ranks must have alike, forward and backward."""
+    if local.is_complex():
+        raise TypeError(f"expected real numbers, found {local.dtype}")
     if local.shape[-1] != expected:
         raise ValueError(f"expected a last axis of {expected} (the unknowns that this rank owns), found shape {tuple(local.shape)}")
-    return list(local.shape[:-1])
+    return tuple(local.shape[:-1]), local.requires_grad and torch.is_grad_enabled()

@@ -131,7 +131,9 @@ class SolverLayer(torch.nn.Module):
         -------
         torch.Tensor or tuple of torch.Tensor
             Shape (..., m) with m the dofs of the solution, or of its component, that this rank owns, and (...) for a functional,
-            the same on all ranks; float64 if any tensor is. Gradients are by dofs, without a mass matrix in between.
+            the same on all ranks; float64 if any tensor is. Gradients are by dofs, without a mass matrix in between. On several ranks
+            they are those of the sum over the ranks of what is made of the dofs that each has, and of a functional once; by a Constant
+            each rank has the whole of it (see :func:`~prdp_fem.torch.shared`).
 
         Raises
         ------
@@ -140,7 +142,7 @@ class SolverLayer(torch.nn.Module):
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
         """
-        agree(self._comm, lambda: self._checked(tensors), "batch axes")
+        agree(self._comm, lambda: self._checked(tensors), "batch axes, and whether there are gradients,")
         batch = _batch_axes(tensors)
         boundary = guess = None
         if self._boundary.inputs:
@@ -167,8 +169,8 @@ class SolverLayer(torch.nn.Module):
         except RuntimeError:
             raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
                              f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
-        return [f"{name_of(control)}: {tuple(tensor.shape[:-1])}" + (" with a gradient" if tensor.requires_grad else "")
-                for tensor, control in zip(tensors, self.controls)]
+        # Without names: those that Firedrake has chosen are not the same on all ranks.
+        return [f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors]
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)

@@ -181,7 +181,7 @@ class GraphNetwork(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, n = x.shape[:-2], x.shape[-1]
         # Nodes first, so that one sparse product serves all samples and states.
-        state = self.encode(x.reshape(-1, *x.shape[-2:]).permute(2, 0, 1))
+        state = self.encode(x.reshape(batch.numel(), *x.shape[-2:]).permute(2, 0, 1))
         for step, (update, mix) in enumerate(zip(self.update, self.mix)):
             known = state.flatten(1) if self.halo is None else self.halo(state.flatten(1))
             means = self.means(known).view(self.operators, *state.shape)

@@ -1,4 +1,8 @@
-"""Sums over ranks: of gradients, while the backward pass goes on, and of parts of an error."""
+"""Sums over ranks: of gradients, while the backward pass goes on, and of parts of an error.
+
+Each rank's loss is a part of the loss, and the sum over the ranks is the gradient, of a network's parameters as of anything that all
+ranks have alike.
+"""
 from __future__ import annotations
 
 import zlib
@@ -10,7 +14,7 @@ from petsc4py import PETSc
 
 from prdp_fem.parallel import agree
 
-__all__ = ["GradientReduction", "check_replicas", "total"]
+__all__ = ["GradientReduction", "check_replicas", "shared", "total"]
 
 
 def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
@@ -34,19 +38,50 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
         On all ranks, where shapes differ.
     """
     agree(comm, lambda: (list(part.shape), part.dtype), "shapes of what is added up")
-    if comm.size == 1:
-        return part.detach()
-    summed = part.detach().clone().contiguous()
-    comm.Allreduce(MPI.IN_PLACE, summed.numpy())
+    summed = part.detach().clone(memory_format=torch.contiguous_format)
+    if comm.size > 1:
+        comm.Allreduce(MPI.IN_PLACE, summed.numpy())
     return summed
+
+
+def shared(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
+    """A tensor that all ranks have alike, and hand to a solver layer as a Constant, or in a Real space.
+
+    The layer gives each rank the whole gradient by it. Behind this function each has an equal part, so that the sum over the ranks is the
+    gradient, as it is for fields.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Such as what a network predicts from what all ranks know.
+    comm : mpi4py.MPI.Comm
+        The ranks that share the layer's mesh.
+
+    Returns
+    -------
+    torch.Tensor
+        ``x``.
+    """
+    return _Shared.apply(x, comm.size)
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, cotangent: torch.Tensor):
+        return cotangent/ctx.ranks, None
 
 
 class GradientReduction:
     """The gradients of a network's parameters, added up over ranks while the backward pass goes on.
 
     They are kept in buckets, one array each, and gradients are parts of these. The reduction of a bucket starts as soon as the backward
-    pass has come through all of its parameters. As in torch's DistributedDataParallel, parameters fill buckets from the last one to the
-    first, as backward passes come to them.
+    pass, of which there is one for each step, has come through all of its parameters. As in torch's DistributedDataParallel, parameters
+    fill buckets from the last one to the first, as backward passes come to them.
 
     Parameters
     ----------
@@ -80,19 +115,18 @@ class GradientReduction:
 
     def __init__(self, network: torch.nn.Module, comm: MPI.Comm, *, bucket_size: int = 2**22):
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad][::-1]
-        if not parameters:
-            raise ValueError("the network has no parameters to train")
-        agree(comm, lambda: [(*parameter.shape, parameter.dtype) for parameter in parameters], "shapes of the network's parameters")
+        agree(comm, lambda: _checked_shapes(parameters), "shapes of the network's parameters")
         # A communicator of its own: the backward pass communicates, too, in an order of its own.
         self._comm = comm.Dup() if comm.size > 1 else comm
         self.buckets: list[torch.Tensor] = []
+        self._parts: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
         self._sizes, self._hooks = [], []
         for group in _grouped(parameters, bucket_size):
             sizes = [parameter.numel() for parameter in group]
             self.buckets.append(torch.zeros(sum(sizes), dtype=group[0].dtype))
             self._sizes.append(len(group))
             for parameter, part in zip(group, self.buckets[-1].split(sizes)):
-                parameter.grad = part.view_as(parameter)
+                self._parts.append((parameter, part.view_as(parameter)))
                 if comm.size > 1:
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._note, len(self._sizes) - 1)))
         self.zero()
@@ -103,9 +137,14 @@ class GradientReduction:
         self._missing = self._sizes.copy()
         for bucket in self.buckets:
             bucket.zero_()
+        for parameter, part in self._parts:
+            parameter.grad = part
 
     def _note(self, bucket: int, _: torch.nn.Parameter) -> None:
         """The backward pass has come through a parameter of a bucket."""
+        if self._missing[bucket] == 0:
+            raise RuntimeError("a second backward pass has come to gradients whose reduction has started: add losses up, and call backward "
+                               "once between zero() and finish(); a checkpoint inside the network needs use_reentrant=False")
         self._missing[bucket] -= 1
         # In the order of the buckets, which is the same on all ranks, however their backward passes run.
         while len(self._requests) < len(self.buckets) and self._missing[len(self._requests)] == 0:
@@ -116,7 +155,15 @@ class GradientReduction:
 
     @PETSc.Log.EventDecorator("PRDPReduce")
     def finish(self) -> None:
-        """After the backward pass: gradients are sums over the ranks. Collective."""
+        """After the backward pass: gradients are sums over the ranks. Collective.
+
+        Raises
+        ------
+        RuntimeError
+            Where gradients are no longer where they were at :meth:`zero`.
+        """
+        if any(parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr() for parameter, part in self._parts):
+            raise RuntimeError("gradients have been replaced since zero(): leave optimiser.zero_grad() and create_graph=True away")
         if self._comm.size > 1:
             while len(self._requests) < len(self.buckets):
                 self._start()
@@ -128,8 +175,20 @@ class GradientReduction:
     def __exit__(self, error_type, *_) -> None:
         for hook in self._hooks:
             hook.remove()
-        if error_type is None and self._comm.size > 1:  # collective
+        if error_type is not None:
+            # Reductions may be under way, and freeing a communicator waits for the other ranks.
+            _ABANDONED.append((self._comm, self.buckets, self._requests))
+        elif self._comm.size > 1:
             self._comm.Free()
+
+
+_ABANDONED: list[tuple] = []
+
+
+def _checked_shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
+    if not parameters:
+        raise ValueError("the network has no parameters to train")
+    return [(*parameter.shape, parameter.dtype) for parameter in parameters]
 
 
 def _grouped(parameters: list[torch.nn.Parameter], bucket_size: int) -> list[list[torch.nn.Parameter]]:
@@ -156,7 +215,14 @@ def check_replicas(network: torch.nn.Module, optimiser: torch.optim.Optimizer, c
     ValueError
         On all ranks, where they do not.
     """
-    agree(comm, lambda: f"{_checksum(network.state_dict()):08x}", "weights", "call torch.manual_seed before the network is made")
+    if comm.size == 1:
+        return
+    weights, buffers = dict(network.named_parameters()), network.state_dict()
+    for name in weights:
+        del buffers[name]
+    agree(comm, lambda: f"{_checksum(weights):08x}", "weights", "call torch.manual_seed before the network is made")
+    agree(comm, lambda: f"{_checksum(buffers):08x}", "the network's buffers",
+          "each rank sees a part of a batch, of which layers like BatchNorm take statistics; LayerNorm and GroupNorm do not")
     agree(comm, lambda: f"{_checksum(optimiser.state_dict()):08x}", "the optimiser's states", "give it the same parameters and options")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from firedrake import Ensemble
+from mpi4py import MPI
 
 from prdp_fem.parallel import agree
 
@@ -58,11 +59,8 @@ class EnsembleSampler:
     """
 
     def __init__(self, samples: int, batch_size: int, *, seed: int = 0, ensemble: Ensemble | None = None):
-        for name, count in (("samples", samples), ("batch_size", batch_size)):
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, found {count!r}")
-        if ensemble is not None:
-            agree(ensemble.global_comm, lambda: (samples, batch_size, seed), "numbers of samples, batch sizes and seeds")
+        agree(MPI.COMM_SELF if ensemble is None else ensemble.global_comm, lambda: _checked(samples, batch_size, seed),
+              "numbers of samples, batch sizes and seeds")
         self._samples, self._batch_size, self._ensemble = samples, batch_size, ensemble
         self._order = torch.Generator().manual_seed(seed)
 
@@ -75,3 +73,10 @@ class EnsembleSampler:
         for batch in torch.randperm(self._samples, generator=self._order).split(self._batch_size):
             mine = deal(batch, self._ensemble)
             yield mine, len(mine)/len(batch)
+
+
+def _checked(samples: int, batch_size: int, seed: int) -> tuple[int, int, int]:
+    for name, count in (("samples", samples), ("batch_size", batch_size)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, found {count!r}")
+    return samples, batch_size, seed
