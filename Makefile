@@ -84,7 +84,7 @@ report: install
 
 test: lint
 	$(ACTIVATE) && export PYOP2_SPMD_STRICT=1 FIREDRAKE_DISABLE_OPTIONS_LEFT=1 && \
-	python -m pytest -m "not parallel or parallel[1]" $(ARGS) && \
+	python -m pytest -n auto --maxprocesses 8 -m "not parallel or parallel[1]" $(ARGS) && \
 	mpiexec -n 2 python -m pytest -m "parallel[2]" $(ARGS) && \
 	mpiexec -n 3 python -m pytest -m "parallel[3]" $(ARGS)
 

@@ -24,8 +24,9 @@ from __future__ import annotations
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"          # before anything is imported that starts threads
-os.environ["THP_MEM_ALLOC_ENABLE"] = "1"     # torch asks for large pages: the network's tensors are large, and new in each step
+os.environ["THP_MEM_ALLOC_ENABLE"] = "1"     # torch asks for large pages
 
+import ctypes
 import gc
 import json
 import statistics
@@ -56,6 +57,11 @@ from tqdm import tqdm
 from prdp_fem import FixedRefinement, Iterations, LinearVariationalSolver
 from prdp_fem.studies.command_line import Parser, count
 from prdp_fem.torch import GradientReduction, GraphNetwork, Partition, SolverLayer, deal
+
+# The network's tensors are large, and new in each step. glibc keeps their memory, where it would give it back to the kernel, which clears
+# every page again: as MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 in the environment.
+if hasattr(ctypes.CDLL(None), "mallopt"):
+    ctypes.CDLL(None).mallopt(-4, 0), ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
 
 torch.set_num_threads(1)
 COMM = MPI.COMM_WORLD
@@ -321,7 +327,7 @@ def model_table(model: Model) -> str:
     return "\n".join(lines)
 
 
-COLOURS = {"solver": "#0072B2", "halos": "#56B4E9", "dot products": "#009E73", "gradients": "#D55E00", "agreement": "#F0E442", "rest": "0.75"}
+COLOURS = dict(zip(PARTS, ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#F0E442", "0.75")))
 
 
 def draw(layouts: list[Layout], model: Model, path: Path) -> None:
@@ -362,7 +368,7 @@ def main() -> None:
     parser.add_argument("--cells", type=count, default=46, metavar="N", help="cells along a side of the cube (default: 46, 103,823 dofs)")
     parser.add_argument("--iterations", type=count, default=20, metavar="K", help="of a solve, forward or adjoint (default: 20)")
     parser.add_argument("--batch", type=count, default=4, metavar="B", help="samples (default: 4)")
-    parser.add_argument("--repetitions", type=count, default=11, metavar="R", help="training steps of each layout (default: 11)")
+    parser.add_argument("--repetitions", type=count, default=15, metavar="R", help="training steps of each layout (default: 15)")
     parser.add_argument("--latency", type=float, default=2e-6, metavar="S", help="of the network in the model, seconds (default: 2e-6)")
     parser.add_argument("--bandwidth", type=float, default=12.5e9, metavar="BYTES", help="the same, bytes a second (default: 12.5e9)")
     parser.add_argument("--quick", action="store_true", help="11 cells along a side, and 3 repetitions")

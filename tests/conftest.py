@@ -28,11 +28,10 @@ def no_options_left():
             options.delValue(name)
 
 
-_TAYLOR_TABLE = pytest.StashKey[list]()
+_TAYLOR_ROWS: list = []
 
 
 def pytest_configure(config):
-    config.stash[_TAYLOR_TABLE] = []
     config.addinivalue_line("markers", "ranks(*numbers): where a test is made for several numbers of ranks, those of these parameters")
 
 
@@ -56,17 +55,22 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
-def taylor_table(request):
-    """Rows of problem, control, solver and the rates at which remainders fall, printed at the end of the log."""
-    return request.config.stash[_TAYLOR_TABLE]
+def taylor_table(record_property):
+    """Takes rows of problem, control, solver and the rates at which remainders fall, to be printed at the end of the log."""
+    return lambda row: record_property("taylor", row)
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[_TAYLOR_TABLE]
-    if rows and PETSc.COMM_WORLD.rank == 0:
-        terminalreporter.section(f"Taylor remainders on {PETSc.COMM_WORLD.size} rank(s): {len(rows)} combinations")
+def pytest_runtest_logreport(report):
+    """Of a test in another process, too."""
+    if report.when == "teardown":
+        _TAYLOR_ROWS.extend(row for name, row in report.user_properties if name == "taylor")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if _TAYLOR_ROWS and PETSc.COMM_WORLD.rank == 0:
+        terminalreporter.section(f"Taylor remainders on {PETSc.COMM_WORLD.size} rank(s): {len(_TAYLOR_ROWS)} combinations")
         terminalreporter.write_line(f"{'problem':20s} {'control':22s} {'solver':38s} {'first':>7s} {'second':>7s}")
-        for problem, control, ksp, first, second in rows:
+        for problem, control, ksp, first, second in _TAYLOR_ROWS:
             terminalreporter.write_line(f"{problem:20s} {control:22s} {ksp:38s} {first:7.3f} {second:7.3f}")
 
 

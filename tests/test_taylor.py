@@ -45,5 +45,5 @@ def test_remainders(case, control, ksp, taylor_table):
     with stop_annotating():
         results = taylor_to_dict(reduced, problem.controls[control]._ad_copy(), direction_of(problem.controls[control]))
     rates = [min(results[order]["Rate"]) for order in ("R1", "R2")]
-    taylor_table.append((case.__name__, control, ksp, *rates))
+    taylor_table((case.__name__, control, ksp, *rates))
     assert rates[0] > 1.95 and rates[1] > 2.9, f"remainders by {control} with {ksp}: {results}"

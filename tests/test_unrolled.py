@@ -73,7 +73,7 @@ def test_remainders_at_every_number_of_iterations(case, control, ksp, taylor_tab
     with stop_annotating():
         for _ in ladder:
             rate = remainder_rate(reduced, m, direction)
-            taylor_table.append((case.__name__, control, f"{ksp}, {refinement.setting}", rate, float("nan")))
+            taylor_table((case.__name__, control, f"{ksp}, {refinement.setting}", rate, float("nan")))
             assert rate > 1.9, f"remainders by {control} with {ksp} after {refinement.setting} fall at rate {rate}"
             reduced(m)
             adjoint, tangent = dot(reduced.derivative(), direction), float(reduced.tlm(direction))

@@ -114,7 +114,7 @@ def _checked(network, optimiser, solvers, comm: MPI.Comm, epochs: int, others: t
         raise ValueError(f"epochs must be at least 1, found {epochs!r}")
     known = {id(parameter) for parameter in network.parameters()}
     optimised = [parameter for group in optimiser.param_groups for parameter in group["params"] if parameter.requires_grad]
-    if any(id(parameter) not in known for parameter in optimised):
+    if known and any(id(parameter) not in known for parameter in optimised):
         raise ValueError("the optimiser has parameters that are not the network's: make them parts of one torch.nn.Module")
     for solver in solvers:
         if (ranks := solver.problem.u.function_space().mesh().comm.size) != comm.size and ranks > 1:
