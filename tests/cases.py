@@ -148,13 +148,13 @@ def direction_of(control):
     return direction
 
 
-def on_fewer(rows, *features) -> list:
-    """Parameters of a test that all run on one rank; on several those that bring in a value of a feature, a function of a row, only."""
+def on_fewer(rows, *features, all_on=(1,)) -> list:
+    """Parameters of a test, all of them on some numbers of ranks; on others those only that bring in a new value of a feature of a row."""
     seen, parameters = set(), []
     for row in rows:
         found = {(place, feature(*row)) for place, feature in enumerate(features)}
         name = "-".join(part if isinstance(part, str) else part.__name__ for part in row)
-        parameters.append(pytest.param(*row, id=name, marks=[] if found - seen else [pytest.mark.ranks(1)]))
+        parameters.append(pytest.param(*row, id=name, marks=[] if found - seen else [pytest.mark.ranks(*all_on)]))
         seen |= found
     return parameters
 
