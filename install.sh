@@ -224,7 +224,7 @@ venv() {
     done
     run "Firedrake, torch and prdp_fem into $venv (about 1 minute)" install "$venv/bin/pip" install "${files[@]}" -e ".${extras:+[$extras]}"
     # Settings of the processes that use this environment, for make and for whoever activates it by hand.
-    sed -i '/^# prdp_fem/,$d' "$venv/bin/activate"
+    sed -i '/^# prdp_fem/,/^export PYOP2_CACHE_DIR/d' "$venv/bin/activate"
     cat >>"$venv/bin/activate" <<SETTINGS
 # prdp_fem: one thread a process (for Scotch, so that meshes are partitioned alike each time), MPI as root and on more ranks than cores,
 # compiled kernels shared by all checkouts

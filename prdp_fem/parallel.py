@@ -15,7 +15,7 @@ from petsc4py import PETSc
 
 __all__ = ["agree"]
 
-_EVENT = "PRDPAgree"
+_EVENT = PETSc.Log.Event("PRDPAgree")
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
         error, mine = raised, f"{type(raised).__name__}: {raised}"
     checksum = zlib.crc32(mine.encode())
     largest = np.array([checksum, -checksum, error is not None])
-    with PETSc.Log.Event(_EVENT):
+    with _EVENT:
         comm.Allreduce(MPI.IN_PLACE, largest, MPI.MAX)
     if error is not None:
         # Others need to know what; where all have raised, nobody asks.

@@ -10,18 +10,19 @@ from petsc4py import PETSc
 
 from prdp_fem.parallel import agree
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "agree_on_axes"]
 
 # Entries that a vector has at most.
 _MOST = np.iinfo(PETSc.IntType).max
+_EVENT = PETSc.Log.Event("PRDPExchange")
 
 
 class Exchange:
     """Values of nodes on the ranks that want them, from the ranks that own them.
 
     The derivative adds up, for each node, the cotangents of all ranks that have its value, since each of them goes on with its own part
-    of the loss. Both are scatters of PETSc's between vectors on the memory of tensors, on whatever device that is. They are made in
-    double precision, and can be differentiated again.
+    of the loss. Both are scatters of PETSc's between vectors on the memory of tensors. They are made in double precision, and can be
+    differentiated again.
 
     Parameters
     ----------
@@ -72,7 +73,7 @@ class Exchange:
         TypeError, ValueError
             On all ranks, where one has complex numbers, another shape, or no gradient where others have.
         """
-        agree(self.comm, lambda: self._alike(values, axis), "axes beside that of the nodes, and whether there are gradients,")
+        agree_on_axes(self.comm, values, axis, self.owned, f"{self.owned} nodes along axis {axis} (those that this rank owns)")
         return self.without_agreement(values, axis)
 
     def without_agreement(self, values: torch.Tensor, axis: int = 0) -> torch.Tensor:
@@ -89,19 +90,9 @@ class Exchange:
         raise TypeError("an exchange, such as a network's halo, belongs to the ranks that it was made on, and cannot be pickled: save the "
                         "network's state_dict(), in which it has no part")
 
-    def _alike(self, values: torch.Tensor, axis: int) -> tuple:
-        """What ranks must have alike, forward and backward."""
-        if values.is_complex():
-            raise TypeError(f"expected real numbers, found {values.dtype}: exchange torch.view_as_real of them")
-        shape = list(values.shape)
-        if shape.pop(axis) != self.owned:
-            raise ValueError(f"expected {self.owned} nodes along axis {axis} (those that this rank owns), found shape "
-                             f"{tuple(values.shape)}")
-        return tuple(shape), values.requires_grad and torch.is_grad_enabled()
-
     def _apply(self, values: torch.Tensor, adjoint: bool) -> torch.Tensor:
         """The exchange or its adjoint, without a derivative."""
-        sent = values.detach().resolve_neg().to(torch.float64).flatten(1) if values.ndim > 1 else values.detach().to(torch.float64)[:, None]
+        sent = values.detach().resolve_neg().to(torch.float64)[:, None].flatten(1)
         # PETSc counts the entries of a vector on all ranks, in 32 bits by default.
         received = [self._columns(columns.contiguous(), adjoint) for columns in sent.split(max(1, _MOST//self._total), dim=1)]
         rows = self.owned if adjoint else len(self.wanted)
@@ -115,7 +106,7 @@ class Exchange:
             whole = PETSc.Vec().createWithDLPack(owned, size=(self.owned*width, self._total*width), comm=self.comm)
             part = PETSc.Vec().createWithDLPack(wanted, comm=PETSc.COMM_SELF)
             scatter = self._scatter(width, whole, part)
-            with PETSc.Log.Event("PRDPExchange"):
+            with _EVENT:
                 if adjoint:
                     scatter.scatter(part, whole, PETSc.InsertMode.ADD, PETSc.ScatterMode.REVERSE)
                 else:
@@ -141,3 +132,19 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     def backward(ctx, cotangent: torch.Tensor):
         return None, None, _Exchanged.apply(ctx.exchange, not ctx.adjoint, cotangent)
+
+
+def agree_on_axes(comm: MPI.Comm, values: torch.Tensor, axis: int, size: int, expected: str) -> None:
+    """Make sure that ranks have tensors with which they make the same calls, forward and backward; collective.
+
+    One axis, of which each rank has a ``size`` of its own, is called ``expected`` in an error.
+    """
+    def find() -> tuple:
+        if values.is_complex():
+            raise TypeError(f"expected real numbers, found {values.dtype}: give torch.view_as_real of them")
+        shape = list(values.shape)
+        if shape.pop(axis) != size:
+            raise ValueError(f"expected {expected}, found shape {tuple(values.shape)}")
+        return tuple(shape), values.requires_grad and torch.is_grad_enabled()
+
+    agree(comm, find, "axes beside that of the nodes, and whether there are gradients,")

@@ -9,8 +9,7 @@ import torch
 from firedrake import FunctionSpace
 
 from prdp_fem.nodes import Nodes, pairs_of
-from prdp_fem.parallel import agree
-from prdp_fem.torch.exchange import Exchange
+from prdp_fem.torch.exchange import Exchange, agree_on_axes
 from prdp_fem.torch.reduction import total
 
 __all__ = ["Gathering"]
@@ -126,7 +125,7 @@ class Gathering:
             For another last axis.
         """
         expected = len(self._nodes)*self.components
-        agree(self.comm, lambda: _checked_batch(local, expected), "batch axes, and whether there are gradients,")
+        agree_on_axes(self.comm, local, -1, expected, f"a last axis of {expected} (the unknowns that this rank owns)")
         whole = self._exchange.without_agreement(local.unflatten(-1, (-1, self.components)), axis=-2)
         return whole.squeeze(-1) if self.components == 1 else whole.movedim(-1, -2)
 
@@ -157,12 +156,3 @@ class Gathering:
     def total(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks of a tensor without gradients, such as a part of an error; collective."""
         return total(part, self.comm)
-
-
-def _checked_batch(local: torch.Tensor, expected: int) -> tuple:
-    """What ranks must have alike, forward and backward."""
-    if local.is_complex():
-        raise TypeError(f"expected real numbers, found {local.dtype}")
-    if local.shape[-1] != expected:
-        raise ValueError(f"expected a last axis of {expected} (the unknowns that this rank owns), found shape {tuple(local.shape)}")
-    return tuple(local.shape[:-1]), local.requires_grad and torch.is_grad_enabled()

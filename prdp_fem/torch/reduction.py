@@ -175,13 +175,14 @@ class GradientReduction:
     def __exit__(self, error_type, *_) -> None:
         for hook in self._hooks:
             hook.remove()
-        if error_type is not None:
-            # Reductions may be under way, and freeing a communicator waits for the other ranks.
-            _ABANDONED.append((self._comm, self.buckets, self._requests))
-        elif self._comm.size > 1:
-            self._comm.Free()
+        if self._comm.size > 1:
+            if error_type is None:
+                self._comm.Free()
+            else:  # reductions may be under way, and freeing a communicator waits for the other ranks
+                _ABANDONED.append((self._comm, self.buckets, self._requests))
 
 
+# Kept for MPI, which may still write to them.
 _ABANDONED: list[tuple] = []
 
 

@@ -34,7 +34,7 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     Parameters
     ----------
     network : torch.nn.Module
-        Whose parameters are trained; equal on all ranks. Its gradients are kept in one array for each type of number.
+        Whose parameters are trained; equal on all ranks. Its gradients are kept in a few arrays.
     loss : callable
         From sample numbers (a tensor of integers, shape (batch,)) to this rank's part of the loss: the sum over the ranks that share the
         unknowns is the loss. A functional that a solver layer returns is whole on each rank, and counts once: it is not divided. What all
@@ -79,9 +79,12 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     if ensemble is not None:
         comm, members = ensemble.global_comm, ensemble.ensemble_comm
     solvers = list(solvers)
-    agree(comm, lambda: _checked(network, optimiser, solvers, comm if ensemble is None else ensemble.comm, epochs,
-                                 (samples, batch_size, seed, refinement.level, refinement.setting)),
-          "epochs, samples, batch sizes, seeds and levels of refinement")
+
+    def alike() -> tuple:
+        _check(network, optimiser, solvers, comm if ensemble is None else ensemble.comm, epochs)
+        return epochs, samples, batch_size, seed, refinement.level, refinement.setting
+
+    agree(comm, alike, "epochs, samples, batch sizes, seeds and levels of refinement")
     sampler = EnsembleSampler(samples, batch_size, seed=seed, ensemble=ensemble)
     history, account = History(), Account(solvers, comm, members)
     bar = tqdm(range(epochs), desc=label, unit="epoch", mininterval=0.5, disable=not progress or comm.rank > 0)
@@ -108,8 +111,8 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     return history
 
 
-def _checked(network, optimiser, solvers, comm: MPI.Comm, epochs: int, others: tuple) -> tuple:
-    """What all ranks must have alike."""
+def _check(network, optimiser, solvers, comm: MPI.Comm, epochs: int) -> None:
+    """Raise for what a rank can see alone; the ranks of ``comm`` share the unknowns."""
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, found {epochs!r}")
     known = {id(parameter) for parameter in network.parameters()}
@@ -120,4 +123,3 @@ def _checked(network, optimiser, solvers, comm: MPI.Comm, epochs: int, others: t
         if (ranks := solver.problem.u.function_space().mesh().comm.size) != comm.size and ranks > 1:
             raise ValueError(f"the mesh of '{solver.problem.u.name()}' is on {ranks} ranks, and training on {comm.size}: give "
                              "comm=mesh.comm, or the ensemble that the mesh was made on")
-    return epochs, *others
