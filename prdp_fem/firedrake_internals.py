@@ -15,8 +15,11 @@ from pyop2 import op2
 from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
 
-__all__ = ["CoordinateAssembler", "MatrixAssembler", "SolverContext", "applies_boundary_first", "assemble_directly", "assemble_into",
-           "assemble_operators", "assigned_from", "attach_callbacks", "boundary_expression", "constructor_arguments", "extract_subfunction",
+from prdp_fem.memory import Memory
+from prdp_fem.nested import SELF_CONTAINED
+
+__all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "SolverContext", "applies_boundary_first", "assemble_directly",
+           "assemble_into", "assemble_operators", "assigned_from", "boundary_expression", "constructor_arguments", "extract_subfunction",
            "forget_set_up", "has_schedule", "is_lost", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
 
@@ -26,8 +29,7 @@ def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
     return context._jac.petscmat, context._pjac.petscmat
 
 
-# Preconditioners that have all they need once they are set up, and options that PETSc reads at each solve.
-_SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
+# Options that PETSc reads at each solve.
 _LOOKED_UP = ("view", "monitor", "reason", "error", "test")
 
 
@@ -57,7 +59,7 @@ class SolverContext:
         """Whether solves with a KSP that is set up may look for it; entering it costs as much as a small solve."""
         solver = self._solver
         ksp = solver.snes.getKSP()
-        return (ksp.getType() == "python" or ksp.getPC().getType() not in _SELF_CONTAINED or bool(solver._transfer_operators)
+        return (ksp.getType() == "python" or ksp.getPC().getType() not in SELF_CONTAINED or bool(solver._transfer_operators)
                 or any(operator.getType() == "python" for operator in operators(solver))
                 or any(word in option for option in solver.parameters for word in _LOOKED_UP))
 
@@ -94,12 +96,48 @@ def forget_set_up(solver) -> None:
     vars(solver).pop("setup_hooks", None)
 
 
-def attach_callbacks(solver) -> None:
-    """Have a SNES call this solver for residuals: solvers of one function space share its DM, which holds the callbacks."""
-    context = solver._ctx
-    context.set_objective(solver.snes)
-    context.set_function(solver.snes)
-    context.set_jacobian(solver.snes)
+class Callbacks:
+    """What a SNES calls for objective, residual and Jacobian: Firedrake, on the host, whatever memory the SNES works in.
+
+    Parameters
+    ----------
+    solver : firedrake.NonlinearVariationalSolver
+    memory : Memory
+    """
+
+    def __init__(self, solver, memory: Memory):
+        self._solver, self._context, self._memory = solver, solver._ctx, memory
+        with self._context._F.dat.vec_ro as vector:
+            self._residual, self._residual_on_host = memory.vector(vector), vector.duplicate()
+        self._has_pattern = False
+
+    def attach(self) -> None:
+        """Have the SNES call them: solvers of one function space share its DM, which holds the callbacks."""
+        context, snes = self._context, self._solver.snes
+        if self._memory.device is None:
+            context.set_objective(snes)
+            context.set_function(snes)
+            context.set_jacobian(snes)
+        else:
+            if not self._has_pattern:
+                # The first assembly changes what places there are in a matrix.
+                assemble_operators(self._solver, self._residual_on_host)
+                self._has_pattern = True
+            snes.setObjective(self._form_objective if context._problem.E else None)
+            snes.setFunction(self._form_function, self._residual)
+            snes.setJacobian(self._form_jacobian, *self._memory.places(*operators(self._solver)))
+
+    def _form_objective(self, snes, x):
+        return self._context.form_objective(snes, self._memory.to_host(x))
+
+    def _form_function(self, snes, x, f):
+        self._context.form_function(snes, self._memory.to_host(x), self._residual_on_host)
+        self._memory.load(self._residual_on_host.array_r, f)
+
+    def _form_jacobian(self, snes, x, J, P):
+        A, P = operators(self._solver)
+        self._context.form_jacobian(snes, self._memory.to_host(x), A, P)
+        self._memory.operators(A, P)
 
 
 def assemble_operators(solver, state: PETSc.Vec) -> None:

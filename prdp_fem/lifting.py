@@ -10,6 +10,7 @@ from firedrake.petsc import PETSc
 from prdp_fem.firedrake_internals import assemble_into
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import set_local_values
+from prdp_fem.memory import Memory
 
 __all__ = ["Lifting"]
 
@@ -31,7 +32,7 @@ class Lifting:
     def _assembler(self):
         return self._forms.assembler(action(self._forms.jacobian, self._values))
 
-    def subtract(self, boundary: np.ndarray, b: PETSc.Vec) -> None:
+    def subtract(self, boundary: np.ndarray, b: PETSc.Vec, memory: Memory) -> None:
         """b -= J g; entries of b at boundary dofs stay.
 
         Parameters
@@ -39,8 +40,10 @@ class Lifting:
         boundary : numpy.ndarray
             Rank-local g, zero at other dofs.
         b : PETSc.Vec
+        memory : Memory
+            That b is in.
         """
         set_local_values(self._values, boundary)
         assemble_into(self._assembler, self._assembled)
         with self._assembled.dat.vec_ro as vector:
-            b.axpy(-1.0, vector)
+            b.axpy(-1.0, memory.from_host(vector))

@@ -14,8 +14,10 @@ import numpy as np
 from pyadjoint.tape import stop_annotating
 
 from prdp_fem.batch import Batch, chunks
+from prdp_fem.device_batch import DeviceBatch
 from prdp_fem.forms import LinearForms
 from prdp_fem.ladders import Setting
+from prdp_fem.memory import Memory
 from prdp_fem.point import Point
 from prdp_fem.right_hand_side import RightHandSide
 from prdp_fem.system import System
@@ -35,12 +37,20 @@ class LinearSystem(System):
         Makes such a solver, of the same options, for the adjoint of the problem.
     ksp_prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
+    memory : Memory
+        Where solves are made.
     """
 
-    def __init__(self, forms: LinearForms, solver, make_adjoint_solver: Callable, ksp_prefix: str | None = None):
+    takes_device_rows = True
+
+    def __init__(self, forms: LinearForms, solver, make_adjoint_solver: Callable, ksp_prefix: str | None, memory: Memory):
         with stop_annotating():
             self._right_hand_side = RightHandSide(forms)
-        super().__init__(forms, solver, make_adjoint_solver, self._right_hand_side.terms, ksp_prefix)
+        super().__init__(forms, solver, make_adjoint_solver, self._right_hand_side.terms, ksp_prefix, memory)
+
+    def _place_in(self, memory: Memory) -> None:
+        super()._place_in(memory)
+        self._right_hand_side.move_to(memory)
 
     def _forget(self, changed: set[int], moved: bool) -> None:
         super()._forget(changed, moved)
@@ -48,7 +58,7 @@ class LinearSystem(System):
 
     def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
         varying = {} if varying is None else varying
-        dofs, right_hand_side, statistics = self.forms.boundary_dofs, self._right_hand_side, self.statistics
+        right_hand_side, statistics = self._right_hand_side, self.statistics
         guess, records = point.guess, []
         moves = self._moves(point, varying)
         with self._work_on("forward"):
@@ -65,20 +75,20 @@ class LinearSystem(System):
                     statistics.forward_iterations += solve(one, solution)
                     records.append(self._record())
                 statistics.solves += len(b.vectors)
-                solutions[rows] = w.array
-            solutions[:, dofs] = 0.0  # for preconditioners that do not keep the boundary rows apart to the bit
-            if point.boundary is not None:
-                solutions += point.boundary
+                w.zero(self._boundary_entries)  # for preconditioners that do not keep the boundary rows apart to the bit
+                if point.boundary is not None:
+                    w.add_each(right_hand_side.boundary)
+                w.read(solutions[rows])
         return records
 
     def _moves(self, point: Point, varying: Mapping[int, np.ndarray]) -> bool:
         """Whether something is assembled between rows of a batch."""
         return not self._only_enters_terms(varying) or (point.boundary is not None and point.boundary.ndim == 2)
 
-    def _start(self, w: Batch, guess: np.ndarray, rows: slice) -> None:
+    def _start(self, w: Batch | DeviceBatch, guess: np.ndarray, rows: slice) -> None:
         """Have rows start from a guess, of shape (n,) or (batch, n), without its boundary values."""
-        w.array[...] = guess if guess.ndim == 1 else guess[rows]
-        w.array[:, self.forms.boundary_dofs] = 0.0
+        w.fill(guess if guess.ndim == 1 else guess[rows])
+        w.zero(self._boundary_entries)
         w.changed()
 
     def _record(self):

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 
 from firedrake.petsc import PETSc
 
-__all__ = ["find_iterative", "has_memory_inside", "has_truncated_inside", "krylov_method_inside", "needs_set_up"]
+__all__ = ["SELF_CONTAINED", "find_iterative", "has_memory_inside", "has_truncated_inside", "krylov_method_inside", "needs_set_up"]
 
+# Preconditioners that are made from a matrix alone, and have all they need once they are set up.
+SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
 # Inside these there may be an iteration, which is known only once they are set up.
 _NESTING = frozenset({"fieldsplit", "ksp", "composite", "python", "asm", "bjacobi"})
 _MULTIGRID = frozenset({"mg", "gamg", "hmg"})

@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from pyadjoint.tape import stop_annotating
 
-from prdp_fem.firedrake_internals import SolverContext, applies_boundary_first, assemble_operators, attach_callbacks, operators
+from prdp_fem.firedrake_internals import Callbacks, SolverContext, applies_boundary_first, assemble_operators, operators
 from prdp_fem.forms import NonlinearForms
-from prdp_fem.inputs import set_local_values, vector_like
+from prdp_fem.inputs import set_local_values
 from prdp_fem.ladders import NewtonSteps, Setting
+from prdp_fem.memory import Memory
 from prdp_fem.nested import has_memory_inside
 from prdp_fem.newton import Newton
 from prdp_fem.point import Point
@@ -36,19 +37,26 @@ class NonlinearSystem(System):
         Makes a linear solver of the same options for a problem.
     ksp_prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
+    memory : Memory
+        Where linear systems are solved; residual and Jacobian are assembled on the host.
     """
 
-    def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None = None):
-        terms = {forms.inputs.index(entry): CofunctionTerm(weight, forms.boundary_dofs) for entry, weight in forms.cofunctions.items()}
-        # The residual is assembled from all inputs, Cofunctions too.
-        super().__init__(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver, terms, ksp_prefix,
-                         assembles_terms=True)
+    def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None, memory: Memory):
+        terms = {forms.inputs.index(entry): CofunctionTerm(weight, forms) for entry, weight in forms.cofunctions.items()}
         self._solver = solver
         self._solver_context = SolverContext(solver)
         self._applies_boundary_first = applies_boundary_first(solver)
         self.newton = Newton(solver.snes, forms.solution.name(), ksp_prefix)
-        self._work = vector_like(forms.solution)
+        # The residual is assembled from all inputs, Cofunctions too.
+        super().__init__(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver, terms, ksp_prefix, memory,
+                         assembles_terms=True)
         self._no_boundary = np.zeros(self.size)
+
+    def _place_in(self, memory: Memory) -> None:
+        super()._place_in(memory)
+        self.newton.snes.reset()  # it has vectors of its own, like those of its last solve
+        self._work = memory.vector(self._zero)
+        self._callbacks = Callbacks(self._solver, memory)
         self._was_set_up = False
 
     def check_setting(self, setting: Setting) -> None:
@@ -80,9 +88,9 @@ class NonlinearSystem(System):
     def _set_newton_up(self) -> None:
         """Set the KSP of the steps up where the state is, so that what is inside its preconditioner is there; inside its context."""
         self._was_set_up = True
-        attach_callbacks(self._solver)
-        assemble_operators(self._solver, self._work)
-        set_up(self.newton.snes.getKSP(), *operators(self._solver), self.forms.solution.name())
+        self._callbacks.attach()
+        assemble_operators(self._solver, self.memory.to_host(self._work))
+        set_up(self.newton.snes.getKSP(), *self.memory.operators(*operators(self._solver)), self.forms.solution.name())
 
     def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
         varying = {} if varying is None else varying
@@ -97,11 +105,11 @@ class NonlinearSystem(System):
                 set_local_values(self.forms.boundary, boundary)
                 if self._applies_boundary_first:
                     solution[dofs] = boundary[dofs]
-                work.setArray(solution)
-                attach_callbacks(self._solver)
+                self.memory.load(solution, work)
+                self._callbacks.attach()
                 self._forget_steps()
                 steps, iterations = self.newton.solve(work, setting)
-                solution[:] = work.array_r
+                solution[:] = self.memory.unload(work)
                 records.append(self._record())
                 statistics.solves += 1
                 statistics.newton_steps += steps

@@ -35,6 +35,10 @@ class Point:
             values = [varying[index][row] if index in varying else same for index, same in enumerate(values)]
         return Point(values, _row(self.boundary, row), _row(self.guess, row))
 
+    def on(self, memory) -> Point:
+        """This point with all values on the host, of those that may be in a memory."""
+        return Point([memory.on_host(values) for values in self.values], self.boundary, self.guess)
+
 
 def _row(values: np.ndarray | None, row: int) -> np.ndarray | None:
     return values[row] if values is not None and values.ndim == 2 else values

@@ -12,15 +12,18 @@ import numpy as np
 import ufl
 from firedrake import Cofunction, Function, TrialFunction, derivative
 from firedrake.petsc import PETSc
+from mpi4py import MPI
 from ufl import classes
 from ufl.algorithms import expand_derivatives, extract_coefficients
 from ufl.corealg.traversal import unique_pre_traversal
 
-from prdp_fem.batch import Batch, BatchStore
+from prdp_fem.batch import Batch
+from prdp_fem.device_batch import DeviceBatch
 from prdp_fem.firedrake_internals import MatrixAssembler, assemble_into
-from prdp_fem.forms import LinearForms
+from prdp_fem.forms import Forms, LinearForms
 from prdp_fem.inputs import Input, coefficients_of, is_real_space, same_bits, vector_like
 from prdp_fem.lifting import Lifting
+from prdp_fem.memory import Memory
 from prdp_fem.point import Point
 
 __all__ = ["RightHandSide"]
@@ -48,16 +51,31 @@ class RightHandSide:
         self._rest_is_current = False
         self._lifting = Lifting(forms)
         self._assembled = Cofunction(forms.solution.function_space().dual())
-        self._base, self._rest_values = vector_like(forms.solution), vector_like(forms.solution)
-        self._rows, self._products = BatchStore(self._base), BatchStore(self._base)
+        self._lifting_inputs = forms.indices(coefficients_of(forms.jacobian))
+        self._comm = forms.solution.function_space().mesh().comm
+        self._layout = vector_like(forms.solution)
         self._has_base = False
-        self._shared: dict[int, np.ndarray] = {}
+        self._shared: dict[int, PETSc.Vec] = {}
+
+    def move_to(self, memory: Memory) -> None:
+        """Have all vectors in a memory, and everything computed again; the terms are moved by themselves."""
+        self._memory = memory
+        self._base, self._rest_values, self._lifted, self._boundary = (memory.vector(self._layout) for _ in range(4))
+        self._rows, self._products = memory.batches(self._layout), memory.batches(self._layout)
+        self._rest_is_current = False
+        # The boundary values that were lifted last.
+        self._lifted_values: np.ndarray | None = None
+
+    @property
+    def boundary(self) -> PETSc.Vec:
+        """The boundary values that :meth:`prepare` was given."""
+        return self._boundary
 
     def _split_off_terms(self) -> None:
         """Find the inputs that b depends on by a matrix, and take their terms out of the form to be assembled."""
         forms = self._forms
         for entry, weight in forms.cofunctions.items():
-            self.terms[forms.inputs.index(entry)] = CofunctionTerm(weight, forms.boundary_dofs)
+            self.terms[forms.inputs.index(entry)] = CofunctionTerm(weight, forms)
         if self._rest is None or any(map(is_real_space, forms.solution.function_space())):
             return
         for index, entry in enumerate(forms.inputs):
@@ -81,6 +99,8 @@ class RightHandSide:
         """Have the rest assembled again where it depends on inputs that have changed, or on a mesh that has moved."""
         if moved or self._rest_inputs & changed:
             self._rest_is_current = False
+        if moved or self._lifting_inputs & changed:
+            self._lifted_values = None
 
     def prepare(self, point: Point, varying: Mapping[int, np.ndarray]) -> None:
         """Compute what the rows of a batch have in common.
@@ -98,38 +118,47 @@ class RightHandSide:
                 if not self._rest_is_current:
                     assemble_into(self._rest_assembler, self._assembled)
                     with self._assembled.dat.vec_ro as vector:
-                        vector.copy(self._rest_values)
+                        self._memory.from_host(vector).copy(self._rest_values)
                     self._rest_is_current = True
                 self._base.axpy(1.0, self._rest_values)
             if point.boundary is not None:
-                self._lifting.subtract(point.boundary, self._base)
+                self._lift(point.boundary)
+                self._base.axpy(1.0, self._lifted)
         self._shared = {index: term.kept_product(point.values[index], self._products(1))
                         for index, term in self.terms.items() if index not in varying}
 
-    def rows(self, varying: Mapping[int, np.ndarray], rows: slice) -> Batch:
+    def _lift(self, boundary: np.ndarray) -> None:
+        """Have -J g, and g, of boundary values that most often are those of the last solve."""
+        is_current = self._lifted_values is not None and same_bits(boundary, self._lifted_values)
+        if self._comm.size > 1:  # assembly is collective
+            is_current = self._comm.allreduce(is_current, MPI.LAND)
+        if not is_current:
+            self._lifted.set(0.0)
+            self._lifting.subtract(boundary, self._lifted, self._memory)
+            self._memory.load(boundary, self._boundary)
+            self._lifted_values = boundary.copy()
+
+    def rows(self, varying: Mapping, rows: slice) -> Batch | DeviceBatch:
         """b of some rows, after :meth:`prepare`; until it is called again.
 
         Terms are added in one order, so that no bit depends on which of them vary.
         """
         b, started = self._rows(rows.stop - rows.start), self._has_base
         if started:
-            b.array[...] = self._base.array_r
+            b.set_each(self._base)
         for index, term in self.terms.items():
-            if index not in varying:
-                products = self._shared[index]
+            if index in self._shared:
+                if started:
+                    b.add_each(self._shared[index])
+                else:
+                    b.set_each(self._shared[index])
             elif started:
-                products = term.products(varying[index][rows], self._products(len(b.array))).array
+                b.add(term.products(varying[index][rows], self._products(len(b.vectors))))
             else:
                 term.products(varying[index][rows], b)
-                started = True
-                continue
-            if started:
-                b.array += products
-            else:
-                b.array[...] = products
             started = True
         if not started:
-            b.array[...] = 0.0
+            b.set_each(None)
         b.changed()
         return b
 
@@ -153,81 +182,111 @@ class AffineTerm:
         self.parameters = parameters
         self._boundary_dofs = boundary_dofs
         self._assemble = MatrixAssembler(form, [], parameters=None)
-        self._inputs = BatchStore(vector_like(entry.copy))
-        self._matrix: PETSc.Mat | None = None
-        self._transpose: PETSc.Mat | None = None
-        self._kept: tuple[np.ndarray, np.ndarray] | None = None
+        self._layout = vector_like(entry.copy)
+        self.forget()
+
+    def move_to(self, memory: Memory) -> None:
+        """Have matrix and vectors in a memory."""
+        self._memory = memory
+        self._inputs = memory.batches(self._layout)
+        self.forget()
 
     def forget(self) -> None:
         """Have B assembled again."""
-        self._matrix = self._transpose = self._kept = None
+        self._matrix: PETSc.Mat | None = None
+        self._transpose: PETSc.Mat | None = None
+        self._kept: tuple[np.ndarray, PETSc.Vec] | None = None
 
     def _assembled(self) -> PETSc.Mat:
         if self._matrix is None:
-            self._matrix = self._assemble()
-            rows = self._boundary_dofs + self._matrix.getOwnershipRange()[0]
-            self._matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
+            matrix = self._assemble()
+            rows = self._boundary_dofs + matrix.getOwnershipRange()[0]
+            matrix.zeroRows(rows.astype(PETSc.IntType), diag=0.0)
             # Products with one vector then add up in the order in which those with several do: equal to the bit.
-            self._matrix.setOption(PETSc.Mat.Option.USE_INODES, False)
+            matrix.setOption(PETSc.Mat.Option.USE_INODES, False)
+            self._matrix = self._memory.matrix(matrix)
         return self._matrix
 
-    def products(self, values: np.ndarray, b: Batch) -> Batch:
-        """b = B m for the rows m of an array."""
+    def products(self, values, b: Batch | DeviceBatch) -> Batch | DeviceBatch:
+        """b = B m for the rows m of an array, or of a tensor on the device."""
         matrix, m = self._assembled(), self._inputs(len(values))
         m.fill(values)
-        if len(values) > 1 and matrix.comm.size == 1:
-            matrix.matMult(m.matrix, b.matrix)
-        else:
-            for one, product in zip(m.vectors, b.vectors):
-                matrix.mult(one, product)
+        m.multiply(matrix, b)
         return b
 
-    def kept_product(self, values: np.ndarray, b: Batch) -> np.ndarray:
-        """B m, shape (1, n), kept for the next time; b is room to work in."""
-        # A product is collective, and in parallel the values may have changed on some ranks only.
-        if self._kept is None or self._assembled().comm.size > 1 or not same_bits(values, self._kept[0]):
-            self._kept = values.copy(), self.products(values[None], b).array.copy()
+    def kept_product(self, values, b: Batch | DeviceBatch) -> PETSc.Vec:
+        """B m, kept for the next time; b is room for one row to work in."""
+        if not self._is_kept(values):
+            product = self.products(values[None], b).vectors[0]
+            kept = product.duplicate() if self._kept is None else self._kept[1]
+            product.copy(kept)
+            self._kept = values.copy() if isinstance(values, np.ndarray) else None, kept
         return self._kept[1]
 
-    def transposed_products(self, multipliers: Batch, out: np.ndarray) -> None:
-        """out = Bᵀ λ for the rows λ of a batch."""
+    def _is_kept(self, values) -> bool:
+        # A product is collective, and in parallel the values may have changed on some ranks only. To compare values on a device would
+        # take as long as the product.
+        return (self._kept is not None and self._kept[0] is not None and self._assembled().comm.size == 1
+                and isinstance(values, np.ndarray) and same_bits(values, self._kept[0]))
+
+    def transposed_products(self, multipliers: Batch | DeviceBatch, out) -> None:
+        """out = Bᵀ λ for the rows λ of a batch; out is an array, or a tensor on the device."""
         matrix, m = self._assembled(), self._inputs(len(out))
-        if len(out) > 1 and matrix.comm.size == 1:
+        if self._memory.has_explicit_transposes or (len(out) > 1 and matrix.comm.size == 1):
             if self._transpose is None:
-                self._transpose = matrix.transpose(PETSc.Mat())
-            self._transpose.matMult(multipliers.matrix, m.matrix)
+                self._transpose = self._memory.transpose(matrix)
+            multipliers.multiply(self._transpose, m)
         else:
             for multiplier, product in zip(multipliers.vectors, m.vectors):
                 matrix.multTranspose(multiplier, product)
-        out[...] = m.array
+        m.read(out)
 
 
 class CofunctionTerm:
-    """A Cofunction in the right-hand side, with its weight."""
+    """A Cofunction in the right-hand side, with its weight.
+
+    Parameters
+    ----------
+    weight : float
+    forms : Forms
+    """
 
     parameters: frozenset[int] = frozenset()
 
-    def __init__(self, weight: float, boundary_dofs: np.ndarray):
-        self._weight, self._boundary_dofs = weight, boundary_dofs
+    def __init__(self, weight: float, forms: Forms):
+        self._weight, self._boundary_dofs = weight, forms.boundary_dofs
+        self._layout = vector_like(forms.solution)
+
+    def move_to(self, memory: Memory) -> None:
+        """Have vectors in a memory."""
+        self._boundary = memory.entries(self._layout, self._boundary_dofs)
+        self._work = memory.batches(self._layout)
 
     def forget(self) -> None:
         """Nothing is assembled."""
 
-    def products(self, values: np.ndarray, b: Batch) -> Batch:
-        """b = weight · m, zero at the boundary, for the rows m of an array."""
-        np.multiply(values, self._weight, out=b.array)
-        b.array[:, self._boundary_dofs] = 0.0
+    def products(self, values, b: Batch | DeviceBatch) -> Batch | DeviceBatch:
+        """b = weight · m, zero at the boundary, for the rows m of an array, or of a tensor on the device."""
+        b.fill(values)
+        b.scale(self._weight)
+        b.zero(self._boundary)
         b.changed()
         return b
 
-    def kept_product(self, values: np.ndarray, b: Batch) -> np.ndarray:
-        """weight · m, zero at the boundary, shape (1, n)."""
-        return self.products(values[None], b).array.copy()
+    def kept_product(self, values, b: Batch | DeviceBatch) -> PETSc.Vec:
+        """weight · m, zero at the boundary."""
+        product = self.products(values[None], b).vectors[0]
+        kept = product.duplicate()
+        product.copy(kept)
+        return kept
 
-    def transposed_products(self, multipliers: Batch, out: np.ndarray) -> None:
-        """out = weight · λ, zero at the boundary, for the rows λ of a batch."""
-        np.multiply(multipliers.array, self._weight, out=out)
-        out[:, self._boundary_dofs] = 0.0
+    def transposed_products(self, multipliers: Batch | DeviceBatch, out) -> None:
+        """out = weight · λ, zero at the boundary, for the rows λ of a batch; out is an array, or a tensor on the device."""
+        work = self._work(len(out))
+        work.assign(multipliers)
+        work.scale(self._weight)
+        work.zero(self._boundary)
+        work.read(out)
 
 
 def _is_affine(form: ufl.Form, coefficient: Function) -> bool:

@@ -13,12 +13,14 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
+from prdp_fem.device import AUTO, HOST, Device, find_device
 from prdp_fem.differentiation import Implicit, Unrolled, differentiation_of
-from prdp_fem.firedrake_internals import assemble_directly, attach_callbacks, constructor_arguments, forget_set_up, problem_of
+from prdp_fem.firedrake_internals import Callbacks, assemble_directly, constructor_arguments, forget_set_up, operators, problem_of
 from prdp_fem.forms import Forms, LinearForms, NonlinearForms
 from prdp_fem.inputs import coefficients_of, deep_copy, local_values, set_local_values, vector_like
 from prdp_fem.ladders import Setting
 from prdp_fem.linear import LinearSystem
+from prdp_fem.memory import Memory, is_copied, memory_of
 from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.options import refinement_from_options
 from prdp_fem.point import Point
@@ -32,6 +34,10 @@ from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 __all__ = ["LinearVariationalSolver", "NonlinearVariationalSolver", "RefinedSolver", "control", "refinement_from_options"]
 
 
+# Preconditioners that call Firedrake, for their own matrices or to get from mesh to mesh.
+_ON_HOST = frozenset({"python", "mg", "shell"})
+
+
 class RefinedSolver:
     """What the linear and the nonlinear solver have in common; in front of Firedrake's class among their bases."""
 
@@ -43,7 +49,7 @@ class RefinedSolver:
 
     def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
                  differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = False, ksp_prefix: str | None = None,
-                 **kwargs):
+                 device: str | None = None, **kwargs):
         if complex_mode:
             raise ValueError("this PETSc was configured for complex scalars, and prdp_fem differentiates real solves only: use an "
                              "installation with real scalars")
@@ -62,7 +68,7 @@ class RefinedSolver:
         if self._adopted_snes is not None:
             self.snes = self._adopted_snes
             self.snes.getKSP().reset()
-            attach_callbacks(self)
+            Callbacks(self, Memory()).attach()
         guess_type = self.parameters.get("ksp_guess_type")
         if guess_type is not None:
             raise ValueError(f"ksp_guess_type {guess_type} starts a solve from what was solved before, so that it would not be a function "
@@ -72,6 +78,8 @@ class RefinedSolver:
         self.warm_start = bool(warm_start)
         self._ksp_prefix = ksp_prefix
 
+        memory = memory_of(self._find_device(device))
+
         def make_linear_solver(problem, *, is_adjoint=False):
             options = {name: value for name, value in kwargs.items() if name not in ("post_jacobian_callback", "pre_apply_bcs")}
             if is_adjoint:
@@ -80,7 +88,7 @@ class RefinedSolver:
             assemble_directly(solver)
             return solver
 
-        self.system = self._make_system(forms, make_linear_solver)
+        self.system = self._make_system(forms, make_linear_solver, memory)
         self.refinement = refinement
         self.system.collect_garbage()
 
@@ -89,7 +97,7 @@ class RefinedSolver:
     def _take_apart(problem) -> Forms: ...
 
     @abstractmethod
-    def _make_system(self, forms: Forms, make_linear_solver: Callable) -> System: ...
+    def _make_system(self, forms: Forms, make_linear_solver: Callable, memory: Memory) -> System: ...
 
     @staticmethod
     def _take_callbacks(kwargs: dict) -> list[Callable]:
@@ -115,6 +123,58 @@ class RefinedSolver:
     def differentiation(self) -> Implicit | Unrolled:
         """How solves are differentiated; chosen when the solver is made."""
         return self._differentiation
+
+    @property
+    def device(self) -> str:
+        """Where solves are made: ``"cpu"``, ``"cuda"``, ``"hip"``, ``"kokkos"`` or ``"opencl"``."""
+        return self.system.memory.name
+
+    def to(self, device: str) -> RefinedSolver:
+        """Make solves on another device from now on, or on the host again.
+
+        Parameters
+        ----------
+        device : str
+            As in the constructor.
+
+        Returns
+        -------
+        RefinedSolver
+            This solver.
+
+        Raises
+        ------
+        ValueError
+            For a device that is not there, or that cannot hold the operator. Nothing has changed then.
+        """
+        found = self._find_device(device)
+        if found != self.system.memory.device:
+            self.system.move_to(memory_of(found))
+        return self
+
+    def _find_device(self, name: str | None) -> Device | None:
+        """The device of a name; None for what PETSc's options say."""
+        comm = self.problem.u.function_space().mesh().comm
+        if name is None:
+            name = self.parameters.get("prdp_device", PETSc.Options().getString("prdp_device", HOST))
+        device = find_device(name, comm)
+        obstacle = None if device is None else self._obstacle_to_devices()
+        if obstacle is None:
+            return device
+        if name == AUTO:
+            return None
+        raise ValueError(f"the solver for '{self.problem.u.name()}' cannot be on device '{name}': {obstacle}, or device='cpu'")
+
+    def _obstacle_to_devices(self) -> str | None:
+        """What of the solver must be on the host, and what to use instead; None for nothing."""
+        for operator in operators(self):
+            if not is_copied(operator):
+                return f"its operator is of type {operator.getType()}, use mat_type aij"
+        kinds = [self.snes.getKSP().getPC().getType(), *(value for name, value in self.parameters.items() if name.endswith("pc_type"))]
+        for kind in kinds:
+            if kind in _ON_HOST:
+                return f"pc_type {kind} has vectors go through Firedrake, which is on the host, use jacobi, gamg or others of PETSc's own"
+        return None
 
     @property
     def statistics(self) -> Statistics:
@@ -219,6 +279,10 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     ksp_prefix : str or None
         Options prefix of the KSP that follows the refinement, without that of the solver: ``""`` for the outermost,
         ``"fieldsplit_1_"`` or ``"ksp_"`` for one inside the preconditioner. None where only one iterates.
+    device : str or None
+        Where systems are solved: ``"cuda"``, ``"hip"``, ``"kokkos"`` or ``"opencl"``, which PETSc must have been built for; ``"cpu"``; or
+        ``"auto"`` for a device where there is one that can hold the operator. None is what the option ``prdp_device`` says, among
+        ``solver_parameters`` or in PETSc's options, or else ``"cpu"``. Forms are assembled on the host.
     **kwargs
         As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``, ``transpose_nullspace``,
         ``near_nullspace``, ``appctx``, ``pre_jacobian_callback``, ``post_jacobian_callback``, ``pre_function_callback``,
@@ -253,10 +317,10 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
         ("post_function_callback", "marking_callback"),
         "a linear solve assembles no residual; put what it adds into the right-hand side, as a Cofunction")
 
-    def _make_system(self, forms: LinearForms, make_linear_solver: Callable) -> LinearSystem:
+    def _make_system(self, forms: LinearForms, make_linear_solver: Callable, memory: Memory) -> LinearSystem:
         if isinstance(self.differentiation, Unrolled):
-            return UnrolledLinearSystem(forms, self, make_linear_solver, self._ksp_prefix, differentiation=self.differentiation)
-        return LinearSystem(forms, self, make_linear_solver, self._ksp_prefix)
+            return UnrolledLinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory, differentiation=self.differentiation)
+        return LinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory)
 
     @staticmethod
     def _take_callbacks(kwargs: dict) -> list[Callable]:
@@ -286,7 +350,7 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
         :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function, as Firedrake does; False starts from zero.
-    ksp_prefix : str or None
+    ksp_prefix, device
         As in :class:`LinearVariationalSolver`.
     **kwargs
         As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``, ``transpose_nullspace``,
@@ -318,17 +382,17 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
 
     def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
                  differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = True, ksp_prefix: str | None = None,
-                 **kwargs):
+                 device: str | None = None, **kwargs):
         super().__init__(problem, refinement=refinement, differentiation=differentiation, warm_start=warm_start, ksp_prefix=ksp_prefix,
-                         **kwargs)
+                         device=device, **kwargs)
         if self.snes.getType().startswith("vi"):
             raise ValueError(f"snes_type {self.snes.getType()} solves variational inequalities, which are not differentiable: the problem "
                              f"for '{problem.u.name()}' needs Firedrake's own NonlinearVariationalSolver")
 
-    def _make_system(self, forms: NonlinearForms, make_linear_solver: Callable) -> NonlinearSystem:
+    def _make_system(self, forms: NonlinearForms, make_linear_solver: Callable, memory: Memory) -> NonlinearSystem:
         if isinstance(self.differentiation, Unrolled):
-            return UnrolledNonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, differentiation=self.differentiation)
-        return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix)
+            return UnrolledNonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory, differentiation=self.differentiation)
+        return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory)
 
 
 class _LinearSolver(firedrake.LinearSolver, LinearVariationalSolver):
@@ -352,7 +416,7 @@ def control(solver, refinement: Refinement | None, **options):
         Or a solver of this package, whose refinement is exchanged. Several solvers may share one refinement.
     refinement : Refinement or None
     **options
-        ``differentiation``, ``warm_start`` and ``ksp_prefix``, see :class:`LinearVariationalSolver`.
+        ``differentiation``, ``warm_start``, ``ksp_prefix`` and ``device``, see :class:`LinearVariationalSolver`.
 
     Returns
     -------

@@ -1,6 +1,7 @@
 """The account of what a solver has done, and what it cost."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 __all__ = ["Statistics"]
@@ -22,6 +23,10 @@ class Statistics:
         How often the operator was assembled, and its preconditioner set up; outside nonlinear solves.
     forward_seconds, adjoint_seconds, tangent_seconds : float
         Wall-clock time of whole solves on this rank: right-hand sides, assembly and KSP.
+    copies_to_device, copies_to_host : int
+        How often this rank has moved a vector or a matrix to a device, and back; by PETSc's own count for what solves move.
+    bytes_to_device, bytes_to_host : int
+        How much that was.
     """
 
     solves: int = 0
@@ -35,6 +40,10 @@ class Statistics:
     forward_seconds: float = 0.0
     adjoint_seconds: float = 0.0
     tangent_seconds: float = 0.0
+    copies_to_device: int = 0
+    copies_to_host: int = 0
+    bytes_to_device: int = 0
+    bytes_to_host: int = 0
 
     @property
     def iterations(self) -> int:
@@ -45,6 +54,12 @@ class Statistics:
     def seconds(self) -> float:
         """Wall-clock time of all kinds."""
         return self.forward_seconds + self.adjoint_seconds + self.tangent_seconds
+
+    def add_transfers(self, before: Sequence[float], after: Sequence[float]) -> None:
+        """Add what has been moved between two readings of :func:`prdp_fem.device.transfers`."""
+        counts = [round(late - early) for early, late in zip(before, after)]
+        for name, count in zip(("copies_to_device", "copies_to_host", "bytes_to_device", "bytes_to_host"), counts):
+            setattr(self, name, getattr(self, name) + count)
 
     def reset(self) -> None:
         """Start counting from zero."""

@@ -20,13 +20,15 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
-from prdp_fem.batch import Batch, BatchStore, chunks
+from prdp_fem.batch import Batch, chunks
+from prdp_fem.device_batch import DeviceBatch
 from prdp_fem.firedrake_internals import SolverContext, assemble_operators, operators
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
 from prdp_fem.krylov import Krylov
 from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
+from prdp_fem.memory import Memory
 from prdp_fem.point import Direction, Point
 from prdp_fem.refined_ksp import set_up
 from prdp_fem.residual import ResidualDerivatives
@@ -38,11 +40,13 @@ __all__ = ["System"]
 class _Work:
     """A context manager of what each solve enters; plain, since a small solve takes no longer than a few generators."""
 
-    def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None):
+    def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None, memory: Memory):
         self._seconds, self._event, self._statistics = f"{kind}_seconds", _EVENTS[kind], statistics
         self._context = None if context is None else context()
+        self._memory = memory
 
     def __enter__(self) -> None:
+        self._transfers = self._memory.transfers()
         self._start = time.perf_counter()
         _ANNOTATION.__enter__()
         self._event.begin()
@@ -64,6 +68,8 @@ class _Work:
         self._event.end()
         _ANNOTATION.__exit__()
         vars(self._statistics)[self._seconds] += time.perf_counter() - self._start
+        if self._transfers is not None:
+            self._statistics.add_transfers(self._transfers, self._memory.transfers())
 
 
 class System(ABC):
@@ -80,6 +86,8 @@ class System(ABC):
         The inputs that enter the residual by a matrix: nothing is assembled when their values change.
     ksp_prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
+    memory : Memory
+        Where solves are made.
     assembles_terms : bool
         Whether forms that are assembled read the inputs of the terms all the same.
 
@@ -90,10 +98,11 @@ class System(ABC):
     size : int
         Rank-local number of dofs of the solution.
     statistics : Statistics
+    memory : Memory
     """
 
-    def __init__(self, forms: Forms, linear_solver, make_adjoint_solver: Callable, terms: Mapping, ksp_prefix: str | None, *,
-                 assembles_terms: bool = False):
+    def __init__(self, forms: Forms, linear_solver, make_adjoint_solver: Callable, terms: Mapping, ksp_prefix: str | None,
+                 memory: Memory, *, assembles_terms: bool = False):
         self.forms = forms
         self.inputs = forms.inputs
         self.size = local_values(forms.solution).size
@@ -106,8 +115,7 @@ class System(ABC):
         ksp.setOperators(*operators(linear_solver))
         self._context = SolverContext(linear_solver)
         self._needs_context = True
-        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix)
-        self._operator_is_current = self._adjoint_is_current = False
+        self._krylov = Krylov(ksp, self._transposed_ksp, self._like_ksp, forms.solution.name(), ksp_prefix)
         # What the operator depends on that has changed since it was assembled: inputs by index, "mesh" and "state".
         self._changed: set = set()
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
@@ -120,12 +128,30 @@ class System(ABC):
             self._derivatives = ResidualDerivatives(forms)
             self._lifting = Lifting(forms)
         self._zero = vector_like(forms.solution)
-        # States or tangents, right-hand sides of adjoint and tangent solves, and multipliers.
-        self._states, self._cotangents, self._multipliers = (BatchStore(self._zero) for _ in range(3))
         self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if assembles_terms or index not in terms]
         self._has_fields_to_assemble = forms.operator_depends_on_solution or any(not entry.is_real for _, entry in self._assembled_inputs)
         # Where J was last assembled.
         self._state = local_values(forms.solution) if forms.operator_depends_on_solution else None
+        self._place_in(memory)
+
+    def move_to(self, memory: Memory) -> None:
+        """Make solves in another memory from now on, where everything is assembled again."""
+        for solver in (self._linear_solver, *([self._adjoint_solver] if "_adjoint_solver" in vars(self) else [])):
+            solver.snes.getKSP().reset()
+        self._needs_context = True
+        self.invalidate()
+        self._place_in(memory)
+
+    def _place_in(self, memory: Memory) -> None:
+        """Have all vectors and matrices that solves use in a memory."""
+        self.memory = memory
+        # States or tangents, right-hand sides of adjoint and tangent solves, and multipliers.
+        self._states, self._cotangents, self._multipliers = (memory.batches(self._zero) for _ in range(3))
+        self._boundary_entries = memory.entries(self._zero, self.forms.boundary_dofs)
+        for term in self._terms.values():
+            term.move_to(memory)
+        self._krylov.move_to(memory)
+        self._operator_is_current = self._adjoint_is_current = False
 
     @cached_property
     def _adjoint_solver(self):
@@ -145,11 +171,20 @@ class System(ABC):
                 self._adjoint_is_current = True
             yield solver.snes.getKSP()
 
+    def _like_ksp(self) -> PETSc.KSP:
+        """A KSP with the options of the solver's."""
+        own = self._linear_solver.snes.getKSP()
+        with self._context():
+            ksp = PETSc.KSP().create(own.comm)
+            ksp.setOptionsPrefix(own.getOptionsPrefix())
+            ksp.setFromOptions()
+        return ksp
+
     def _set_up(self, solver) -> None:
         """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
         # The state that operators depend on is in the forms' own Function: the solver's may be any.
         assemble_operators(solver, self._zero)
-        set_up(solver.snes.getKSP(), *operators(solver), self.forms.solution.name())
+        set_up(solver.snes.getKSP(), *self.memory.operators(*operators(solver)), self.forms.solution.name())
 
     def check_setting(self, setting: Setting) -> None:
         """Find the KSP that settings are put on, which may be inside a preconditioner that only exists once it is set up.
@@ -176,7 +211,7 @@ class System(ABC):
     def _work_on(self, kind: str, context: SolverContext | None = None) -> _Work:
         """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
         # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
-        return _Work(kind, self.statistics, context or (self._context if self._needs_context else None))
+        return _Work(kind, self.statistics, context or (self._context if self._needs_context else None), self.memory)
 
     def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
         """Rank-local values of the user's coefficients as they are now; empty for those left out."""
@@ -306,6 +341,15 @@ class System(ABC):
         """Whether derivatives by inputs depend on the solution."""
         return self._state is not None or not self._terms.keys() >= set(indices)
 
+    # Whether :meth:`solve` and :meth:`solve_adjoint` take, and write to, tensors on the device that the memory is of: for solutions,
+    # cotangents, and those inputs in ``device_inputs``. Everything else is on the host.
+    takes_device_rows = False
+
+    @property
+    def device_inputs(self) -> Container[int]:
+        """The inputs whose values, and gradients, may be tensors on the device."""
+        return self._terms.keys() if self.takes_device_rows else ()
+
     # The solve
 
     @abstractmethod
@@ -386,12 +430,12 @@ class System(ABC):
                     solve = self._krylov.transposed_solver(setting)
                 multipliers = self._solve_transposed(solve, cotangents[rows])
                 if by_form:
-                    self._derivatives.at(at, solutions[row], multipliers.array[0])
+                    self._derivatives.at(at.on(self.memory), self.memory.on_host(solutions[row]), multipliers.values(0))
                 for index, gradient in gradients.items():
                     self._gradient(index, multipliers, gradient[rows])
                 if boundary is not None:
                     boundary[row] = 0.0
-                    boundary[row, dofs] = cotangents[row, dofs] + self._derivatives.by_solution()[dofs]
+                    boundary[row, dofs] = self.memory.on_host(cotangents[row])[dofs] + self._derivatives.by_solution()[dofs]
                 by_mesh = {mesh: self._derivatives.by_mesh(mesh) for mesh in meshes}
         return by_mesh
 
@@ -399,18 +443,23 @@ class System(ABC):
         """What :func:`chunks` is told of the size of a row: all of a chunk where operators differ from row to row."""
         return sys.maxsize if moves else self.size
 
-    def _solve_transposed(self, solve: Callable, cotangents: np.ndarray) -> Batch:
-        """The rows λ from those of an array."""
-        inner, multipliers = self._cotangents(len(cotangents)), self._multipliers(len(cotangents))
-        inner.array[...] = cotangents
-        inner.array[:, self.forms.boundary_dofs] = 0.0
-        inner.changed()
+    def _solve_transposed(self, solve: Callable, cotangents) -> Batch | DeviceBatch:
+        """The rows λ from those of an array, or of a tensor on the device."""
+        inner, multipliers = self._inner(cotangents), self._multipliers(len(cotangents))
         for cotangent, multiplier in zip(inner.vectors, multipliers.vectors):
             self.statistics.adjoint_iterations += solve(cotangent, multiplier)
         self.statistics.adjoint_solves += len(cotangents)
         return multipliers
 
-    def _gradient(self, index: int, multipliers: Batch, out: np.ndarray) -> None:
+    def _inner(self, cotangents) -> Batch | DeviceBatch:
+        """Rows of cotangents, zero at boundary dofs."""
+        inner = self._cotangents(len(cotangents))
+        inner.fill(cotangents)
+        inner.zero(self._boundary_entries)
+        inner.changed()
+        return inner
+
+    def _gradient(self, index: int, multipliers: Batch | DeviceBatch, out) -> None:
         """-(∂F/∂m)ᵀ λ for some rows; where it is assembled for one, at which the derivatives are."""
         if index in self._terms:
             self._terms[index].transposed_products(multipliers, out)
@@ -438,7 +487,7 @@ class System(ABC):
             self._linearise(point, solution)
             b = self._right_hand_side_tangent(point, solution, direction)
             iterations = self._krylov.solver(setting, kind="tangent")(b, tangent)
-            out[:] = tangent.array_r
+            out[:] = self.memory.unload(tangent)
             self._put_boundary(out, direction.boundary)
         self.statistics.tangent_solves += 1
         self.statistics.tangent_iterations += iterations
@@ -448,14 +497,14 @@ class System(ABC):
         self._derivatives.at(point, state)
         b, total = self._cotangents(1), np.zeros(self.size)
         for index, values in direction.inputs.items():
-            total += (self._terms[index].products(values[None], self._multipliers(1)).array[0] if index in self._terms
+            total += (self._terms[index].products(values[None], self._multipliers(1)).values(0) if index in self._terms
                       else self._derivatives.in_direction(index, values))
         for mesh, values in direction.meshes.items():
             total += self._derivatives.in_mesh_direction(mesh, values)
         total[self.forms.boundary_dofs] = 0.0
         b.fill(total)
         if direction.boundary is not None:
-            self._lifting.subtract(direction.boundary, b.vectors[0])
+            self._lifting.subtract(direction.boundary, b.vectors[0], self.memory)
         return b.vectors[0]
 
     def _put_boundary(self, values: np.ndarray, boundary: np.ndarray | None) -> None:
@@ -490,13 +539,13 @@ class System(ABC):
             self._linearise(point, solution)
             solve = self._krylov.transposed_solver(setting)
             multipliers = self._solve_transposed(solve, cotangent[None])
-            derivatives.at(point, solution, multipliers.array[0])
+            derivatives.at(point, solution, multipliers.values(0))
             derivatives.toward(direction, tangent)
             second = second_cotangent + derivatives.second_by_solution()
             seconds = {index: derivatives.second_by_input(index) for index in gradients}
             by_mesh = {mesh: derivatives.second_by_mesh(mesh) for mesh in meshes}
             multipliers = self._solve_transposed(solve, second[None])
-            derivatives.at(point, solution, multipliers.array[0])
+            derivatives.at(point, solution, multipliers.values(0))
             for index, gradient in gradients.items():
                 self._gradient(index, multipliers, gradient)
                 gradient[0] += seconds[index]

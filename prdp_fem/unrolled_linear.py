@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 
 from prdp_fem.batch import Batch, chunks
+from prdp_fem.device_batch import DeviceBatch
 from prdp_fem.differentiation import Unrolled
 from prdp_fem.forms import LinearForms
-from prdp_fem.inputs import vector_like
 from prdp_fem.ladders import Setting
 from prdp_fem.linear import LinearSystem
+from prdp_fem.memory import Memory
 from prdp_fem.operator_derivative import OperatorDerivative
 from prdp_fem.point import Direction, Point
 from prdp_fem.unrolled_system import UnrolledSystem
@@ -27,7 +28,7 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
 
     Parameters
     ----------
-    forms, solver, make_adjoint_solver, ksp_prefix
+    forms, solver, make_adjoint_solver, ksp_prefix, memory
         As in :class:`LinearSystem`.
     differentiation : Unrolled
 
@@ -39,12 +40,16 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
 
     depends_on_guess = True
 
-    def __init__(self, forms: LinearForms, solver, make_adjoint_solver: Callable, ksp_prefix: str | None = None, *,
+    def __init__(self, forms: LinearForms, solver, make_adjoint_solver: Callable, ksp_prefix: str | None, memory: Memory, *,
                  differentiation: Unrolled):
-        super().__init__(forms, solver, make_adjoint_solver, ksp_prefix)
         self._unroll(forms, solver, differentiation)
+        super().__init__(forms, solver, make_adjoint_solver, ksp_prefix, memory)
         self._no_boundary = np.zeros(self.size)
-        self._of_guess, self._tangent = vector_like(forms.solution), vector_like(forms.solution)
+
+    def _place_in(self, memory: Memory) -> None:
+        super()._place_in(memory)
+        self._unrolled.forget_operators()
+        self._of_guess, self._tangent = memory.batches(self._zero)(1), memory.batches(self._zero)(1)
 
     def check_setting(self, setting: Setting) -> None:
         super().check_setting(setting)
@@ -83,35 +88,34 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
                 multipliers = self._pull(b, cotangents[rows], records[rows], point.guess, guess, rows, of_operators)
                 if by_form:
                     # b is what the residual is at the boundary values, with the opposite sign.
-                    self._derivatives.at(at, self._no_boundary if at.boundary is None else at.boundary, multipliers.array[0])
+                    boundary_values = self._no_boundary if at.boundary is None else at.boundary
+                    self._derivatives.at(at.on(self.memory), boundary_values, multipliers.values(0))
                 for index, gradient in gradients.items():
                     self._gradient(index, multipliers, gradient[rows])
                 if boundary is not None:
                     boundary[row] = 0.0
-                    boundary[row, dofs] = cotangents[row, dofs] + self._derivatives.by_solution()[dofs]
+                    boundary[row, dofs] = self.memory.on_host(cotangents[row])[dofs] + self._derivatives.by_solution()[dofs]
                 by_mesh = {mesh: self._derivatives.by_mesh(mesh) for mesh in meshes}
                 self._add_by_operators(of_operators, {index: gradient[row] for index, gradient in gradients.items()}, by_mesh)
         return by_mesh
 
-    def _pull(self, b: Batch, cotangents: np.ndarray, iterations: list[int], start: np.ndarray | None, guess: np.ndarray | None,
-              rows: slice, of_operators: list[OperatorDerivative]) -> Batch:
+    def _pull(self, b: Batch | DeviceBatch, cotangents, iterations: list[int], start: np.ndarray | None, guess: np.ndarray | None,
+              rows: slice, of_operators: list[OperatorDerivative]) -> Batch | DeviceBatch:
         """The cotangents of right-hand sides; those of guesses and operators, where they are wanted, are written."""
-        dofs, count = self.forms.boundary_dofs, len(cotangents)
-        inner, multipliers = self._cotangents(count), self._multipliers(count)
-        inner.fill(cotangents)
-        inner.array[:, dofs] = 0.0
+        count = len(cotangents)
+        inner, multipliers = self._inner(cotangents), self._multipliers(count)
         w = self._states(count)
         if start is not None:
             self._start(w, start, rows)
-        to_guess = None if guess is None else self._of_guess
+        to_guess = None if guess is None else self._of_guess.vectors[0]
         for k in range(count):
             self._pull_iterations(b.vectors[k], None if start is None else w.vectors[k], iterations[k], inner.vectors[k],
                                   b_cotangent=multipliers.vectors[k], guess_cotangent=to_guess, of_operators=of_operators,
                                   symmetric=self._krylov.has_symmetric_parts())
             if guess is not None:
-                guess[rows.start + k] = to_guess.array_r
-                guess[rows.start + k, dofs] = 0.0
-        multipliers.array[:, dofs] = 0.0  # b is constant there
+                self._of_guess.zero(self._boundary_entries)
+                self._of_guess.read(guess[rows.start + k:rows.start + k + 1])
+        multipliers.zero(self._boundary_entries)  # b is constant there
         multipliers.changed()
         self.statistics.adjoint_solves += count
         return multipliers
@@ -129,10 +133,12 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
             b_tangent = self._right_hand_side_tangent(point, self._no_boundary if point.boundary is None else point.boundary, direction)
             guess_tangent = None
             if direction.guess is not None:
-                guess_tangent = self._of_guess
-                guess_tangent.setArray(direction.guess)
-                guess_tangent.getArray()[self.forms.boundary_dofs] = 0.0
-            self._push_iterations(b, start, record, self._tangent, direction, b_tangent=b_tangent, guess_tangent=guess_tangent)
-            out[:] = self._tangent.array_r
+                self._of_guess.fill(direction.guess)
+                self._of_guess.zero(self._boundary_entries)
+                self._of_guess.changed()
+                guess_tangent = self._of_guess.vectors[0]
+            tangent = self._tangent.vectors[0]
+            self._push_iterations(b, start, record, tangent, direction, b_tangent=b_tangent, guess_tangent=guess_tangent)
+            out[:] = self.memory.unload(tangent)
             self._put_boundary(out, direction.boundary)
         self.statistics.tangent_solves += 1

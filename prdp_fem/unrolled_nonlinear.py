@@ -13,9 +13,11 @@ from firedrake.logging import warning
 from firedrake.petsc import PETSc
 
 from prdp_fem.differentiation import Unrolled
+from prdp_fem.firedrake_internals import applies_boundary_first
 from prdp_fem.forms import NonlinearForms
-from prdp_fem.inputs import set_local_values, vector_like
+from prdp_fem.inputs import set_local_values
 from prdp_fem.ladders import Setting
+from prdp_fem.memory import Memory
 from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.operator_derivative import SOLUTION
 from prdp_fem.point import Direction, Point
@@ -52,7 +54,7 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
 
     Parameters
     ----------
-    forms, solver, make_linear_solver, ksp_prefix
+    forms, solver, make_linear_solver, ksp_prefix, memory
         As in :class:`NonlinearSystem`.
     differentiation : Unrolled
 
@@ -62,10 +64,9 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         For a linear or nonlinear method that cannot be unrolled.
     """
 
-    def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None = None, *,
+    def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None, memory: Memory, *,
                  differentiation: Unrolled):
-        super().__init__(forms, solver, make_linear_solver, ksp_prefix)
-        snes = self.newton.snes
+        snes = solver.snes
         if snes.getType() not in _SNES_TYPES:
             raise ValueError(f"snes_type {snes.getType()} has no unrolled derivative: use one of {', '.join(_SNES_TYPES)}, or implicit "
                              "differentiation")
@@ -75,15 +76,20 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         if snes.hasNPC():
             raise ValueError("a nonlinear preconditioner (npc_snes_type) is no part of what is unrolled: leave it away, or use implicit "
                              "differentiation")
-        if not self._applies_boundary_first:
+        if not applies_boundary_first(solver):
             raise ValueError("unrolled differentiation needs guesses with the boundary values: leave pre_apply_bcs=False away")
         self._unroll(forms, solver, differentiation)
+        super().__init__(forms, solver, make_linear_solver, ksp_prefix, memory)
         self._only_last = differentiation.steps == "last"
         self.depends_on_guess = not self._only_last
-        self._residual, self._of_residual, self._step, self._of_step = (vector_like(forms.solution) for _ in range(4))
         self._trajectory: Trajectory | None = None
         self._has_warned_of_lengths = snes.getLineSearch().getType() == "basic"
         snes.setMonitor(self._note)
+
+    def _place_in(self, memory: Memory) -> None:
+        super()._place_in(memory)
+        self._unrolled.forget_operators()
+        self._residual, self._of_residual, self._step, self._of_step = (memory.vector(self._zero) for _ in range(4))
 
     def check_setting(self, setting: Setting) -> None:
         super().check_setting(setting)
@@ -93,10 +99,10 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         """Keep what the derivatives of a step ask for."""
         state = snes.getSolution()
         if step == 0:
-            self._trajectory = Trajectory([state.array_r.copy()])
+            self._trajectory = Trajectory([self.memory.unload(state)])
             return
         trajectory, update = self._trajectory, snes.getSolutionUpdate()
-        self._step.setArray(trajectory.states[-1])
+        self.memory.load(trajectory.states[-1], self._step)
         self._step.axpy(-1.0, state)
         squared = update.dot(update)
         length = self._step.dot(update)/squared if squared > 0 else 1.0
@@ -107,7 +113,7 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
                         "their derivative is exact with snes_linesearch_type basic, and wherever full steps are made")
         trajectory.lengths.append(length)
         trajectory.iterations.append(self._unrolled.completed_iterations())
-        trajectory.states.append(state.array_r.copy())
+        trajectory.states.append(self.memory.unload(state))
 
     def _record(self) -> Trajectory:
         trajectory, self._trajectory = self._trajectory, None
@@ -127,7 +133,7 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
 
     def _at_step(self, state: np.ndarray) -> None:
         """Assemble residual and Jacobian at a state; inside the solver's context, and where inputs have been written."""
-        self._work.setArray(state)
+        self.memory.load(state, self._work)
         self._set_newton_up()
         self.newton.snes.computeFunction(self._work, self._residual)
 
@@ -165,14 +171,15 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         dofs, state, iterations = self.forms.boundary_dofs, trajectory.states[step], trajectory.iterations[step]
         self._at_step(state)
         multipliers = self._multipliers(1)
-        self._of_step.setArray(-trajectory.lengths[step]*of_state)
-        self._of_step.getArray()[dofs] = 0.0
+        step_cotangent = -trajectory.lengths[step]*of_state
+        step_cotangent[dofs] = 0.0
+        self.memory.load(step_cotangent, self._of_step)
         self._pull_iterations(self._residual, None, iterations, self._of_step, b_cotangent=self._of_residual, of_operators=self._operators)
         # Derivatives of -F, weighted by minus the cotangent of F.
-        multipliers.array[0] = -self._of_residual.array_r
-        multipliers.array[0, dofs] = 0.0
-        multipliers.changed()
-        self._derivatives.at(point, state, multipliers.array[0])
+        multiplier = -self.memory.unload(self._of_residual)
+        multiplier[dofs] = 0.0
+        multipliers.fill(multiplier)
+        self._derivatives.at(point, state, multiplier)
         for index, gradient in gradients.items():
             part = np.empty((1, gradient.size))
             self._gradient(index, multipliers, part)
@@ -197,7 +204,7 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
                 b = self._right_hand_side_tangent(point, state, replace(direction, boundary=out.copy()))
                 b.scale(-1.0)
                 self._push_iterations(self._residual, None, record.iterations[step], self._of_step, direction, b_tangent=b, solution=out)
-                update = self._of_step.array_r.copy()
+                update = self.memory.unload(self._of_step)
                 update[dofs] = 0.0
                 out -= record.lengths[step]*update
             self.statistics.tangent_solves += 1

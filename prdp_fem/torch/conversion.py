@@ -6,7 +6,9 @@ import torch
 from firedrake import Cofunction, Constant, Function
 from firedrake.petsc import PETSc
 
+from prdp_fem.device import DEVICES, usable_devices
 from prdp_fem.inputs import local_values, set_local_values
+from prdp_fem.torch.placement import solver_device
 
 __all__ = ["from_torch", "to_torch"]
 
@@ -25,7 +27,8 @@ def to_torch(x: Function | Cofunction | Constant | PETSc.Vec, *, copy: bool = Fa
     torch.Tensor
         Shape (n,), of PETSc's scalar type: the dofs that this rank owns in the order of the PETSc vector, or the components of
         a Constant. It shares the memory of ``x``, so that each sees what is written to the other (in parallel, write to the
-        tensor only before the next exchange of halos), except for mixed Functions, whose parts lie apart, and are copied.
+        tensor only before the next exchange of halos), except for mixed Functions, whose parts lie apart, and vectors on devices that
+        torch does not know, which are copied. A CUDA or HIP vector gives a tensor on its device.
 
     Raises
     ------
@@ -33,6 +36,8 @@ def to_torch(x: Function | Cofunction | Constant | PETSc.Vec, *, copy: bool = Fa
         For anything else.
     """
     if isinstance(x, PETSc.Vec):
+        if x.getType() in _UNKNOWN_TO_TORCH:
+            return torch.from_numpy(x.array_r.copy())
         tensor = torch.from_dlpack(x)
     elif isinstance(x, Constant) or (isinstance(x, (Function, Cofunction)) and len(x.dat) == 1):
         tensor = torch.from_numpy(x.dat.data.reshape(-1))
@@ -49,7 +54,7 @@ def from_torch(tensor: torch.Tensor, V=None):
     Parameters
     ----------
     tensor : torch.Tensor
-        Shape (n,) or, for a scalar Constant, (); on the CPU. It is detached.
+        Shape (n,) or, for a scalar Constant, (); on the CPU or, for a vector, on a device that PETSc was built for. It is detached.
     V : FunctionSpace, Function, Cofunction, Constant or None
         A space to make a Function (or Cofunction) of, an object to overwrite, or None for a PETSc vector.
 
@@ -62,13 +67,14 @@ def from_torch(tensor: torch.Tensor, V=None):
     Raises
     ------
     ValueError
-        For a tensor of the wrong length, or one that is not on the CPU.
+        For a tensor of the wrong length, one on a device that PETSc does not know, one that is not on the CPU for a Firedrake
+        object, and one on a device that is not contiguous.
     """
-    if tensor.device.type != "cpu":
-        raise ValueError(f"expected a tensor on the CPU, found one on {tensor.device}: call .cpu() first")
+    if not tensor.is_cpu:
+        return _vector_on_device(tensor, V)
     values = tensor.detach().to(torch.float64).contiguous().reshape(-1)
     if V is None:
-        return PETSc.Vec().createWithDLPack(values, comm=firedrake.COMM_SELF if firedrake.COMM_WORLD.size == 1 else firedrake.COMM_WORLD)
+        return _vector_on(values)
     target = V
     if not isinstance(V, (Function, Cofunction, Constant)):
         target = Cofunction(V) if isinstance(V, firedrake.functionspaceimpl.FiredrakeDualSpace) else Function(V)
@@ -77,3 +83,31 @@ def from_torch(tensor: torch.Tensor, V=None):
         raise ValueError(f"expected a tensor of {expected} values (the dofs that this rank owns), found {tuple(tensor.shape)}")
     set_local_values(target, values.numpy())
     return target
+
+
+def _vector_on_device(tensor: torch.Tensor, V) -> PETSc.Vec:
+    if V is not None:
+        raise ValueError(f"expected a tensor on the CPU, where Firedrake has its values, found one on {tensor.device}: call .cpu() first")
+    usable = [device.name for device in usable_devices()]
+    try:
+        wanted = solver_device(tensor.device)
+    except ValueError:
+        wanted = None
+    if wanted not in usable:
+        raise ValueError(f"expected a tensor on the CPU or a device of PETSc's (this one has {', '.join(usable) or 'none'}), found one on "
+                         f"{tensor.device}: call .cpu() first")
+    if not tensor.is_contiguous():
+        raise ValueError(f"expected a contiguous tensor, whose memory the vector can share, found strides {tensor.stride()}: call "
+                         ".contiguous() first")
+    return _vector_on(tensor.detach().to(torch.float64).reshape(-1))
+
+
+def _vector_on(values: torch.Tensor) -> PETSc.Vec:
+    comm = firedrake.COMM_SELF if firedrake.COMM_WORLD.size == 1 else firedrake.COMM_WORLD
+    vector = PETSc.Vec().createWithDLPack(values, comm=comm)
+    vector.setAttr("prdp_fem_tensor", values)  # whose memory it is, which petsc4py does not keep
+    return vector
+
+
+_UNKNOWN_TO_TORCH = frozenset(f"{prefix}{device.vec_type}" for device in DEVICES.values() if device.tensors == "cpu"
+                              for prefix in ("seq", "mpi"))

@@ -14,6 +14,7 @@ from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
 from prdp_fem.parallel import agree
 from prdp_fem.solvers import RefinedSolver
 from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
+from prdp_fem.torch.placement import solver_device, tensor_device
 
 __all__ = ["SolverLayer"]
 
@@ -98,10 +99,11 @@ class SolverLayer(torch.nn.Module):
             found = {functional.find(control): place for place, control in enumerate(self.controls)
                      if functional.find(control) is not None}
             places = list(found)
-            return lambda dofs, batch, tensors: FunctionalValue.apply(functional, batch, places, dofs, *(tensors[found[p]] for p in places))
+            return lambda dofs, batch, tensors: FunctionalValue.apply(functional, self.solver.statistics, batch, places, dofs,
+                                                                      *(tensors[found[place]] for place in places))
         if isinstance(output, Function):
             dofs = torch.from_numpy(_dofs_of_component(solution, output))
-            return lambda solution, batch, tensors: solution[..., dofs]
+            return lambda solution, batch, tensors: solution[..., dofs.to(solution.device)]
         raise TypeError(f"an output must be the solution, a component of it as u.sub(1), or a form without arguments, found a "
                         f"{type(output).__name__}")
 
@@ -113,9 +115,25 @@ class SolverLayer(torch.nn.Module):
         raise TypeError("a SolverLayer holds PETSc objects, which cannot be pickled: save the network's state_dict(), in which the layer "
                         "has no part, and make the layer again")
 
+    @property
+    def device(self) -> torch.device:
+        """Where the layer takes tensors, and returns them: a CUDA or HIP device where the solver is on it, or else the CPU."""
+        return tensor_device(self.solver.system.memory.device)
+
+    def _apply(self, fn, recurse: bool = True) -> SolverLayer:
+        """What ``to``, ``cuda`` and ``cpu`` of a network do to each of its modules: the solver goes along."""
+        device = fn(torch.empty(0, dtype=torch.float64, device=self.device)).device
+        if device != self.device:
+            self.solver.to(solver_device(device))
+            if device != self.device:
+                raise ValueError(f"the solver is on {self.device}, which PETSc uses on this rank, and cannot go to {device}: move the "
+                                 f"network to {self.device}")
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         names = ", ".join(f"{name_of(control)}: {size}" for control, size in zip(self.controls, self._sizes))
-        return f"({names}) -> {self.solver.problem.u.name()}: {self.solver.system.size}, refinement={self.solver.refinement!r}"
+        return (f"({names}) -> {self.solver.problem.u.name()}: {self.solver.system.size}, refinement={self.solver.refinement!r}, "
+                f"device='{self.solver.device}'")
 
     def forward(self, *tensors: torch.Tensor):
         """Solve for each sample.
@@ -123,9 +141,9 @@ class SolverLayer(torch.nn.Module):
         Parameters
         ----------
         *tensors : torch.Tensor
-            One a control, float32 or float64, on the CPU: shape (..., n) with n the dofs of the control that this rank owns, or
+            One a control, float32 or float64, on ``device``: shape (..., n) with n the dofs of the control that this rank owns, or
             the number of components of a Constant. Leading axes are batch axes, broadcast against each other; a control
-            without them is shared by the batch.
+            without them is shared by the batch. On other devices than the CPU they are contiguous.
 
         Returns
         -------
@@ -147,7 +165,7 @@ class SolverLayer(torch.nn.Module):
         boundary = guess = None
         if self._boundary.inputs:
             given = [tensors[place] for place in self._boundary.inputs]
-            boundary = BoundaryValues.apply(self._boundary, _batch_axes(given), *given)
+            boundary = BoundaryValues.apply(self._boundary, self.solver.statistics, _batch_axes(given), *given)
         if self._guess is not None:
             guess = tensors[self._guess]
             if not self.solver.system.depends_on_guess:
@@ -163,7 +181,7 @@ class SolverLayer(torch.nn.Module):
         if len(tensors) != len(self.controls):
             raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
         for tensor, control, size in zip(tensors, self.controls, self._sizes):
-            _check(tensor, control, size)
+            _check(tensor, control, size, self.device, self.solver.device)
         try:
             _batch_axes(tensors)
         except RuntimeError:
@@ -182,13 +200,18 @@ def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
     return torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
 
 
-def _check(tensor, control, size: int) -> None:
+def _check(tensor, control, size: int, device: torch.device, solver: str) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"expected a tensor for '{name_of(control)}', found a {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}")
-    if not tensor.is_cpu:
-        raise ValueError(f"expected a tensor on the CPU for '{name_of(control)}', found one on {tensor.device}: call .cpu() first")
+    if tensor.device != device:
+        where = "the CPU" if device.type == "cpu" else str(device)
+        raise ValueError(f"expected a tensor on {where} for '{name_of(control)}', found one on {tensor.device}, and the solver is on "
+                         f"'{solver}': move the tensor by .to('{device}'), or the layer by .to('{tensor.device}')")
+    if device.type != "cpu" and not tensor.is_contiguous():
+        raise ValueError(f"expected a contiguous tensor for '{name_of(control)}', since PETSc works on its memory, found strides "
+                         f"{tensor.stride()}: call .contiguous() first")
     shape = tensor.shape
     if not shape or shape[-1] != size:
         reminder = "the components of the Constant" if is_real(control) else "the dofs that this rank owns, not all ranks together"

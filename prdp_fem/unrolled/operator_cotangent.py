@@ -6,9 +6,12 @@ from functools import cached_property
 import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["OperatorCotangent", "SparsityPattern", "local_values"]
+__all__ = ["OperatorCotangent", "SparsityPattern", "is_assembled", "local_values"]
 
-_ASSEMBLED = frozenset({"seqaij", "mpiaij"})
+
+def is_assembled(matrix: PETSc.Mat) -> bool:
+    """Whether the host has the entries of a matrix row by row; so it has those of matrices on devices."""
+    return matrix.getType().startswith(("seqaij", "mpiaij"))
 
 
 def local_values(matrix: PETSc.Mat) -> np.ndarray:
@@ -40,7 +43,7 @@ class SparsityPattern:
     """
 
     def __init__(self, matrix: PETSc.Mat):
-        if matrix.getType() not in _ASSEMBLED:
+        if not is_assembled(matrix):
             raise ValueError(f"the derivative with respect to an operator of type {matrix.getType()} has no nonzero pattern to be kept on: "
                              "assemble it as aij (mat_type)")
         self.indptr, columns, _ = matrix.getValuesCSR()

@@ -13,7 +13,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from prdp_fem.unrolled.operator_cotangent import OperatorCotangent, SparsityPattern, local_values
+from prdp_fem.unrolled.operator_cotangent import OperatorCotangent, SparsityPattern, is_assembled, local_values
 from prdp_fem.unrolled.settings import described, setting
 
 __all__ = ["Preconditioner", "preconditioner_of"]
@@ -283,7 +283,8 @@ class _Relaxation(Preconditioner):
         super().__init__(pc, matrix)
         pattern = SparsityPattern(matrix)
         columns = pattern.columns - pattern.first_column
-        node = _nodes(pattern, columns) if omega == 1 else np.arange(len(pattern.indptr) - 1)
+        has_blocks = omega == 1 and matrix.getType() in ("seqaij", "mpiaij")  # and none of a matrix on a device
+        node = _nodes(pattern, columns) if has_blocks else np.arange(len(pattern.indptr) - 1)
         node_of_row = node[pattern.rows]
         node_of_column = np.where(pattern.owned_columns, node[np.where(pattern.owned_columns, columns, 0)], -1)
         diagonal = pattern.owned_columns & (node_of_row == node_of_column)
@@ -398,12 +399,11 @@ def preconditioner_of(pc: PETSc.PC, matrix: PETSc.Mat, options: Mapping | None =
         Options without prefix, that PETSc's own may have lost.
     """
     kind = pc.getType()
-    is_assembled = matrix.getType() in ("seqaij", "mpiaij")
     if kind == "none":
         return _Identity(pc, matrix)
     if kind in ("jacobi", "pbjacobi"):
         return _OfBlocks(pc, matrix)
-    if kind == "sor" and is_assembled:
+    if kind == "sor" and is_assembled(matrix):
         text = described(pc)
         direction, sweeps, local_sweeps = re.search(r"type = (\w+), iterations = (\d+), local iterations = (\d+)", text).groups()
         direction = direction.removeprefix("local_")

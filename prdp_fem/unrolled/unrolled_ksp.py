@@ -69,6 +69,10 @@ class UnrolledKSP:
         self._options = options
         self._method = None
 
+    def forget_operators(self) -> None:
+        """Look again at how the KSP is set, at the next use, since its operators are of another type now."""
+        self._method = None
+
     @property
     def is_linear(self) -> bool:
         """Whether the iterate is an affine function of right-hand side and guess; once the KSP is set up."""

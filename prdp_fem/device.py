@@ -1,0 +1,135 @@
+"""The devices that PETSc can keep matrices and vectors on, beside the host."""
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+from mpi4py import MPI
+from petsc4py import PETSc
+
+from prdp_fem.parallel import agree
+
+__all__ = ["AUTO", "DEVICES", "HOST", "Device", "failure", "find_device", "is_built_for", "transfers", "usable_devices"]
+
+HOST, AUTO = "cpu", "auto"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of device.
+
+    Attributes
+    ----------
+    name : str
+        What ``device=`` and ``-prdp_device`` call it.
+    mat_type, vec_type : str
+        PETSc's types of sparse matrices and vectors on it.
+    package : str
+        What PETSc calls the package that it needs for them.
+    tensors : str
+        Where torch has the tensors that such a solver takes: "cuda" also for HIP, and "cpu" for devices that torch does not know, whose
+        solvers copy them.
+    handle : str
+        The method of a vector that gives its memory on the device, and brings it up to date; "" for none.
+    """
+
+    name: str
+    mat_type: str
+    vec_type: str
+    package: str
+    tensors: str
+    handle: str
+
+
+DEVICES = {device.name: device for device in (
+    Device("cuda", "aijcusparse", "cuda", "cuda", "cuda", "CUDAHandle"),
+    Device("hip", "aijhipsparse", "hip", "hip", "cuda", "HIPHandle"),
+    Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu", ""),
+    Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu", "CLMemHandle"),
+)}
+
+
+def is_built_for(device: Device) -> bool:
+    """Whether PETSc has the types of a device."""
+    return PETSc.Sys.hasExternalPackage(device.package)
+
+
+@cache
+def failure(device: Device) -> str | None:
+    """Why a device cannot be used in this process, and what to do; None where it can."""
+    if not is_built_for(device):
+        built = [other.name for other in filter(is_built_for, DEVICES.values())]
+        built_for = f"for {', '.join(built)}" if built else "for no device"
+        return f"this PETSc was built without {device.package} ({built_for}): install one as docs/gpu.md says, or use device='cpu'"
+    try:
+        vector = PETSc.Vec().create(comm=PETSc.COMM_SELF)
+        vector.setSizes(1)
+        vector.setType(device.vec_type)
+        vector.set(1.0)
+        vector.norm()
+    except PETSc.Error as error:
+        return f"PETSc was built for it, and finds none ({_reason(error)}): look at the driver, or use device='cpu'"
+    return None
+
+
+def _reason(error: PETSc.Error) -> str:
+    """What PETSc says is wrong, without where it was noticed: the last line that is no place in its source."""
+    lines = [line.partition("] ")[2] for line in str(error).splitlines() if line.startswith("[") and "() at " not in line]
+    return lines[-1].partition(". ")[0] if lines else str(error).partition("\n")[0]
+
+
+def usable_devices() -> list[Device]:
+    """The devices that this process can use, the best first."""
+    return [device for device in DEVICES.values() if failure(device) is None]
+
+
+def find_device(name: str, comm: MPI.Comm) -> Device | None:
+    """The device of a name.
+
+    Parameters
+    ----------
+    name : str
+        One of ``DEVICES``, ``"cpu"`` for the host, or ``"auto"`` for a device where there is one on each rank, or else the host.
+    comm : mpi4py.MPI.Comm
+        On which this is collective.
+
+    Returns
+    -------
+    Device or None
+        None for the host.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, and for a device that is not there; on all ranks, where it is on one.
+    """
+    return agree(comm, lambda: _find(name, comm), "devices", "use device='cpu', or the same kind of device for each rank")
+
+
+def _find(name: str, comm: MPI.Comm) -> Device | None:
+    if name == HOST:
+        return None
+    if name == AUTO:
+        return next(iter(usable_devices()), None)
+    if name not in DEVICES:
+        raise ValueError(f"device must be one of {AUTO}, {HOST}, {', '.join(DEVICES)}, found {name!r}")
+    why = failure(DEVICES[name])
+    if why is not None:
+        raise ValueError(f"device {name!r} is not there: {why}")
+    return DEVICES[name]
+
+
+def transfers() -> tuple[float, ...]:
+    """What PETSc has moved in this process so far: copies to devices and to the host, and the bytes of each.
+
+    PETSc counts, whether it logs or not; ``-log_view`` shows by event what this gives the sums of.
+    """
+    return tuple(counter.value for counter in _counters())
+
+
+@cache
+def _counters() -> list[ctypes.c_double]:
+    # petsc4py has no names for them; petsclog.h has.
+    library = ctypes.CDLL(PETSc.__file__)
+    return [ctypes.c_double.in_dll(library, f"petsc_{name}") for name in ("ctog_ct", "gtoc_ct", "ctog_sz", "gtoc_sz")]

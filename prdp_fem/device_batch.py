@@ -1,0 +1,86 @@
+"""The vectors of a batch on a device."""
+from __future__ import annotations
+
+import numpy as np
+from firedrake.petsc import PETSc
+
+__all__ = ["DeviceBatch"]
+
+
+class DeviceBatch:
+    """A batch of vectors on a device, with the methods of :class:`~prdp_fem.batch.Batch`.
+
+    Its arithmetic is that of PETSc's vectors, so that nothing comes to the host unless it is asked for.
+
+    Parameters
+    ----------
+    vectors : list of PETSc.Vec
+    memory : DeviceMemory
+        That they are in.
+    """
+
+    def __init__(self, vectors: list[PETSc.Vec], memory):
+        self.vectors = vectors
+        self._memory = memory
+
+    def fill(self, values) -> None:
+        """Copy values in, of shape (n,) for all rows or (rows, n): an array of NumPy, or a tensor on the device."""
+        if values.ndim == 1:
+            for vector in self.vectors[:1]:
+                self._memory.load(values, vector)
+            for vector in self.vectors[1:]:
+                self.vectors[0].copy(vector)
+        else:
+            for vector, row in zip(self.vectors, values, strict=True):
+                self._memory.load(row, vector)
+
+    def read(self, out) -> None:
+        """Copy the values to rows, of shape (rows, n): an array of NumPy, or a tensor on the device."""
+        for vector, row in zip(self.vectors, out, strict=True):
+            self._memory.unload_into(vector, row)
+
+    def values(self, row: int) -> np.ndarray:
+        """The rank-local values of a row, on the host."""
+        return self._memory.unload(self.vectors[row])
+
+    def changed(self) -> None:
+        """Vectors know when they were written to."""
+
+    def set_each(self, vector: PETSc.Vec | None) -> None:
+        """Set each row to a vector; None is zero."""
+        for one in self.vectors:
+            if vector is None:
+                one.set(0.0)
+            else:
+                vector.copy(one)
+
+    def add_each(self, vector: PETSc.Vec) -> None:
+        """Add a vector to each row."""
+        for one in self.vectors:
+            one.axpy(1.0, vector)
+
+    def add(self, other: DeviceBatch) -> None:
+        """Add the rows of a batch."""
+        for one, more in zip(self.vectors, other.vectors, strict=True):
+            one.axpy(1.0, more)
+
+    def assign(self, other: DeviceBatch) -> None:
+        """Copy the rows of a batch."""
+        for one, more in zip(self.vectors, other.vectors, strict=True):
+            more.copy(one)
+
+    def scale(self, factor: float) -> None:
+        """Multiply all rows by a number."""
+        for one in self.vectors:
+            one.scale(factor)
+
+    def zero(self, entries: PETSc.Vec | None) -> None:
+        """Set some entries of each row to zero: those where a vector of ones, see ``DeviceMemory.entries``, is zero."""
+        if entries is not None:
+            for one in self.vectors:
+                one.pointwiseMult(one, entries)
+
+    def multiply(self, matrix: PETSc.Mat, out: DeviceBatch) -> None:
+        """Set the rows of another batch to the products of a matrix with these."""
+        for one, product in zip(self.vectors, out.vectors, strict=True):
+            matrix.mult(one, product)

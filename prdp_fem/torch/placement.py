@@ -1,0 +1,88 @@
+"""Where the tensors of a solver are, and how they get to where it solves.
+
+A solver on the host works on the memory of tensors on the CPU. One on a CUDA or HIP device works on that of tensors there, wherever PETSc's
+vectors do; what Firedrake assembles from is copied to the host, and counted in the solver's statistics. Other devices, torch does not know:
+their solvers take tensors on the CPU, and copy.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from firedrake.petsc import PETSc
+
+from prdp_fem.device import HOST, Device
+from prdp_fem.statistics import Statistics
+
+__all__ = ["ordered", "placed", "room", "solver_device", "tensor_device", "to_host"]
+
+
+def tensor_device(device: Device | None) -> torch.device:
+    """Where tensors of a solver on a device (None is the host) must be."""
+    if device is None or device.tensors == "cpu":
+        return torch.device("cpu")
+    # PETSc gives each rank one of the devices of its machine.
+    return torch.device(device.tensors, PETSc.DeviceContext.getCurrent().getDevice().getDeviceId())
+
+
+def solver_device(device: torch.device) -> str:
+    """What a solver calls the device that a network is moved to.
+
+    Raises
+    ------
+    ValueError
+        Where PETSc has no such device.
+    """
+    if device.type == "cpu":
+        return HOST
+    if device.type == "cuda":
+        return "cuda" if torch.version.hip is None else "hip"
+    raise ValueError(f"a SolverLayer cannot go to {device}, where PETSc has no vectors: move the network to the CPU, or to a CUDA or HIP "
+                     "device")
+
+
+def to_host(rows: torch.Tensor, statistics: Statistics) -> np.ndarray:
+    """The values of a tensor as an array of NumPy: its memory where that is the host's, or a copy, which is counted."""
+    if rows.is_cpu:
+        return rows.numpy()
+    with _TO_HOST:
+        copied = rows.cpu().numpy()
+    statistics.add_transfers((0, 0, 0, 0), (0, 1, 0, copied.nbytes))
+    return copied
+
+
+def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> torch.Tensor:
+    """An array of NumPy as a tensor: on its memory where that is on the CPU, or a copy, which is counted."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    with _TO_DEVICE:
+        copied = tensor.to(device)
+    statistics.add_transfers((0, 0, 0, 0), (1, 0, array.nbytes, 0))
+    return copied
+
+
+def room(batch: Sequence[int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
+    """A tensor of shape (*batch, size), and its memory as the rows that a System writes to: an array of NumPy, or a tensor on a device."""
+    tensor = torch.empty(*batch, size, dtype=torch.float64, device=device)
+    rows = tensor.view(math.prod(batch), size)
+    return tensor, rows.numpy() if rows.is_cpu else rows
+
+
+@contextmanager
+def ordered(device: torch.device) -> Iterator[None]:
+    """Have what is inside begin once torch's work on a device is done, and leave it when PETSc's is: each has its own stream there."""
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.current_stream(device).synchronize()
+    try:
+        yield
+    finally:
+        PETSc.DeviceContext.getCurrent().synchronize()
+
+
+_TO_DEVICE, _TO_HOST = PETSc.Log.Event("PRDPToDevice"), PETSc.Log.Event("PRDPToHost")
