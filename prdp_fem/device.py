@@ -63,17 +63,25 @@ def failure(device: Device) -> str | None:
         built_for = f"for {', '.join(built)}" if built else "for no device"
         return f"this PETSc was built without {device.package} ({built_for}): install one as docs/gpu.md says, or use device='cpu'"
     try:
-        vector = PETSc.Vec().create(comm=PETSc.COMM_SELF)
-        vector.setSizes(1)
-        vector.setType(device.vec_type)
-        vector.set(1.0)
-        vector.norm()
-    except PETSc.Error as error:
+        if device.name == "opencl":
+            _look_for_platforms()
+        else:
+            kind = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(device.name, PETSc.Device.Type.DEFAULT)
+            PETSc.Device.create(kind).destroy()
+    except (PETSc.Error, OSError) as error:
         return f"PETSc was built for it, and finds none ({_reason(error)}): look at the driver, or use device='cpu'"
     return None
 
 
-def _reason(error: PETSc.Error) -> str:
+def _look_for_platforms() -> None:
+    """Raise an OSError where there is no OpenCL: ViennaCL would not come back from that."""
+    count = ctypes.c_uint(0)
+    status = ctypes.CDLL("libOpenCL.so.1").clGetPlatformIDs(0, None, ctypes.byref(count))
+    if status != 0 or count.value == 0:
+        raise OSError("OpenCL has no platform")
+
+
+def _reason(error: Exception) -> str:
     """What PETSc says is wrong, without where it was noticed: the last line that is no place in its source."""
     lines = [line.partition("] ")[2] for line in str(error).splitlines() if line.startswith("[") and "() at " not in line]
     return lines[-1].partition(". ")[0] if lines else str(error).partition("\n")[0]
