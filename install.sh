@@ -86,7 +86,19 @@ version() { sed -n "s/^$1==//p" constraints.txt; }
 system() { have "${packages[@]}"; }
 
 # The packages of the libraries that the environment was built with are listed in it.
-runtime() { have "${runtime_packages[@]}" $(cat "$venv/.packages"); }
+runtime() {
+    local packages folder
+    mapfile -t packages <"$venv/.packages"
+    # Debian's MPI headers ask for a Fortran compiler, which nothing here uses: an empty package says that there is one.
+    folder=$(mktemp -d)
+    mkdir "$folder/DEBIAN"
+    printf '%s\n' 'Package: no-gfortran' 'Version: 1' 'Architecture: all' 'Provides: gfortran-mod-15' 'Maintainer: prdp_fem' \
+        'Description: stands in for a Fortran compiler' >"$folder/DEBIAN/control"
+    dpkg-deb --build "$folder" "$folder.deb" >/dev/null
+    dpkg --install "$folder.deb" >/dev/null
+    rm -r "$folder" "$folder.deb"
+    have "${runtime_packages[@]}" "${packages[@]}"
+}
 
 # have package...: Debian packages, installed where they are missing.
 have() {

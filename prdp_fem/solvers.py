@@ -156,7 +156,8 @@ class RefinedSolver:
         """The device of a name; None for what PETSc's options say."""
         comm = self.problem.u.function_space().mesh().comm
         if name is None:
-            name = self.parameters.get("prdp_device", PETSc.Options().getString("prdp_device", HOST))
+            default = self.parameters.get("prdp_device", PETSc.Options().getString("prdp_device", HOST))
+            name = PETSc.Options(self.options_prefix).getString("prdp_device", default)
         device = find_device(name, comm)
         obstacle = None if device is None else self._obstacle_to_devices()
         if obstacle is None:

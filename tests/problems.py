@@ -77,8 +77,8 @@ class HeatStep:
 class AdvectionDiffusion:
     """A non-symmetric operator."""
 
-    def __init__(self, cells: int = 6):
-        self.mesh = UnitSquareMesh(cells, cells)
+    def __init__(self, cells: int = 6, *, mesh=None):
+        self.mesh = UnitSquareMesh(cells, cells) if mesh is None else mesh
         V = self.V = FunctionSpace(self.mesh, "CG", 1)
         w, v = TrialFunction(V), TestFunction(V)
         self.source = smooth(V, 3, "source")
