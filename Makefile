@@ -5,8 +5,10 @@
 #                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: the runs of one
 #                      scenario; make report: tables and figures of the runs that are there
 # make test            set up what is missing, lint, and run all tests, serial and on 2 and 3 ranks
+# make test-device     build a PETSc with OpenCL, once, and run the tests of solves on devices, those of solvers and layers and a demo on it;
+#                      PoCL runs OpenCL on the processor, so that no device is needed
 # make lint, install   parts of these
-# make clean           remove the virtual environment and what demos and benchmarks left behind; the caches of built wheels and of
+# make clean           remove virtual environments and what demos and benchmarks left behind; the caches of built wheels and of
 #                      kernels stay, and so do the runs in docs/runs
 SHELL := /bin/bash
 ACTIVATE := . $${VENV:-.venv}/bin/activate
@@ -14,7 +16,7 @@ RANKS ?= 1
 DEMO ?= heat_emulator
 SCENARIOS := poisson heat burgers navier_stokes autoregressive
 
-.PHONY: demo reproduce report $(SCENARIOS) test lint install clean
+.PHONY: demo reproduce report $(SCENARIOS) test test-device lint install clean
 
 demo: install
 	$(ACTIVATE) && mpiexec -n $(RANKS) python demos/$(DEMO)$(if $(findstring /,$(DEMO)),,/$(DEMO)).py $(if $(QUICK),--quick) $(ARGS)
@@ -88,6 +90,19 @@ test: lint
 	mpiexec -n 2 python -m pytest -m "parallel[2]" $(ARGS) && \
 	mpiexec -n 3 python -m pytest -m "parallel[3]" $(ARGS)
 
+DEVICE_TESTS := linear_solver layer torch nonlinear unrolled tape correctness control taylor nested options memory
+
+# With one thread of PoCL's for each process. In the second part all that can be on a device is.
+test-device:
+	VENV=.venv-opencl DEVICE=opencl ./install.sh
+	. .venv-opencl/bin/activate && export PYOP2_SPMD_STRICT=1 FIREDRAKE_DISABLE_OPTIONS_LEFT=1 POCL_MAX_PTHREAD_COUNT=1 && \
+	python -m pytest -n auto --maxprocesses 8 -m "parallel[1]" tests/test_device.py $(ARGS) && \
+	mpiexec -n 2 python -m pytest -m "parallel[2]" tests/test_device.py $(ARGS) && \
+	export PETSC_OPTIONS="-prdp_device auto" && \
+	python -m pytest -n auto --maxprocesses 8 -m "not parallel or parallel[1]" $(DEVICE_TESTS:%=tests/test_%.py) $(ARGS) && \
+	python demos/heat_emulator/heat_emulator.py --quick && \
+	mpiexec -n 2 python demos/heat_emulator/heat_emulator.py --quick
+
 lint: install
 	$(ACTIVATE) && ruff check
 
@@ -95,4 +110,4 @@ install:
 	@./install.sh
 
 clean:
-	rm -rf .venv build *.egg-info demos/*/output benchmarks/output docs/runs/*.png
+	rm -rf .venv .venv-opencl build *.egg-info demos/*/output benchmarks/output docs/runs/*.png

@@ -307,6 +307,8 @@ export OMP_NUM_THREADS=1 SCOTCH_PTHREAD_NUMBER=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export PYOP2_CACHE_DIR=$kernels/pyop2 FIREDRAKE_TSFC_KERNEL_CACHE_DIR=$kernels/tsfc
 SETTINGS
+    # Debian's MPI knows nothing of devices.
+    if [ "$device" = cuda ]; then sed -i '/^export OMP_NUM_THREADS/s/$/ PETSC_OPTIONS="-use_gpu_aware_mpi 0 $PETSC_OPTIONS"/' "$venv/bin/activate"; fi
     echo "$wanted" >"$stamp"
 }
 

@@ -38,6 +38,14 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(params=["cpu", "device"])
+def place(request, device):
+    """Where tensors are while the solver is on the device."""
+    if request.param == "device" and DEVICES[device].tensors == "cpu":
+        pytest.skip(f"torch has no tensors on {device}")
+    return DEVICES[device].tensors if request.param == "device" else "cpu"
+
+
 @cache
 def square(cells):
     """One mesh for all that is compared: another one may be partitioned otherwise."""
@@ -45,24 +53,23 @@ def square(cells):
 
 
 def samples(control, rows, seed):
-    """Values around those of a control, on the layer's device; without batch axes where rows is None."""
+    """Values around those of a control; without batch axes where rows is None."""
     value = to_torch(control, copy=True)
     noise = torch.rand((1 if rows is None else rows, len(value)), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     values = value*(1 + 0.1*noise)
     return values[0] if rows is None else values
 
 
-def run(make, on, controls, rows, setting, *, times=1, **options):
+def run(make, on, controls, rows, setting, *, place="cpu", **options):
     """Solutions, gradients by controls, and the solver, of a problem that is made anew."""
     problem = make()
     solver = prdp_fem.LinearVariationalSolver(problem.problem, device=on, refinement=FixedRefinement(setting), **options)
     layer = SolverLayer(solver, [getattr(problem, name) for name in controls])
+    if on != HOST:
+        layer.to(place)
     tensors = [samples(control, rows, seed).to(layer.device).requires_grad_() for seed, control in enumerate(layer.controls)]
-    for _ in range(times):
-        for tensor in tensors:
-            tensor.grad = None
-        solution = layer(*tensors)
-        (solution**4).sum().backward()
+    solution = layer(*tensors)
+    (solution**4).sum().backward()
     return solution.detach().cpu(), [tensor.grad.cpu() for tensor in tensors], solver
 
 
@@ -78,12 +85,12 @@ def agree(one, other, rtol=1e-10):
 @pytest.mark.parametrize("rows", [None, 3])
 @pytest.mark.parametrize("setting", list(SETTINGS))
 @pytest.mark.parametrize("method", list(METHODS))
-def test_iterations_and_results_are_those_of_the_host(device, method, setting, rows, differentiation):
+def test_iterations_and_results_are_those_of_the_host(device, place, method, setting, rows, differentiation):
     controls = ["u0", "source"]
     def make():
         return HeatStep(mesh=square(8), boundary=0.3)
-    found = [run(make, on, controls, rows, SETTINGS[setting], solver_parameters=METHODS[method], differentiation=differentiation)
-             for on in (HOST, device)]
+    found = [run(make, on, controls, rows, SETTINGS[setting], place=place, solver_parameters=METHODS[method],
+                 differentiation=differentiation) for on in (HOST, device)]
     (u, gradients, on_host), (v, others, on_device) = found
     assert on_device.device == device and on_host.device == HOST
     for name in ("solves", "forward_iterations", "adjoint_solves", "adjoint_iterations", "assemblies"):
@@ -96,9 +103,9 @@ def test_iterations_and_results_are_those_of_the_host(device, method, setting, r
 
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
 @pytest.mark.parametrize("method", ["gmres", "richardson"])
-def test_operators_that_are_not_symmetric_are_transposed_on_the_device(device, method, differentiation):
+def test_operators_that_are_not_symmetric_are_transposed_on_the_device(device, place, method, differentiation):
     (u, (gradient,), on_host), (v, (other,), on_device) = [
-        run(lambda: AdvectionDiffusion(mesh=square(6)), on, ["source"], 2, Iterations(6), solver_parameters=METHODS[method],
+        run(lambda: AdvectionDiffusion(mesh=square(6)), on, ["source"], 2, Iterations(6), place=place, solver_parameters=METHODS[method],
             differentiation=differentiation)
         for on in (HOST, device)]
     agree(v, u)
@@ -107,9 +114,10 @@ def test_operators_that_are_not_symmetric_are_transposed_on_the_device(device, m
 
 
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
-def test_operators_that_vary_are_assembled_on_the_host(device, differentiation):
+def test_operators_that_vary_are_assembled_on_the_host(device, place, differentiation):
     (u, gradients, _), (v, others, on_device) = [
-        run(lambda: HeatStep(mesh=square(6)), on, ["kappa", "u0"], 3, Iterations(9), solver_parameters=CG, differentiation=differentiation)
+        run(lambda: HeatStep(mesh=square(6)), on, ["kappa", "u0"], 3, Iterations(9), place=place, solver_parameters=CG,
+            differentiation=differentiation)
         for on in (HOST, device)]
     agree(v, u)
     for one, other in zip(others, gradients):
@@ -159,7 +167,7 @@ def test_null_spaces_go_to_the_device(device, method, space):
 
 
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
-def test_nonlinear_problems(device, differentiation):
+def test_nonlinear_problems(device, place, differentiation):
     results = []
     for on in (HOST, device):
         V = FunctionSpace(square(6), "CG", 1)
@@ -168,6 +176,8 @@ def test_nonlinear_problems(device, differentiation):
         solver = prdp_fem.NonlinearVariationalSolver(problem, device=on, differentiation=differentiation, warm_start=False,
                                                      solver_parameters={**GMRES, **CONVERGED, **NEWTON})
         layer = SolverLayer(solver, [f])
+        if on != HOST:
+            layer.to(place)
         x = torch.stack([to_torch(f), 2*to_torch(f)]).to(layer.device).requires_grad_()
         y = layer(x)
         (y**4).sum().backward()
@@ -192,13 +202,13 @@ def test_taped_solves(device):
 # What is moved
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_a_repeated_call_moves_inputs_and_results_and_nothing_else(device, method):
+def test_a_repeated_call_moves_inputs_and_results_and_nothing_else(device, place, method):
     """By PETSc's own counts: no copy of an operator, no form assembled, and as many bytes as there are in the tensors."""
     PETSc.Log.begin()
     problem = HeatStep(8, boundary=0.3)
     solver = prdp_fem.LinearVariationalSolver(problem.problem, device=device, refinement=FixedRefinement(Iterations(5)),
                                               solver_parameters=METHODS[method])
-    layer = SolverLayer(solver, [problem.u0, problem.source])
+    layer = SolverLayer(solver, [problem.u0, problem.source]).to(place)
     tensors = [samples(control, 3, seed).to(layer.device).requires_grad_() for seed, control in enumerate(layer.controls)]
 
     def call():
@@ -265,18 +275,14 @@ def test_solvers_go_to_a_device_and_back(device, nonlinear):
 
     first = call()
     solver.to(device)
-    assert solver.device == device and layer.device.type == DEVICES[device].tensors
+    assert solver.device == device and layer.device.type == "cpu"
     there = call()
     for one, other in zip(there, first):
         agree(one, other)
     assert all(torch.equal(one, other) for one, other in zip(call(), there))
-    if layer.device.type == "cpu":
-        network.to("cpu")
-        assert solver.device == device  # whose tensors are on the CPU
-        solver.to("cpu")
-    else:
-        network.to("cpu")
-    assert solver.device == HOST
+    network.to("cpu")
+    assert solver.device == device  # to which tensors are copied
+    solver.to(HOST)
     assert all(torch.equal(one, other) for one, other in zip(call(), first))
     x = to_torch(f, copy=True).requires_grad_()
     y = layer(x)
@@ -297,6 +303,14 @@ def test_networks_follow(device):
     network.to("cuda")
     assert layer.solver.device == device and layer.device.type == "cuda"
     agree(network(x.cuda()).detach().cpu(), expected.detach())
+    with pytest.raises(ValueError, match="expected a tensor on cuda:0 for 'initial', where the layer is, found one on cpu"):
+        layer(x)
+    layer.solver.to(HOST)
+    with pytest.raises(RuntimeError, match="the layer is on cuda:0, but its solver has been moved to 'cpu'"):
+        layer(x.cuda())
+    layer.solver.to(device)
+    network.cpu()
+    assert layer.solver.device == HOST and torch.equal(network(x), expected)
 
 
 # Tensors on a device, without one: PETSc's own types of the host stand in for the device's
@@ -430,7 +444,7 @@ def test_tensors_on_other_devices_are_refused():
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = torch.empty(len(x), dtype=torch.float64, device="cuda")
     for tensors in ((there, there), (x, there), (there, x)):
-        with pytest.raises(ValueError, match=r"expected a tensor on the CPU for '\w+', found one on cuda:0, and the solver is on 'cpu': "
+        with pytest.raises(ValueError, match=r"expected a tensor on the CPU for '\w+', where the layer is, found one on cuda:0: "
                                              r"move the tensor by .to\('cpu'\), or the layer by .to\('cuda:0'\)"):
             layer(*tensors)
     with pytest.raises(ValueError, match=r"expected a tensor on the CPU or a device of PETSc's \(this one has .*\), found one on cuda:0: "
@@ -451,6 +465,7 @@ def test_tensors_on_a_device_must_be_contiguous(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         there = torch.empty(n, 2, dtype=torch.float64, device="cuda").T
     monkeypatch.setattr(SolverLayer, "device", torch.device("cuda", 0))
+    monkeypatch.setattr("prdp_fem.torch.layer.tensor_device", lambda device: torch.device("cuda", 0))
     with pytest.raises(ValueError, match=r"expected a contiguous tensor for 'initial', .* found strides \(1, 2\): call .contiguous\(\) f"):
         layer(there)
 

@@ -11,12 +11,12 @@ from prdp_fem.boundary import BoundaryData
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import local_values
 from prdp_fem.statistics import Statistics
-from prdp_fem.torch.placement import ordered, placed, room, tensor_device, to_host
+from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
 __all__ = ["BoundaryValues", "FunctionalValue", "Solve"]
 
 # Among the arguments of Solve: where the boundary values and the guess are, and how many come before the inputs' tensors.
-_BOUNDARY, _GUESS, _BEFORE_TENSORS = 3, 4, 5
+_BOUNDARY, _GUESS, _BEFORE_TENSORS = 4, 5, 6
 
 
 def _first_order(backward):
@@ -42,14 +42,14 @@ class _OfFirstOrder(torch.autograd.Function):
 class Solve(torch.autograd.Function):
     """The solve of a batch, sample by sample: each gives the same bits, whatever stands beside it in the batch.
 
-    Called with the solver, the batch axes, the places of the inputs among the system's, the boundary values and the guess (tensors,
-    or None for what the problem has), and the inputs' tensors; gives float64.
+    Called with the solver, the device of the tensors, the batch axes, the places of the inputs among the system's, the boundary values and
+    the guess (tensors, or None for what the problem has), and the inputs' tensors; gives float64.
     """
 
     @staticmethod
-    def forward(ctx, solver, batch: torch.Size, indices: Sequence[int], boundary, guess, *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, solver, device: torch.device, batch: torch.Size, indices: Sequence[int], boundary, guess,
+                *tensors: torch.Tensor) -> torch.Tensor:
         system, statistics = solver.system, solver.statistics
-        device = tensor_device(system.memory.device)
         point = solver.point(without=indices, has_boundary=boundary is None)
         if boundary is not None:
             point.boundary = _shared_or_rows(to_host(_rows(boundary, _axes(boundary, batch)), statistics), boundary)
@@ -64,9 +64,9 @@ class Solve(torch.autograd.Function):
             else:
                 point.values[index] = values
         ctx.solver, ctx.batch, ctx.indices, ctx.setting, ctx.point, ctx.varying = solver, batch, indices, solver.setting, point, varying
-        ctx.boundary, ctx.guess, ctx.memory = _like(boundary), _like(guess), system.memory
+        ctx.boundary, ctx.guess, ctx.memory, ctx.device = _like(boundary), _like(guess), system.memory, device
         ctx.save_for_backward(*tensors)
-        solutions, written = room(batch, system.size, device if system.takes_device_rows else _CPU)
+        solutions, written = room(batch, system.size, device if system.takes_device_rows else CPU)
         with ordered(device):
             ctx.records = system.solve(point, ctx.setting, written, varying)
         ctx.mesh_stamp = system.mesh_stamp()
@@ -84,8 +84,8 @@ class Solve(torch.autograd.Function):
         if ctx.mesh_stamp != system.mesh_stamp():
             raise RuntimeError("a mesh of the problem has moved between the forward and the backward pass: call backward before moving it")
         tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[_BEFORE_TENSORS:]
-        rows, device = batch.numel(), tensor_device(system.memory.device)
-        rooms = {index: room(batch, tensor.shape[-1], tensor.device if index in system.device_inputs else _CPU)
+        rows, device = batch.numel(), ctx.device
+        rooms = {index: room(batch, tensor.shape[-1], device if index in system.device_inputs else CPU)
                  for index, tensor, wanted in zip(ctx.indices, tensors, needed) if wanted}
         boundary = np.empty((rows, system.size)) if ctx.needs_input_grad[_BOUNDARY] else None
         guess = np.empty((rows, system.size)) if ctx.needs_input_grad[_GUESS] else None
@@ -97,7 +97,7 @@ class Solve(torch.autograd.Function):
                                  guess=guess)
         gradients = {index: gradient if gradient.device == tensor.device else placed(gradient.numpy(), tensor.device, statistics)
                      for (index, (gradient, _)), tensor in zip(rooms.items(), _wanted(tensors, needed))}
-        return (None, None, None, None if boundary is None else _reduced(torch.from_numpy(boundary), batch, ctx.boundary),
+        return (None, None, None, None, None if boundary is None else _reduced(torch.from_numpy(boundary), batch, ctx.boundary),
                 None if guess is None else _reduced(placed(guess, device, statistics), batch, ctx.guess),
                 *(_reduced(gradients[index], batch, tensor) if index in gradients else None
                   for index, tensor in zip(ctx.indices, tensors)))
@@ -205,5 +205,3 @@ def _reduced(gradient: torch.Tensor, batch: torch.Size, tensor: torch.Tensor) ->
         gradient = gradient.view(*batch, shape[-1]).sum_to_size(shape)
     return gradient if tensor.dtype is torch.float64 else gradient.to(tensor.dtype)
 
-
-_CPU = torch.device("cpu")

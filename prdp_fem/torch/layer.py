@@ -14,7 +14,7 @@ from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
 from prdp_fem.parallel import agree
 from prdp_fem.solvers import RefinedSolver
 from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
-from prdp_fem.torch.placement import solver_device, tensor_device
+from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 
 __all__ = ["SolverLayer"]
 
@@ -71,6 +71,7 @@ class SolverLayer(torch.nn.Module):
         self.solver = solver
         self.controls = controls
         self.output = output
+        self._device = CPU
         system, solution = solver.system, solver.problem.u
         self._comm = solution.function_space().mesh().comm
         self._sizes = [local_values(control).size for control in controls]
@@ -109,7 +110,9 @@ class SolverLayer(torch.nn.Module):
 
     def __deepcopy__(self, memo) -> SolverLayer:
         """A copy of a network has a layer of its own around the same solver: solves have no state."""
-        return SolverLayer(self.solver, self.controls, self.output)
+        copied = SolverLayer(self.solver, self.controls, self.output)
+        copied._device = self._device
+        return copied
 
     def __reduce__(self):
         raise TypeError("a SolverLayer holds PETSc objects, which cannot be pickled: save the network's state_dict(), in which the layer "
@@ -117,23 +120,29 @@ class SolverLayer(torch.nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the layer takes tensors, and returns them: a CUDA or HIP device where the solver is on it, or else the CPU."""
-        return tensor_device(self.solver.system.memory.device)
+        """Where the layer takes tensors, and returns them.
+
+        The CPU, until the layer or a network that it is part of is moved, by ``to`` or ``cuda``, to a CUDA or HIP device. The solver goes
+        along, and comes back by ``cpu``. A solver that is on a device, while the layer is on the CPU, has tensors copied there and back.
+        """
+        return self._device
 
     def _apply(self, fn, recurse: bool = True) -> SolverLayer:
-        """What ``to``, ``cuda`` and ``cpu`` of a network do to each of its modules: the solver goes along."""
+        """What ``to``, ``cuda`` and ``cpu`` of a network do to each of its modules."""
         device = fn(torch.empty(0, dtype=torch.float64, device=self.device)).device
         if device != self.device:
             self.solver.to(solver_device(device))
-            if device != self.device:
-                raise ValueError(f"the solver is on {self.device}, which PETSc uses on this rank, and cannot go to {device}: move the "
-                                 f"network to {self.device}")
+            found = tensor_device(self.solver.system.memory.device)
+            if device != found:
+                raise ValueError(f"the solver is on {found}, which PETSc uses on this rank, and cannot go to {device}: move the network "
+                                 f"to {found}")
+            self._device = device
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
         names = ", ".join(f"{name_of(control)}: {size}" for control, size in zip(self.controls, self._sizes))
         return (f"({names}) -> {self.solver.problem.u.name()}: {self.solver.system.size}, refinement={self.solver.refinement!r}, "
-                f"device='{self.solver.device}'")
+                f"device='{self.device}', solver on '{self.solver.device}'")
 
     def forward(self, *tensors: torch.Tensor):
         """Solve for each sample.
@@ -170,7 +179,7 @@ class SolverLayer(torch.nn.Module):
             guess = tensors[self._guess]
             if not self.solver.system.depends_on_guess:
                 guess = guess.detach()
-        solution = Solve.apply(self.solver, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
+        solution = Solve.apply(self.solver, self.device, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
         outputs = tuple(output(solution, batch, tensors) for output in self._outputs)
         if all(tensor.dtype is torch.float32 for tensor in tensors):
             outputs = tuple(output.to(torch.float32) for output in outputs)
@@ -178,10 +187,13 @@ class SolverLayer(torch.nn.Module):
 
     def _checked(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         """What ranks must have alike to make the same calls, forward and backward."""
+        if self.device not in (CPU, tensor_device(self.solver.system.memory.device)):
+            raise RuntimeError(f"the layer is on {self.device}, but its solver has been moved to '{self.solver.device}': move the layer, "
+                               "too")
         if len(tensors) != len(self.controls):
             raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
         for tensor, control, size in zip(tensors, self.controls, self._sizes):
-            _check(tensor, control, size, self.device, self.solver.device)
+            _check(tensor, control, size, self.device)
         try:
             _batch_axes(tensors)
         except RuntimeError:
@@ -200,16 +212,16 @@ def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
     return torch.broadcast_shapes(*(tensor.shape[:-1] for tensor in tensors))
 
 
-def _check(tensor, control, size: int, device: torch.device, solver: str) -> None:
+def _check(tensor, control, size: int, device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"expected a tensor for '{name_of(control)}', found a {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
         raise TypeError(f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}")
     if tensor.device != device:
-        where = "the CPU" if device.type == "cpu" else str(device)
-        raise ValueError(f"expected a tensor on {where} for '{name_of(control)}', found one on {tensor.device}, and the solver is on "
-                         f"'{solver}': move the tensor by .to('{device}'), or the layer by .to('{tensor.device}')")
-    if device.type != "cpu" and not tensor.is_contiguous():
+        where = "the CPU" if device == CPU else str(device)
+        raise ValueError(f"expected a tensor on {where} for '{name_of(control)}', where the layer is, found one on {tensor.device}: move "
+                         f"the tensor by .to('{device}'), or the layer by .to('{tensor.device}')")
+    if device != CPU and not tensor.is_contiguous():
         raise ValueError(f"expected a contiguous tensor for '{name_of(control)}', since PETSc works on its memory, found strides "
                          f"{tensor.stride()}: call .contiguous() first")
     shape = tensor.shape

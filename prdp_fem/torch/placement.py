@@ -1,8 +1,8 @@
-"""Where the tensors of a solver are, and how they get to where it solves.
+"""Where the tensors of a layer are, and how they get to where its solver is.
 
-A solver on the host works on the memory of tensors on the CPU. One on a CUDA or HIP device works on that of tensors there, wherever PETSc's
-vectors do; what Firedrake assembles from is copied to the host, and counted in the solver's statistics. Other devices, torch does not know:
-their solvers take tensors on the CPU, and copy.
+A layer is on the CPU, as any module of torch's, until it is moved. There a solver on the host works on the memory of the tensors, and one
+on a device copies them. A layer on a CUDA or HIP device has its solver there, which works on the memory of tensors there; what Firedrake
+assembles from is copied to the host. All copies are counted in the solver's statistics.
 """
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from firedrake.petsc import PETSc
 from prdp_fem.device import HOST, Device
 from prdp_fem.statistics import Statistics
 
-__all__ = ["ordered", "placed", "room", "solver_device", "tensor_device", "to_host"]
+__all__ = ["CPU", "ordered", "placed", "room", "solver_device", "tensor_device", "to_host"]
+
+
+CPU = torch.device("cpu")
 
 
 def tensor_device(device: Device | None) -> torch.device:
-    """Where tensors of a solver on a device (None is the host) must be."""
-    if device is None or device.tensors == "cpu":
-        return torch.device("cpu")
+    """Where tensors share their memory with the vectors of a solver on a device; None is the host."""
+    if device is None or device.tensors == CPU.type:
+        return CPU
     # PETSc gives each rank one of the devices of its machine.
     return torch.device(device.tensors, PETSc.DeviceContext.getCurrent().getDevice().getDeviceId())
 
