@@ -281,7 +281,8 @@ wheels() {
 # The Debian packages of the shared libraries that compiled modules ask for.
 list_packages() {
     command -v dpkg-query >/dev/null || return 0
-    find "$venv" -name '*.so*' -type f -exec ldd {} + 2>/dev/null | awk '$3 ~ /^\// {print $3}' | grep -v "^$venv" | sort -u |
+    # Some that are called so are linker scripts, of which ldd complains.
+    { find "$venv" -name '*.so*' -type f -exec ldd {} + 2>/dev/null || true; } | awk '$3 ~ /^\// {print $3}' | grep -v "^$venv" | sort -u |
         while read -r library; do dpkg-query -S "$library" "$(readlink -f "$library")" "${library#/usr}" 2>/dev/null || true; done |
         cut -d: -f1 | sort -u
 }

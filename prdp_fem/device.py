@@ -30,8 +30,6 @@ class Device:
     tensors : str
         Where torch has the tensors that such a solver takes: "cuda" also for HIP, and "cpu" for devices that torch does not know, whose
         solvers copy them.
-    handle : str
-        The method of a vector that gives its memory on the device, and brings it up to date; "" for none.
     """
 
     name: str
@@ -39,14 +37,13 @@ class Device:
     vec_type: str
     package: str
     tensors: str
-    handle: str
 
 
 DEVICES = {device.name: device for device in (
-    Device("cuda", "aijcusparse", "cuda", "cuda", "cuda", "CUDAHandle"),
-    Device("hip", "aijhipsparse", "hip", "hip", "cuda", "HIPHandle"),
-    Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu", ""),
-    Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu", "CLMemHandle"),
+    Device("cuda", "aijcusparse", "cuda", "cuda", "cuda"),
+    Device("hip", "aijhipsparse", "hip", "hip", "cuda"),
+    Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu"),
+    Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu"),
 )}
 
 

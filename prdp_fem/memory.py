@@ -103,7 +103,7 @@ class DeviceMemory(Memory):
         self.device: Device = device
         self._copies: dict[int, tuple[PETSc.Mat, PETSc.Mat]] = {}
         self._staged: dict[tuple, tuple[PETSc.Vec, PETSc.Vec]] = {}
-        self._spaces: dict[int, tuple[PETSc.NullSpace, PETSc.NullSpace]] = {}
+        self._spaces: dict[tuple, tuple[PETSc.NullSpace, PETSc.NullSpace]] = {}
 
     @property
     def name(self) -> str:
@@ -149,9 +149,18 @@ class DeviceMemory(Memory):
         _, staged = self._stage(like)
         with _TO_DEVICE:
             staged.setArray(values)
-            if self.device.handle:  # now, and not at its first use, which would count as that of another event
-                getattr(staged, f"get{self.device.handle}")("r")
+            self._update(staged)
         return staged
+
+    def _update(self, vector: PETSc.Vec) -> None:
+        """Have a vector's values copied to the device now, and not at its first use, which would count as that of another event."""
+        match self.device.vec_type:
+            case "cuda":
+                vector.restoreCUDAHandle(vector.getCUDAHandle("r"), "r")
+            case "hip":
+                vector.restoreHIPHandle(vector.getHIPHandle("r"), "r")
+            case "viennacl":
+                vector.getCLMemHandle("r")  # of which nothing is to be given back
 
     def from_host(self, vector):
         return self._uploaded(vector.array_r, vector)
@@ -193,20 +202,22 @@ class DeviceMemory(Memory):
         with _TO_DEVICE:
             copy = self._copy(matrix)
             matrix.copy(copy, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
-        for get, put in ((matrix.getNullSpace, copy.setNullSpace), (matrix.getTransposeNullSpace, copy.setTransposeNullSpace),
-                         (matrix.getNearNullSpace, copy.setNearNullSpace)):
-            if (space := get()) is not None and space.handle:
-                put(self._copied_space(space))
+        for kind in ("NullSpace", "TransposeNullSpace", "NearNullSpace"):
+            space = getattr(matrix, f"get{kind}")()
+            if space is not None and space.handle:
+                getattr(copy, f"set{kind}")(self._copied_space((matrix.handle, kind), space))
         return copy
 
-    def _copied_space(self, space: PETSc.NullSpace) -> PETSc.NullSpace:
-        if space.handle not in self._spaces:
+    def _copied_space(self, whose: tuple, space: PETSc.NullSpace) -> PETSc.NullSpace:
+        original, copied = self._spaces.get(whose, (None, None))
+        if original is None or original.handle != space.handle:
             vectors = []
             for vector in space.getVecs():
                 vectors.append(self.vector(vector))
                 self.load(vector.array_r, vectors[-1])
-            self._spaces[space.handle] = space, PETSc.NullSpace().create(constant=space.hasConstant(), vectors=vectors, comm=space.comm)
-        return self._spaces[space.handle][1]
+            copied = PETSc.NullSpace().create(constant=space.hasConstant(), vectors=vectors, comm=space.comm)
+            self._spaces[whose] = space, copied
+        return copied
 
     def entries(self, like, dofs):
         if like.comm.tompi4py().allreduce(len(dofs)) == 0:

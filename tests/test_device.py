@@ -315,7 +315,7 @@ def test_networks_follow(device):
 
 # Tensors on a device, without one: PETSc's own types of the host stand in for the device's
 
-STAND_IN = Device("stand-in", "aij", "standard", "mpi", "cuda", "")
+STAND_IN = Device("stand-in", "aij", "standard", "mpi", "cuda")
 
 
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])

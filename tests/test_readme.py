@@ -61,6 +61,16 @@ def test_the_script_for_many_ranks_runs_as_printed():
     assert all(metric == metrics[0] for metric in metrics)
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^)#:]+)\)", README))
-def test_links_lead_somewhere(target):
-    assert (ROOT/target).exists()
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md", "docker/README.md"])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT/page).read_text()):
+        assert ((ROOT/page).parent/target).exists(), target
+
+
+def test_offloaded_preconditioners_are_refined_as_printed():
+    script = re.findall(r"```python\n(.*?)```", (ROOT/"docs"/"gpu.md").read_text(), re.DOTALL)[-1]
+    problem = HeatStep()
+    names = {"LinearVariationalSolver": prdp_fem.LinearVariationalSolver, "problem": problem.problem}
+    solver = run(script, {**names, "refinement": FixedRefinement(Iterations(3))})["solver"]
+    solver.solve()
+    assert solver.statistics.forward_iterations == 3

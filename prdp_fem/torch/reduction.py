@@ -23,7 +23,7 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     Parameters
     ----------
     part : torch.Tensor
-        On the CPU, of the same shape on all ranks.
+        Of the same shape on all ranks.
     comm : mpi4py.MPI.Comm
         On which this is collective.
 
@@ -40,7 +40,9 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     agree(comm, lambda: (list(part.shape), part.dtype), "shapes of what is added up")
     summed = part.detach().clone(memory_format=torch.contiguous_format)
     if comm.size > 1:
-        comm.Allreduce(MPI.IN_PLACE, summed.numpy())
+        on_host = summed.cpu()  # itself where it is there
+        comm.Allreduce(MPI.IN_PLACE, on_host.numpy())
+        summed.copy_(on_host)
     return summed
 
 
@@ -123,7 +125,7 @@ class GradientReduction:
         self._sizes, self._hooks = [], []
         for group in _grouped(parameters, bucket_size):
             sizes = [parameter.numel() for parameter in group]
-            self.buckets.append(torch.zeros(sum(sizes), dtype=group[0].dtype))
+            self.buckets.append(torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device))
             self._sizes.append(len(group))
             for parameter, part in zip(group, self.buckets[-1].split(sizes)):
                 self._parts.append((parameter, part.view_as(parameter)))
@@ -134,6 +136,7 @@ class GradientReduction:
     def zero(self) -> None:
         """Before a backward pass."""
         self._requests: list[MPI.Request] = []
+        self._reduced: list[torch.Tensor] = []
         self._missing = self._sizes.copy()
         for bucket in self.buckets:
             bucket.zero_()
@@ -151,7 +154,9 @@ class GradientReduction:
             self._start()
 
     def _start(self) -> None:
-        self._requests.append(self._comm.Iallreduce(MPI.IN_PLACE, self.buckets[len(self._requests)].numpy()))
+        """Start to reduce the next bucket: itself, or a copy on the host of one on a device."""
+        self._reduced.append(self.buckets[len(self._requests)].cpu())
+        self._requests.append(self._comm.Iallreduce(MPI.IN_PLACE, self._reduced[-1].numpy()))
 
     @PETSc.Log.EventDecorator("PRDPReduce")
     def finish(self) -> None:
@@ -168,6 +173,9 @@ class GradientReduction:
             while len(self._requests) < len(self.buckets):
                 self._start()
             MPI.Request.Waitall(self._requests)
+            for bucket, reduced in zip(self.buckets, self._reduced):
+                if bucket is not reduced:
+                    bucket.copy_(reduced)
 
     def __enter__(self) -> GradientReduction:
         return self
@@ -179,7 +187,7 @@ class GradientReduction:
             if error_type is None:
                 self._comm.Free()
             else:  # reductions may be under way, and freeing a communicator waits for the other ranks
-                _ABANDONED.append((self._comm, self.buckets, self._requests))
+                _ABANDONED.append((self._comm, self._reduced, self._requests))
 
 
 # Kept for MPI, which may still write to them.
@@ -193,12 +201,12 @@ def _checked_shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
 
 
 def _grouped(parameters: list[torch.nn.Parameter], bucket_size: int) -> list[list[torch.nn.Parameter]]:
-    """Parameters of one type each, in their order."""
+    """Parameters of one type and device each, in their order."""
     groups: list[list[torch.nn.Parameter]] = []
-    for dtype in dict.fromkeys(parameter.dtype for parameter in parameters):
+    for kind in dict.fromkeys((parameter.dtype, parameter.device) for parameter in parameters):
         filled = bucket_size
         for parameter in parameters:
-            if parameter.dtype is not dtype:
+            if (parameter.dtype, parameter.device) != kind:
                 continue
             if filled >= bucket_size:
                 groups.append([])
@@ -230,7 +238,7 @@ def check_replicas(network: torch.nn.Module, optimiser: torch.optim.Optimizer, c
 def _checksum(state) -> int:
     """Of nested dictionaries and lists of tensors and numbers."""
     if isinstance(state, torch.Tensor):
-        return zlib.crc32(state.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return zlib.crc32(state.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
     if isinstance(state, dict):
         return zlib.crc32(repr([(key, _checksum(value)) for key, value in state.items()]).encode())
     if isinstance(state, (list, tuple)):
