@@ -309,7 +309,7 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_
 export PYOP2_CACHE_DIR=$kernels/pyop2 FIREDRAKE_TSFC_KERNEL_CACHE_DIR=$kernels/tsfc
 SETTINGS
     # Debian's MPI knows nothing of devices.
-    if [ "$device" = cuda ]; then sed -i '/^export OMP_NUM_THREADS/s/$/ PETSC_OPTIONS="-use_gpu_aware_mpi 0 $PETSC_OPTIONS"/' "$venv/bin/activate"; fi
+    if [ "$device" = cuda ]; then sed -i '/^export OMP_NUM_THREADS/s/$/ PETSC_OPTIONS="-use_gpu_aware_mpi 0 ${PETSC_OPTIONS:-}"/' "$venv/bin/activate"; fi
     echo "$wanted" >"$stamp"
 }
 
