@@ -100,8 +100,8 @@ test-device:
 	mpiexec -n 2 python -m pytest -m "parallel[2]" tests/test_device.py $(ARGS) && \
 	export PETSC_OPTIONS="-prdp_device auto" && \
 	python -m pytest -n auto --maxprocesses 8 -m "not parallel or parallel[1]" $(DEVICE_TESTS:%=tests/test_%.py) $(ARGS) && \
-	python demos/heat_emulator/heat_emulator.py --quick && \
-	mpiexec -n 2 python demos/heat_emulator/heat_emulator.py --quick
+	python demos/heat_emulator/heat_emulator.py --quick --epochs 20 --schedules prdp 4 && \
+	mpiexec -n 2 python demos/heat_emulator/heat_emulator.py --quick --epochs 20 --schedules prdp
 
 lint: install
 	$(ACTIVATE) && ruff check

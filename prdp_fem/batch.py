@@ -73,21 +73,17 @@ class Batch:
         for vector in self.vectors:
             vector.stateIncrease()
 
-    def set_each(self, vector: PETSc.Vec | None) -> None:
-        """Set each row to a vector; None is zero."""
-        self.array[...] = 0.0 if vector is None else vector.array_r
-
-    def add_each(self, vector: PETSc.Vec) -> None:
-        """Add a vector to each row."""
-        self.array += vector.array_r
-
-    def add(self, other: Batch) -> None:
-        """Add the rows of a batch."""
-        self.array += other.array
+    def set_to_zero(self) -> None:
+        """Set all rows to zero."""
+        self.array[...] = 0.0
 
     def assign(self, other: Batch) -> None:
-        """Copy the rows of a batch."""
+        """Copy the rows of a batch, or the only one of it to each."""
         self.array[...] = other.array
+
+    def add(self, other: Batch) -> None:
+        """Add the rows of a batch, or the only one of it to each."""
+        self.array += other.array
 
     def scale(self, factor: float) -> None:
         """Multiply all rows by a number."""

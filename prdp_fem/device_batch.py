@@ -1,6 +1,9 @@
 """The vectors of a batch on a device."""
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
+
 import numpy as np
 from firedrake.petsc import PETSc
 
@@ -46,28 +49,23 @@ class DeviceBatch:
     def changed(self) -> None:
         """Vectors know when they were written to."""
 
-    def set_each(self, vector: PETSc.Vec | None) -> None:
-        """Set each row to a vector; None is zero."""
+    def set_to_zero(self) -> None:
+        """Set all rows to zero."""
         for one in self.vectors:
-            if vector is None:
-                one.set(0.0)
-            else:
-                vector.copy(one)
-
-    def add_each(self, vector: PETSc.Vec) -> None:
-        """Add a vector to each row."""
-        for one in self.vectors:
-            one.axpy(1.0, vector)
-
-    def add(self, other: DeviceBatch) -> None:
-        """Add the rows of a batch."""
-        for one, more in zip(self.vectors, other.vectors, strict=True):
-            one.axpy(1.0, more)
+            one.set(0.0)
 
     def assign(self, other: DeviceBatch) -> None:
-        """Copy the rows of a batch."""
-        for one, more in zip(self.vectors, other.vectors, strict=True):
+        """Copy the rows of a batch, or the only one of it to each."""
+        for one, more in self._beside(other):
             more.copy(one)
+
+    def add(self, other: DeviceBatch) -> None:
+        """Add the rows of a batch, or the only one of it to each."""
+        for one, more in self._beside(other):
+            one.axpy(1.0, more)
+
+    def _beside(self, other: DeviceBatch) -> Iterable[tuple[PETSc.Vec, PETSc.Vec]]:
+        return zip(self.vectors, repeat(other.vectors[0]) if len(other.vectors) == 1 else other.vectors)
 
     def scale(self, factor: float) -> None:
         """Multiply all rows by a number."""

@@ -77,7 +77,7 @@ class LinearSystem(System):
                 statistics.solves += len(b.vectors)
                 w.zero(self._boundary_entries)  # for preconditioners that do not keep the boundary rows apart to the bit
                 if point.boundary is not None:
-                    w.add_each(right_hand_side.boundary)
+                    w.add(right_hand_side.boundary)
                 w.read(solutions[rows])
         return records
 

@@ -5,7 +5,7 @@ on has changed; the last term lifts boundary values g. Rows at boundary dofs are
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -55,20 +55,20 @@ class RightHandSide:
         self._comm = forms.solution.function_space().mesh().comm
         self._layout = vector_like(forms.solution)
         self._has_base = False
-        self._shared: dict[int, PETSc.Vec] = {}
+        self._shared: dict[int, Batch | DeviceBatch] = {}
 
     def move_to(self, memory: Memory) -> None:
         """Have all vectors in a memory, and everything computed again; the terms are moved by themselves."""
         self._memory = memory
-        self._base, self._rest_values, self._lifted, self._boundary = (memory.vector(self._layout) for _ in range(4))
+        self._base, self._rest_values, self._lifted, self._boundary = (memory.batches(self._layout)(1) for _ in range(4))
         self._rows, self._products = memory.batches(self._layout), memory.batches(self._layout)
         self._rest_is_current = False
         # The boundary values that were lifted last.
         self._lifted_values: np.ndarray | None = None
 
     @property
-    def boundary(self) -> PETSc.Vec:
-        """The boundary values that :meth:`prepare` was given."""
+    def boundary(self) -> Batch | DeviceBatch:
+        """The boundary values that :meth:`prepare` was given, as one row."""
         return self._boundary
 
     def _split_off_terms(self) -> None:
@@ -113,18 +113,18 @@ class RightHandSide:
         """
         self._has_base = self._rest is not None or point.boundary is not None
         if self._has_base:
-            self._base.set(0.0)
+            self._base.set_to_zero()
             if self._rest is not None:
                 if not self._rest_is_current:
                     assemble_into(self._rest_assembler, self._assembled)
                     with self._assembled.dat.vec_ro as vector:
-                        self._memory.from_host(vector).copy(self._rest_values)
+                        self._rest_values.fill(vector.array_r)
                     self._rest_is_current = True
-                self._base.axpy(1.0, self._rest_values)
+                self._base.add(self._rest_values)
             if point.boundary is not None:
                 self._lift(point.boundary)
-                self._base.axpy(1.0, self._lifted)
-        self._shared = {index: term.kept_product(point.values[index], self._products(1))
+                self._base.add(self._lifted)
+        self._shared = {index: term.kept_product(point.values[index], self._memory.batches(self._layout))
                         for index, term in self.terms.items() if index not in varying}
 
     def _lift(self, boundary: np.ndarray) -> None:
@@ -133,9 +133,10 @@ class RightHandSide:
         if self._comm.size > 1:  # assembly is collective
             is_current = self._comm.allreduce(is_current, MPI.LAND)
         if not is_current:
-            self._lifted.set(0.0)
-            self._lifting.subtract(boundary, self._lifted, self._memory)
-            self._memory.load(boundary, self._boundary)
+            self._lifted.set_to_zero()
+            self._lifted.changed()
+            self._lifting.subtract(boundary, self._lifted.vectors[0], self._memory)
+            self._boundary.fill(boundary)
             self._lifted_values = boundary.copy()
 
     def rows(self, varying: Mapping, rows: slice) -> Batch | DeviceBatch:
@@ -145,20 +146,20 @@ class RightHandSide:
         """
         b, started = self._rows(rows.stop - rows.start), self._has_base
         if started:
-            b.set_each(self._base)
+            b.assign(self._base)
         for index, term in self.terms.items():
             if index in self._shared:
                 if started:
-                    b.add_each(self._shared[index])
+                    b.add(self._shared[index])
                 else:
-                    b.set_each(self._shared[index])
+                    b.assign(self._shared[index])
             elif started:
                 b.add(term.products(varying[index][rows], self._products(len(b.vectors))))
             else:
                 term.products(varying[index][rows], b)
             started = True
         if not started:
-            b.set_each(None)
+            b.set_to_zero()
         b.changed()
         return b
 
@@ -195,7 +196,7 @@ class AffineTerm:
         """Have B assembled again."""
         self._matrix: PETSc.Mat | None = None
         self._transpose: PETSc.Mat | None = None
-        self._kept: tuple[np.ndarray, PETSc.Vec] | None = None
+        self._kept: tuple[np.ndarray | None, Batch | DeviceBatch] | None = None
 
     def _assembled(self) -> PETSc.Mat:
         if self._matrix is None:
@@ -214,13 +215,11 @@ class AffineTerm:
         m.multiply(matrix, b)
         return b
 
-    def kept_product(self, values, b: Batch | DeviceBatch) -> PETSc.Vec:
-        """B m, kept for the next time; b is room for one row to work in."""
+    def kept_product(self, values, room: Callable[[int], Batch | DeviceBatch]) -> Batch | DeviceBatch:
+        """B m as one row, kept for the next time; ``room`` gives room for rows that nobody else will use."""
         if not self._is_kept(values):
-            product = self.products(values[None], b).vectors[0]
-            kept = product.duplicate() if self._kept is None else self._kept[1]
-            product.copy(kept)
-            self._kept = values.copy() if isinstance(values, np.ndarray) else None, kept
+            product = self.products(values[None], room(1) if self._kept is None else self._kept[1])
+            self._kept = values.copy() if isinstance(values, np.ndarray) else None, product
         return self._kept[1]
 
     def _is_kept(self, values) -> bool:
@@ -261,6 +260,7 @@ class CofunctionTerm:
         """Have vectors in a memory."""
         self._boundary = memory.entries(self._layout, self._boundary_dofs)
         self._work = memory.batches(self._layout)
+        self._row: Batch | DeviceBatch | None = None
 
     def forget(self) -> None:
         """Nothing is assembled."""
@@ -273,12 +273,11 @@ class CofunctionTerm:
         b.changed()
         return b
 
-    def kept_product(self, values, b: Batch | DeviceBatch) -> PETSc.Vec:
-        """weight · m, zero at the boundary."""
-        product = self.products(values[None], b).vectors[0]
-        kept = product.duplicate()
-        product.copy(kept)
-        return kept
+    def kept_product(self, values, room: Callable[[int], Batch | DeviceBatch]) -> Batch | DeviceBatch:
+        """weight · m as one row, zero at the boundary."""
+        if self._row is None:
+            self._row = room(1)
+        return self.products(values[None], self._row)
 
     def transposed_products(self, multipliers: Batch | DeviceBatch, out) -> None:
         """out = weight · λ, zero at the boundary, for the rows λ of a batch; out is an array, or a tensor on the device."""

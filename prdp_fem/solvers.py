@@ -33,9 +33,8 @@ from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 
 __all__ = ["LinearVariationalSolver", "NonlinearVariationalSolver", "RefinedSolver", "control", "refinement_from_options"]
 
-
-# Preconditioners that call Firedrake, for their own matrices or to get from mesh to mesh.
-_ON_HOST = frozenset({"python", "mg", "shell"})
+# Preconditioners and nonlinear solvers that call Firedrake, for their own matrices or to get from mesh to mesh.
+_ON_HOST = {"pc_type": frozenset({"python", "mg", "shell"}), "snes_type": frozenset({"fas", "python", "shell", "nasm", "aspin", "patch"})}
 
 
 class RefinedSolver:
@@ -171,10 +170,11 @@ class RefinedSolver:
         for operator in operators(self):
             if not is_copied(operator):
                 return f"its operator is of type {operator.getType()}, use mat_type aij"
-        kinds = [self.snes.getKSP().getPC().getType(), *(value for name, value in self.parameters.items() if name.endswith("pc_type"))]
-        for kind in kinds:
-            if kind in _ON_HOST:
-                return f"pc_type {kind} has vectors go through Firedrake, which is on the host, use jacobi, gamg or others of PETSc's own"
+        own = {"pc_type": self.snes.getKSP().getPC().getType(), "snes_type": self.snes.getType()}
+        for option, on_host in _ON_HOST.items():
+            for kind in (own[option], *(value for name, value in self.parameters.items() if name.endswith(option))):
+                if kind in on_host:
+                    return f"{option} {kind} has vectors go through Firedrake, which is on the host, use another one of PETSc's"
         return None
 
     @property

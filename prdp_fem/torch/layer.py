@@ -9,6 +9,7 @@ import ufl
 from firedrake import Cofunction, Constant, Function
 
 from prdp_fem.boundary import BoundaryData
+from prdp_fem.device import find_device
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
 from prdp_fem.parallel import agree
@@ -131,11 +132,11 @@ class SolverLayer(torch.nn.Module):
         """What ``to``, ``cuda`` and ``cpu`` of a network do to each of its modules."""
         device = fn(torch.empty(0, dtype=torch.float64, device=self.device)).device
         if device != self.device:
-            self.solver.to(solver_device(device))
-            found = tensor_device(self.solver.system.memory.device)
-            if device != found:
-                raise ValueError(f"the solver is on {found}, which PETSc uses on this rank, and cannot go to {device}: move the network "
-                                 f"to {found}")
+            name = solver_device(device)
+            place = tensor_device(find_device(name, self._comm))
+            if device != place:
+                raise ValueError(f"the solver cannot go to {device}, since PETSc uses {place} on this rank: move the network to {place}")
+            self.solver.to(name)
             self._device = device
         return super()._apply(fn, recurse)
 

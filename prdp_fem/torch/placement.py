@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -70,22 +70,27 @@ def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> t
 
 def room(batch: Sequence[int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
     """A tensor of shape (*batch, size), and its memory as the rows that a System writes to: an array of NumPy, or a tensor on a device."""
+    if device == CPU:
+        rows = np.empty((math.prod(batch), size))
+        return torch.from_numpy(rows.reshape(*batch, size)), rows
     tensor = torch.empty(*batch, size, dtype=torch.float64, device=device)
-    rows = tensor.view(math.prod(batch), size)
-    return tensor, rows.numpy() if rows.is_cpu else rows
+    return tensor, tensor.view(math.prod(batch), size)
+
+
+def ordered(device: torch.device) -> AbstractContextManager[None]:
+    """Have what is inside begin once torch's work on a device is done, and leave it when PETSc's is: each has its own stream there."""
+    return _AT_ONCE if device == CPU else _in_order(device)
 
 
 @contextmanager
-def ordered(device: torch.device) -> Iterator[None]:
-    """Have what is inside begin once torch's work on a device is done, and leave it when PETSc's is: each has its own stream there."""
-    if device.type == "cpu":
-        yield
-        return
+def _in_order(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).synchronize()
     try:
         yield
     finally:
         PETSc.DeviceContext.getCurrent().synchronize()
 
+
+_AT_ONCE = nullcontext()
 
 _TO_DEVICE, _TO_HOST = PETSc.Log.Event("PRDPToDevice"), PETSc.Log.Event("PRDPToHost")
