@@ -94,7 +94,7 @@ DEVICE_TESTS := linear_solver layer torch nonlinear unrolled tape correctness co
 
 # With one thread of PoCL's for each process. In the second part all that can be on a device is.
 test-device:
-	VENV=.venv-opencl DEVICE=opencl ./install.sh
+	VENV= DEVICE=opencl ./install.sh
 	. .venv-opencl/bin/activate && export PYOP2_SPMD_STRICT=1 FIREDRAKE_DISABLE_OPTIONS_LEFT=1 POCL_MAX_PTHREAD_COUNT=1 && \
 	python -m pytest -n auto --maxprocesses 8 -m "parallel[1]" tests/test_device.py $(ARGS) && \
 	mpiexec -n 2 python -m pytest -m "parallel[2]" tests/test_device.py $(ARGS) && \

@@ -8,18 +8,20 @@
 #   wheels   PETSc, petsc4py, libsupermesh, h5py and Firedrake, built once into a per-user cache (about 14 minutes on 2 cores)
 #   venv     a virtual environment with those wheels, torch, and prdp_fem itself, editable
 #
-# Environment: PYTHON (python3) the interpreter; VENV (.venv) the virtual environment; EXTRAS (torch,demos,test) extras of prdp_fem;
-# DEVICE (none) what PETSc is built for beside the processor: opencl or cuda (docs/gpu.md), each in a VENV of its own; CUDA_ARCH (native)
+# Environment: PYTHON (python3) the interpreter; EXTRAS (torch,demos,test) extras of prdp_fem; DEVICE (none) what PETSc is built for beside
+# the processor: opencl or cuda (docs/gpu.md); VENV (.venv, or .venv-DEVICE) the virtual environment; CUDA_ARCH (native)
 # the CUDA architectures, such as 80,90, where the machine that builds has no such device; PIP_EXTRA_INDEX_URL and the like are pip's;
 # XDG_CACHE_HOME (~/.cache) holds prdp_fem/: built wheels and compiled kernels. Versions are those of constraints.txt.
 # Running again continues where it stopped: what was built or installed is left alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 checkout=$PWD
-venv=${VENV:-.venv}
+device=${DEVICE:-none}
+venv=.venv
+[ "$device" = none ] || venv=.venv-$device
+venv=${VENV:-$venv}
 case $venv in /*) ;; *) venv=$checkout/$venv ;; esac
 extras=${EXTRAS-torch,demos,test}
-device=${DEVICE:-none}
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/prdp_fem
 logs=$cache/log
 
@@ -88,6 +90,7 @@ system() { have "${packages[@]}"; }
 # The packages of the libraries that the environment was built with are listed in it.
 runtime() {
     local packages folder
+    [ "$(id -u)" -eq 0 ] || fail "what an environment needs to run is installed by root"
     mapfile -t packages <"$venv/.packages"
     # Debian's MPI headers ask for a Fortran compiler, which nothing here uses: an empty package says that there is one.
     folder=$(mktemp -d)
@@ -166,11 +169,20 @@ toolchain() {
     mkdir -p "$wheels" "$kernels" "$logs"
 }
 
+packages_of_ours=(petsc petsc4py libsupermesh h5py firedrake)
+
 create_venv() {
-    [ -f "$venv/.created" ] && return 0
+    if [ -f "$venv/.created" ]; then
+        # Of another device, say; pip takes a wheel of the same version for the one that is there.
+        [ "$(cat "$venv/.wheels" 2>/dev/null || echo "$wheels")" = "$wheels" ] ||
+            run "Removing what other wheels have installed (seconds)" uninstall "$venv/bin/pip" uninstall -y "${packages_of_ours[@]}"
+        echo "$wheels" >"$venv/.wheels"
+        return 0
+    fi
     run "Virtual environment $venv (seconds)" venv "$python" -m venv "$venv"
     run "pip (seconds)" pip "$venv/bin/pip" install --upgrade pip setuptools wheel
     touch "$venv/.created"
+    echo "$wheels" >"$venv/.wheels"
 }
 
 # What petsc4py, h5py and Firedrake are built with, since they are built without isolation.
@@ -260,7 +272,7 @@ put() { run "Installing $1 (seconds)" "install-$1" "$venv/bin/pip" install --no-
 
 wheels() {
     local name todo=
-    for name in petsc petsc4py libsupermesh h5py firedrake; do built "$name" || todo=1; done
+    for name in "${packages_of_ours[@]}"; do built "$name" || todo=1; done
     [ -n "$todo" ] || return 0
     exec 9>"$wheels/.lock"
     flock -n 9 || { echo "Another installation is building; waiting for it …"; flock 9; }
@@ -292,7 +304,7 @@ venv() {
     wanted=$(cat constraints.txt setup.cfg pyproject.toml install.sh <(echo "$wheels $extras $checkout") | sha256sum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return 0
     create_venv
-    for name in petsc petsc4py libsupermesh h5py firedrake; do
+    for name in "${packages_of_ours[@]}"; do
         built "$name" || fail "the wheel of $name is not built: run './install.sh wheels' first"
         files+=("$(compgen -G "$wheels/${name//-/_}-$(version "$name")-*.whl")")
     done
@@ -308,8 +320,6 @@ export OMP_NUM_THREADS=1 SCOTCH_PTHREAD_NUMBER=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_mpi_yield_when_idle=1
 export PYOP2_CACHE_DIR=$kernels/pyop2 FIREDRAKE_TSFC_KERNEL_CACHE_DIR=$kernels/tsfc
 SETTINGS
-    # Debian's MPI knows nothing of devices.
-    if [ "$device" = cuda ]; then sed -i '/^export OMP_NUM_THREADS/s/$/ PETSC_OPTIONS="-use_gpu_aware_mpi 0 ${PETSC_OPTIONS:-}"/' "$venv/bin/activate"; fi
     echo "$wanted" >"$stamp"
 }
 

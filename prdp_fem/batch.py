@@ -57,6 +57,12 @@ class Batch:
         self.array[...] = values
         self.changed()
 
+    def fill_inside(self, values: np.ndarray, entries: np.ndarray) -> None:
+        """Copy values in, and zero, whatever the values there are, for some entries of each row; see :meth:`zero`."""
+        self.array[...] = values
+        self.array[:, entries] = 0.0
+        self.changed()
+
     def read(self, out: np.ndarray) -> None:
         """Copy the values to rows, of shape (rows, n)."""
         out[...] = self.array
@@ -90,7 +96,7 @@ class Batch:
         self.array *= factor
 
     def zero(self, entries: np.ndarray) -> None:
-        """Set some entries of each row, by their rank-local indices, to zero."""
+        """Set some entries of each row, by their rank-local indices, to zero. Values are finite."""
         self.array[:, entries] = 0.0
 
     def multiply(self, matrix: PETSc.Mat, out: Batch) -> None:

@@ -63,11 +63,22 @@ def failure(device: Device) -> str | None:
         if device.name == "opencl":
             _look_for_platforms()
         else:
+            _leave_ghosts_to_the_host()
             kind = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(device.name, PETSc.Device.Type.DEFAULT)
             PETSc.Device.create(kind).destroy()
     except (PETSc.Error, OSError) as error:
         return f"PETSc was built for it, and finds none ({_reason(error)}): look at the driver, or use device='cpu'"
     return None
+
+
+def _leave_ghosts_to_the_host() -> None:
+    """Have PETSc send no memory of a device, unless MPI knows of devices or an option says so: it would end the process otherwise."""
+    if PETSc.Options().hasName("use_gpu_aware_mpi"):
+        return
+    library = ctypes.CDLL(PETSc.__file__)
+    queries = (getattr(library, name, None) for name in ("MPIX_Query_cuda_support", "MPIX_Query_rocm_support"))
+    if not any(query is not None and query() for query in queries):
+        ctypes.c_ubyte.in_dll(library, "use_gpu_aware_mpi").value = 0  # a PetscBool, of one byte or, little end first, more
 
 
 def _look_for_platforms() -> None:
@@ -109,26 +120,28 @@ def find_device(name: str, comm: MPI.Comm) -> Device | None:
     ValueError
         For an unknown name, and for a device that is not there; on all ranks, where it is on one.
     """
-    return agree(comm, lambda: _find(name, comm), "devices", "use device='cpu', or the same kind of device for each rank")
-
-
-def _find(name: str, comm: MPI.Comm) -> Device | None:
-    if name == HOST:
-        return None
     if name == AUTO:
-        return next(iter(usable_devices()), None)
+        everywhere = set.intersection(*map(set, comm.allgather([device.name for device in usable_devices()])))
+        return next((device for device in DEVICES.values() if device.name in everywhere), None)
+    found = agree(comm, lambda: _find(name), "devices", "give one device's name on all ranks")
+    return DEVICES.get(found)
+
+
+def _find(name: str) -> str:
+    if name == HOST:
+        return name
     if name not in DEVICES:
         raise ValueError(f"device must be one of {AUTO}, {HOST}, {', '.join(DEVICES)}, found {name!r}")
     why = failure(DEVICES[name])
     if why is not None:
         raise ValueError(f"device {name!r} is not there: {why}")
-    return DEVICES[name]
+    return name
 
 
 def transfers() -> tuple[float, ...]:
     """What PETSc has moved in this process so far: copies to devices and to the host, and the bytes of each.
 
-    PETSc counts, whether it logs or not; ``-log_view`` shows by event what this gives the sums of.
+    PETSc counts, whether it logs or not, whatever the reason; ``-log_view`` shows by event what this gives the sums of.
     """
     return tuple(counter.value for counter in _counters())
 

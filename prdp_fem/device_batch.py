@@ -2,12 +2,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["DeviceBatch"]
+__all__ = ["DeviceBatch", "Entries"]
+
+
+@dataclass
+class Entries:
+    """Some entries of vectors of a layout.
+
+    Attributes
+    ----------
+    dofs : numpy.ndarray
+        Their rank-local indices.
+    others : PETSc.Vec
+        Zero there, and one elsewhere; on the device.
+    """
+
+    dofs: np.ndarray
+    others: PETSc.Vec
 
 
 class DeviceBatch:
@@ -36,6 +53,21 @@ class DeviceBatch:
         else:
             for vector, row in zip(self.vectors, values, strict=True):
                 self._memory.load(row, vector)
+
+    def fill_inside(self, values, entries: Entries | None) -> None:
+        """Copy values in, and zero, whatever the values there are, for some entries of each row; see :meth:`zero`."""
+        if entries is None:
+            self.fill(values)
+        elif isinstance(values, np.ndarray):
+            inside = np.array(values, dtype=float)
+            inside[..., entries.dofs] = 0.0
+            self.fill(inside)
+        else:
+            self.fill(values)
+            for one in self.vectors:
+                # PETSc has x/0 = 0 but for x = 0, and 0/0 = 1; a product alone would keep NaN and infinity.
+                one.pointwiseDivide(one, entries.others)
+                one.pointwiseMult(one, entries.others)
 
     def read(self, out) -> None:
         """Copy the values to rows, of shape (rows, n): an array of NumPy, or a tensor on the device."""
@@ -72,11 +104,11 @@ class DeviceBatch:
         for one in self.vectors:
             one.scale(factor)
 
-    def zero(self, entries: PETSc.Vec | None) -> None:
-        """Set some entries of each row to zero: those where a vector of ones, see ``DeviceMemory.entries``, is zero."""
+    def zero(self, entries: Entries | None) -> None:
+        """Set some entries of each row to zero; None is none on any rank. Values are finite."""
         if entries is not None:
             for one in self.vectors:
-                one.pointwiseMult(one, entries)
+                one.pointwiseMult(one, entries.others)
 
     def multiply(self, matrix: PETSc.Mat, out: DeviceBatch) -> None:
         """Set the rows of another batch to the products of a matrix with these."""

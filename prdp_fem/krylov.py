@@ -11,8 +11,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
-from prdp_fem.memory import Memory
-from prdp_fem.refined_ksp import RefinedKSP, set_up
+from prdp_fem.refined_ksp import RefinedKSP
 
 __all__ = ["Krylov"]
 
@@ -33,32 +32,24 @@ class Krylov:
     transposed : callable
         A context manager with a KSP for the transposed operator, set up for its present values; used only where the
         preconditioner cannot be transposed.
-    like : callable
-        Makes a KSP with the options of ``ksp``.
     name : str
         Of what is solved for, for messages.
     prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
     """
 
-    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], like: Callable[[], PETSc.KSP],
-                 name: str, prefix: str | None):
+    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None):
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
-        self._transposed, self._like = transposed, like
+        self._transposed = transposed
         self._name, self._prefix = name, prefix
         self._symmetric_after: set[frozenset] = set()
-        self.move_to(Memory())
+        self.forget_operators()
 
-    def move_to(self, memory: Memory) -> None:
-        """Forget what was known of the operators, which are other matrices from now on, in a memory."""
-        self._memory = memory
+    def forget_operators(self) -> None:
+        """Forget what was known of the operators, which are other matrices from now on."""
         vars(self).pop("_probe", None)
         self._refined_transposed: RefinedKSP | None = None
-        # The KSP of explicit transposes, the one it is set up for, and whether its preconditioner is that of the other KSP transposed.
-        self._refined_mirror: RefinedKSP | None = None
-        self._mirrored: PETSc.Mat | None = None
-        self._mirrors: bool | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
         self._has_symmetric_parts: bool | None = None
@@ -103,8 +94,6 @@ class Krylov:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
         if self.is_symmetric():
             return self._solver(self.refined, self.ksp.solve, setting, False, "adjoint")
-        if self._memory.has_explicit_transposes and self._is_mirrored():
-            return self._solver(self._refined_mirror, self._refined_mirror.ksp.solve, setting, False, "adjoint")
         if self._is_transposable():
             return self._solver(self.refined, self.ksp.solveTranspose, setting, False, "adjoint")
 
@@ -152,26 +141,6 @@ class Krylov:
             self._has_symmetric_parts = all(map(self._probe.finds_symmetric, products))
         return self._has_symmetric_parts
 
-    def _is_mirrored(self) -> bool:
-        """Whether a KSP for explicit transposes, which is brought up to date, does what the transposed solve of this one does.
-
-        The preconditioner made from Pᵀ is the transpose of the one made from P for jacobi and lu, for example, but not for sor.
-        """
-        if self._mirrors is False or self.ksp.getPC().getType() not in nested.SELF_CONTAINED:
-            return False
-        A, P = self.ksp.getOperators()
-        if self._refined_mirror is None:
-            self._refined_mirror = RefinedKSP(self._like(), self._name, self._prefix)
-        mirror = self._refined_mirror
-        transposed = self._memory.transpose(A)
-        if transposed is not self._mirrored:
-            set_up(mirror.ksp, transposed, self._memory.transpose(P), self._name)
-            mirror.set_up()
-            self._mirrored = transposed
-        if self._mirrors is None:
-            self._mirrors = self._probe.finds_mirrored(self.ksp.getPC(), mirror.ksp.getPC())
-        return self._mirrors
-
     def _is_transposable(self) -> bool:
         """Whether the preconditioner has a transpose, which PETSc tells only by trying."""
         if self._transposable is None:
@@ -214,13 +183,6 @@ class _Probe:
         """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""
         multiply(self.x, self.Ax)
         multiply(self.y, self.Ay)
-        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
-        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
-
-    def finds_mirrored(self, pc: PETSc.PC, other: PETSc.PC) -> bool:
-        """Compare (P x, y) with (x, Q y)."""
-        pc.apply(self.x, self.Ax)
-        other.apply(self.y, self.Ay)
         size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
         return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
 

@@ -87,9 +87,7 @@ class LinearSystem(System):
 
     def _start(self, w: Batch | DeviceBatch, guess: np.ndarray, rows: slice) -> None:
         """Have rows start from a guess, of shape (n,) or (batch, n), without its boundary values."""
-        w.fill(guess if guess.ndim == 1 else guess[rows])
-        w.zero(self._boundary_entries)
-        w.changed()
+        w.fill_inside(guess if guess.ndim == 1 else guess[rows], self._boundary_entries)
 
     def _record(self):
         """What is kept of the last solve for its derivatives."""

@@ -1,19 +1,16 @@
 """Where the vectors and matrices of solves lie: with Firedrake's, or on a device."""
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 from firedrake.petsc import PETSc
 
 from prdp_fem.batch import Batch, BatchStore
-from prdp_fem.device import DEVICES, HOST, Device, transfers
-from prdp_fem.device_batch import DeviceBatch
+from prdp_fem.device import HOST, Device
+from prdp_fem.device_batch import DeviceBatch, Entries
+from prdp_fem.explicit_transpose import ExplicitTranspose
+from prdp_fem.statistics import Statistics
 
-__all__ = ["DeviceMemory", "Memory", "is_copied", "memory_of", "transposed_product"]
-
-# Composed with a matrix on a device: its explicit transpose, and the state it was made from.
-_TRANSPOSE = "prdp_fem_transpose"
+__all__ = ["DeviceMemory", "Memory", "is_copied", "memory_of"]
 
 
 class Memory:
@@ -22,9 +19,12 @@ class Memory:
     Attributes
     ----------
     device : Device or None
+    statistics : Statistics
+        Of the system whose memory it is, where copies are counted.
     """
 
     device: Device | None = None
+    statistics: Statistics
 
     @property
     def name(self) -> str:
@@ -75,10 +75,6 @@ class Memory:
         """Rank-local entries of vectors of a layout, for :meth:`Batch.zero`; None for no entries on any rank."""
         return dofs
 
-    def transfers(self) -> tuple[float, ...] | None:
-        """What has been moved so far, see :func:`prdp_fem.device.transfers`; None where nothing ever is."""
-        return None
-
     has_explicit_transposes = False
 
     def transpose(self, matrix: PETSc.Mat) -> PETSc.Mat:
@@ -101,7 +97,8 @@ class DeviceMemory(Memory):
 
     def __init__(self, device: Device):
         self.device: Device = device
-        self._copies: dict[int, tuple[PETSc.Mat, PETSc.Mat]] = {}
+        self.statistics = Statistics()
+        self._copies: dict[int, tuple[PETSc.Mat, PETSc.Mat, ExplicitTranspose]] = {}
         self._staged: dict[tuple, tuple[PETSc.Vec, PETSc.Vec]] = {}
         self._spaces: dict[tuple, tuple[PETSc.NullSpace, PETSc.NullSpace]] = {}
 
@@ -125,13 +122,16 @@ class DeviceMemory(Memory):
 
     def unload(self, vector):
         with _TO_HOST:
-            return vector.array_r.copy()
+            values = vector.array_r.copy()
+        self.statistics.note_to_host(values.nbytes)
+        return values
 
     def unload_into(self, vector: PETSc.Vec, out) -> None:
         """Copy the rank-local values of a vector to a row, which is an array of NumPy or a tensor on this device."""
         if isinstance(out, np.ndarray):
             with _TO_HOST:
                 out[...] = vector.array_r
+            self.statistics.note_to_host(out.nbytes)
         else:
             vector.copy(_shared(out, vector))
 
@@ -141,6 +141,8 @@ class DeviceMemory(Memory):
         rows = values if values.ndim == 2 else values[None]
         with _TO_HOST:
             copied = np.stack([_alone(row).array_r for row in rows]) if len(rows) else np.empty(tuple(rows.shape))
+        for row in copied:
+            self.statistics.note_to_host(row.nbytes)
         return copied.reshape(tuple(values.shape))
 
     def _uploaded(self, values: np.ndarray, like: PETSc.Vec) -> PETSc.Vec:
@@ -150,10 +152,15 @@ class DeviceMemory(Memory):
         with _TO_DEVICE:
             staged.setArray(values)
             self._update(staged)
+        self.statistics.note_to_device(staged.getLocalSize()*staged.array_r.itemsize)
         return staged
 
     def _update(self, vector: PETSc.Vec) -> None:
-        """Have a vector's values copied to the device now, and not at its first use, which would count as that of another event."""
+        """Have a vector's values copied to the device, and wait for it.
+
+        Not at its first use, which would count as that of another event, and may be a copy that is under way when the next values are
+        written over these.
+        """
         match self.device.vec_type:
             case "cuda":
                 vector.restoreCUDAHandle(vector.getCUDAHandle("r"), "r")
@@ -183,7 +190,9 @@ class DeviceMemory(Memory):
     def matrix(self, matrix):
         with _TO_DEVICE:
             # Not by one call: PETSc's conversion to a new ViennaCL matrix changes the operations of the old one.
-            return matrix.duplicate(copy=True).convert(self.device.mat_type)
+            copy = matrix.duplicate(copy=True).convert(self.device.mat_type)
+        self.statistics.note_to_device(_size(copy, whole=True))
+        return copy
 
     def operators(self, A, P):
         copied = self._copied(A)
@@ -195,13 +204,20 @@ class DeviceMemory(Memory):
     def _copy(self, matrix: PETSc.Mat) -> PETSc.Mat:
         if matrix.handle not in self._copies:
             # The original is kept, too, so that nothing else can have its handle.
-            self._copies[matrix.handle] = matrix, self.matrix(matrix)
+            copy = self.matrix(matrix)
+            self._copies[matrix.handle] = matrix, copy, ExplicitTranspose(copy, lambda: self._transposed(matrix))
         return self._copies[matrix.handle][1]
 
+    def _transposed(self, matrix: PETSc.Mat) -> PETSc.Mat:
+        """The transpose of a matrix on the host."""
+        return self.matrix(matrix.transpose(PETSc.Mat()))
+
     def _copied(self, matrix: PETSc.Mat) -> PETSc.Mat:
+        copy = self._copy(matrix)
         with _TO_DEVICE:
-            copy = self._copy(matrix)
             matrix.copy(copy, PETSc.Mat.Structure.SAME_NONZERO_PATTERN)
+        self.statistics.note_to_device(_size(copy))
+        self._copies[matrix.handle][2].forget()
         for kind in ("NullSpace", "TransposeNullSpace", "NearNullSpace"):
             space = getattr(matrix, f"get{kind}")()
             if space is not None and space.handle:
@@ -226,13 +242,15 @@ class DeviceMemory(Memory):
         others[dofs] = 0.0
         mask = self.vector(like)
         self.load(others, mask)
-        return mask
-
-    def transfers(self):
-        return transfers()
+        return Entries(dofs, mask)
 
     def transpose(self, matrix):
-        return _explicit_transpose(matrix)
+        with _TO_DEVICE:
+            transposed = matrix.transpose(PETSc.Mat())  # made on the host, where such a matrix has its values, too
+            if transposed.getType() != matrix.getType():
+                transposed.convert(self.device.mat_type)
+        self.statistics.note_to_device(_size(transposed, whole=True))
+        return transposed
 
 
 def is_copied(matrix: PETSc.Mat) -> bool:
@@ -240,26 +258,11 @@ def is_copied(matrix: PETSc.Mat) -> bool:
     return matrix.getType() in ("seqaij", "mpiaij")
 
 
-def _explicit_transpose(matrix: PETSc.Mat) -> PETSc.Mat:
-    """The transpose of a matrix on a device, on that device, too; kept with the matrix as long as that does not change."""
-    state, kept = matrix.stateGet(), matrix.getAttr(_TRANSPOSE)
-    if kept is not None and kept[0] == state:
-        return kept[1]
-    with _TO_DEVICE:
-        transposed = matrix.transpose(PETSc.Mat())  # made on the host, where such a matrix has its values, too
-        if transposed.getType() != matrix.getType():
-            transposed.convert(matrix.getType())
-    for get, put in ((matrix.getTransposeNullSpace, transposed.setNullSpace), (matrix.getNullSpace, transposed.setTransposeNullSpace)):
-        if (space := get()) is not None and space.handle:
-            put(space)
-    matrix.setAttr(_TRANSPOSE, (state, transposed))
-    return transposed
-
-
-def transposed_product(matrix: PETSc.Mat) -> Callable[[PETSc.Vec, PETSc.Vec], None]:
-    """A function of x and y, y = Aᵀ x for the present values of a matrix, wherever it is."""
-    is_on_device = any(matrix.getType().removeprefix(prefix) == device.mat_type for prefix in ("seq", "mpi") for device in DEVICES.values())
-    return _explicit_transpose(matrix).mult if is_on_device else matrix.multTranspose
+def _size(matrix: PETSc.Mat, *, whole: bool = False) -> int:
+    """Bytes of the values of the rows of this rank, and where they are in the matrix."""
+    entries = int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["nz_used"])
+    places = (entries + matrix.getLocalSize()[0] + 1)*np.dtype(PETSc.IntType).itemsize if whole else 0
+    return entries*np.dtype(PETSc.ScalarType).itemsize + places
 
 
 def _shared(row, like: PETSc.Vec) -> PETSc.Vec:

@@ -267,9 +267,8 @@ class CofunctionTerm:
 
     def products(self, values, b: Batch | DeviceBatch) -> Batch | DeviceBatch:
         """b = weight · m, zero at the boundary, for the rows m of an array, or of a tensor on the device."""
-        b.fill(values)
+        b.fill_inside(values, self._boundary)
         b.scale(self._weight)
-        b.zero(self._boundary)
         b.changed()
         return b
 

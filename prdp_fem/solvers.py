@@ -34,6 +34,7 @@ from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 __all__ = ["LinearVariationalSolver", "NonlinearVariationalSolver", "RefinedSolver", "control", "refinement_from_options"]
 
 # Preconditioners and nonlinear solvers that call Firedrake, for their own matrices or to get from mesh to mesh.
+_NAMED = {"pc_type": ("pc_type", "pc_composite_pcs"), "snes_type": ("snes_type", "snes_composite_sneses")}
 _ON_HOST = {"pc_type": frozenset({"python", "mg", "shell"}), "snes_type": frozenset({"fas", "python", "shell", "nasm", "aspin", "patch"})}
 
 
@@ -77,6 +78,7 @@ class RefinedSolver:
         self.warm_start = bool(warm_start)
         self._ksp_prefix = ksp_prefix
 
+        self._changes_pattern = kwargs.get("post_jacobian_callback") is not None
         memory = memory_of(self._find_device(device))
 
         def make_linear_solver(problem, *, is_adjoint=False):
@@ -167,13 +169,15 @@ class RefinedSolver:
 
     def _obstacle_to_devices(self) -> str | None:
         """What of the solver must be on the host, and what to use instead; None for nothing."""
+        if self._changes_pattern:
+            return "its post_jacobian_callback may give the matrix entries in other places, leave it away"
         for operator in operators(self):
             if not is_copied(operator):
                 return f"its operator is of type {operator.getType()}, use mat_type aij"
         own = {"pc_type": self.snes.getKSP().getPC().getType(), "snes_type": self.snes.getType()}
         for option, on_host in _ON_HOST.items():
-            for kind in (own[option], *(value for name, value in self.parameters.items() if name.endswith(option))):
-                if kind in on_host:
+            for kind in (own[option], *(value for name, value in self.parameters.items() if name.endswith(_NAMED[option]))):
+                if on_host & set(str(kind).split(",")):
                     return f"{option} {kind} has vectors go through Firedrake, which is on the host, use another one of PETSc's"
         return None
 
@@ -434,12 +438,13 @@ def control(solver, refinement: Refinement | None, **options):
     >>> prdp_fem.control(solver, ProgressiveRefinement(IterationLadder(start=2)))  # doctest: +SKIP
     """
     if isinstance(solver, RefinedSolver):
+        device = options.pop("device", None)
         for name, value in options.items():
             value = differentiation_of(value) if name == "differentiation" else value
             if name not in ("differentiation", "warm_start") or value != getattr(solver, name):
                 raise ValueError(f"the solver is one of prdp_fem already, whose {name} is chosen when it is made")
         solver.refinement = refinement
-        return solver
+        return solver if device is None else solver.to(device)
     if type(solver) not in _CONTROLLED:
         raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
                         f"{type(solver).__module__}.{type(solver).__qualname__}")

@@ -1,7 +1,6 @@
 """The account of what a solver has done, and what it cost."""
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 __all__ = ["Statistics"]
@@ -24,7 +23,8 @@ class Statistics:
     forward_seconds, adjoint_seconds, tangent_seconds : float
         Wall-clock time of whole solves on this rank: right-hand sides, assembly and KSP.
     copies_to_device, copies_to_host : int
-        How often this rank has moved a vector or a matrix to a device, and back; by PETSc's own count for what solves move.
+        How often this rank has moved a vector or a matrix to a device, and back. What a preconditioner moves that is not on the device,
+        ``-log_view`` tells, and :func:`prdp_fem.device.transfers`.
     bytes_to_device, bytes_to_host : int
         How much that was.
     """
@@ -55,11 +55,15 @@ class Statistics:
         """Wall-clock time of all kinds."""
         return self.forward_seconds + self.adjoint_seconds + self.tangent_seconds
 
-    def add_transfers(self, before: Sequence[float], after: Sequence[float]) -> None:
-        """Add what has been moved between two readings of :func:`prdp_fem.device.transfers`."""
-        counts = [round(late - early) for early, late in zip(before, after)]
-        for name, count in zip(("copies_to_device", "copies_to_host", "bytes_to_device", "bytes_to_host"), counts):
-            setattr(self, name, getattr(self, name) + count)
+    def note_to_device(self, size: int) -> None:
+        """Count a copy of so many bytes to a device."""
+        self.copies_to_device += 1
+        self.bytes_to_device += size
+
+    def note_to_host(self, size: int) -> None:
+        """Count a copy of so many bytes to the host."""
+        self.copies_to_host += 1
+        self.bytes_to_host += size
 
     def reset(self) -> None:
         """Start counting from zero."""

@@ -40,13 +40,11 @@ __all__ = ["System"]
 class _Work:
     """A context manager of what each solve enters; plain, since a small solve takes no longer than a few generators."""
 
-    def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None, memory: Memory):
+    def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None):
         self._seconds, self._event, self._statistics = f"{kind}_seconds", _EVENTS[kind], statistics
         self._context = None if context is None else context()
-        self._memory = memory
 
     def __enter__(self) -> None:
-        self._transfers = self._memory.transfers()
         self._start = time.perf_counter()
         _ANNOTATION.__enter__()
         self._event.begin()
@@ -68,8 +66,6 @@ class _Work:
         self._event.end()
         _ANNOTATION.__exit__()
         vars(self._statistics)[self._seconds] += time.perf_counter() - self._start
-        if self._transfers is not None:
-            self._statistics.add_transfers(self._transfers, self._memory.transfers())
 
 
 class System(ABC):
@@ -115,7 +111,7 @@ class System(ABC):
         ksp.setOperators(*operators(linear_solver))
         self._context = SolverContext(linear_solver)
         self._needs_context = True
-        self._krylov = Krylov(ksp, self._transposed_ksp, self._like_ksp, forms.solution.name(), ksp_prefix)
+        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix)
         # What the operator depends on that has changed since it was assembled: inputs by index, "mesh" and "state".
         self._changed: set = set()
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
@@ -145,12 +141,13 @@ class System(ABC):
     def _place_in(self, memory: Memory) -> None:
         """Have all vectors and matrices that solves use in a memory."""
         self.memory = memory
+        memory.statistics = self.statistics
         # States or tangents, right-hand sides of adjoint and tangent solves, and multipliers.
         self._states, self._cotangents, self._multipliers = (memory.batches(self._zero) for _ in range(3))
         self._boundary_entries = memory.entries(self._zero, self.forms.boundary_dofs)
         for term in self._terms.values():
             term.move_to(memory)
-        self._krylov.move_to(memory)
+        self._krylov.forget_operators()
         self._operator_is_current = self._adjoint_is_current = False
 
     @cached_property
@@ -170,15 +167,6 @@ class System(ABC):
                 self._set_up(solver)
                 self._adjoint_is_current = True
             yield solver.snes.getKSP()
-
-    def _like_ksp(self) -> PETSc.KSP:
-        """A KSP with the options of the solver's."""
-        own = self._linear_solver.snes.getKSP()
-        with self._context():
-            ksp = PETSc.KSP().create(own.comm)
-            ksp.setOptionsPrefix(own.getOptionsPrefix())
-            ksp.setFromOptions()
-        return ksp
 
     def _set_up(self, solver) -> None:
         """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
@@ -211,7 +199,7 @@ class System(ABC):
     def _work_on(self, kind: str, context: SolverContext | None = None) -> _Work:
         """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
         # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
-        return _Work(kind, self.statistics, context or (self._context if self._needs_context else None), self.memory)
+        return _Work(kind, self.statistics, context or (self._context if self._needs_context else None))
 
     def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
         """Rank-local values of the user's coefficients as they are now; empty for those left out."""
@@ -454,9 +442,7 @@ class System(ABC):
     def _inner(self, cotangents) -> Batch | DeviceBatch:
         """Rows of cotangents, zero at boundary dofs."""
         inner = self._cotangents(len(cotangents))
-        inner.fill(cotangents)
-        inner.zero(self._boundary_entries)
-        inner.changed()
+        inner.fill_inside(cotangents, self._boundary_entries)
         return inner
 
     def _gradient(self, index: int, multipliers: Batch | DeviceBatch, out) -> None:

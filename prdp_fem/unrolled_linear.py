@@ -133,9 +133,7 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
             b_tangent = self._right_hand_side_tangent(point, self._no_boundary if point.boundary is None else point.boundary, direction)
             guess_tangent = None
             if direction.guess is not None:
-                self._of_guess.fill(direction.guess)
-                self._of_guess.zero(self._boundary_entries)
-                self._of_guess.changed()
+                self._of_guess.fill_inside(direction.guess, self._boundary_entries)
                 guess_tangent = self._of_guess.vectors[0]
             tangent = self._tangent.vectors[0]
             self._push_iterations(b, start, record, tangent, direction, b_tangent=b_tangent, guess_tangent=guess_tangent)

@@ -4,6 +4,7 @@ What runs on a device runs on each one that PETSc was built for and finds. ``mak
 on any processor. A stand-in with the host's own types runs everywhere: its tensors are shared as those on a CUDA device are.
 """
 import itertools
+import math
 from functools import cache
 
 import numpy as np
@@ -111,6 +112,73 @@ def test_operators_that_are_not_symmetric_are_transposed_on_the_device(device, p
     agree(v, u)
     agree(other, gradient)
     assert on_device.statistics.adjoint_iterations == on_host.statistics.adjoint_iterations == 12
+
+
+def set_by_hand(ksp):
+    ksp.setTolerances(rtol=1e-12)
+    ksp.setGMRESRestart(3)
+
+
+@pytest.mark.parametrize("parameters, hand, setting", [
+    (GMRES, set_by_hand, None), (GMRES, lambda ksp: ksp.setType("bcgs"), Iterations(4)),
+    (GMRES, lambda ksp: ksp.setPCSide(PETSc.PC.Side.RIGHT), Iterations(4)), (GMRES, set_by_hand, Iterations(7)),
+    ({"ksp_type": "chebyshev", "pc_type": "jacobi"}, lambda ksp: None, Iterations(6)), ({"ksp_type": "gmres", "pc_type": "sor"},
+     lambda ksp: None, Iterations(5)), ({"ksp_type": "gmres", "pc_type": "jacobi", "pc_jacobi_type": "rowmax"}, lambda ksp: None,
+     Iterations(5)),
+])
+def test_transposed_solves_are_those_of_the_same_ksp(device, parameters, hand, setting):
+    """With bounds of eigenvalues that it has estimated, and what was set on it by hand."""
+    results = []
+    for on in (HOST, device):
+        problem = AdvectionDiffusion(mesh=square(8))
+        solver = prdp_fem.LinearVariationalSolver(problem.problem, device=on, solver_parameters=parameters,
+                                                  refinement=None if setting is None else FixedRefinement(setting))
+        hand(solver.snes.getKSP())
+        layer = SolverLayer(solver, [problem.source])
+        x = to_torch(problem.source, copy=True).requires_grad_()
+        y = layer(x)
+        (y**3).sum().backward()
+        results.append((y.detach(), x.grad, solver.statistics))
+    (u, gradient, on_host), (v, other, on_device) = results
+    agree(v, u)
+    agree(other, gradient, 1e-9)
+    assert on_device.adjoint_iterations == on_host.adjoint_iterations
+
+
+def test_transposes_are_those_of_the_present_operator(device):
+    """Whatever it was before: symmetric, say."""
+    gradients = []
+    for on, winds in ((HOST, (3.0,)), (device, (0.0, 3.0, 1.0, 3.0))):
+        V = FunctionSpace(square(6), "CG", 1)
+        w, v, u, f, wind = TrialFunction(V), TestFunction(V), Function(V), smooth(V, 2), Constant(0.0)
+        problem = LinearVariationalProblem((inner(grad(w), grad(v)) + w*v + wind*w.dx(0)*v)*dx, f*v*dx, u)
+        solver = prdp_fem.LinearVariationalSolver(problem, device=on, refinement=FixedRefinement(Iterations(5)), solver_parameters={
+            **GMRES, "pc_jacobi_type": "rowmax"})
+        layer = SolverLayer(solver, [f])
+        for value in winds:
+            wind.assign(value)
+            x = to_torch(f, copy=True).requires_grad_()
+            layer(x).sum().backward()
+        gradients.append(x.grad)
+    agree(*gradients)
+
+
+@pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
+def test_cotangents_at_the_boundary_do_not_matter(device, place, differentiation):
+    """Not even those that are no numbers, as of the square root where the boundary value is zero."""
+    gradients = []
+    for on in (HOST, device):
+        problem = HeatStep(mesh=square(6))
+        solver = prdp_fem.LinearVariationalSolver(problem.problem, device=on, refinement=FixedRefinement(Iterations(5)),
+                                                  solver_parameters=CG, differentiation=differentiation)
+        layer = SolverLayer(solver, [problem.u0])
+        if on != HOST:
+            layer.to(place)
+        x = to_torch(problem.u0, copy=True).to(layer.device).requires_grad_()
+        layer(x).abs().sqrt().sum().backward()
+        gradients.append(x.grad.cpu())
+    assert gradients[1].isfinite().all()
+    agree(*gradients[::-1])
 
 
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
@@ -225,16 +293,12 @@ def test_a_repeated_call_moves_inputs_and_results_and_nothing_else(device, place
     assert counts(*events) == before
     statistics, size = solver.statistics, problem.u.dat.data_ro.nbytes
     assert statistics.assemblies == 0
-    if COMM_WORLD.size > 1:
-        return  # products exchange ghosts, by the host where MPI knows no device
-    assert [late - early for early, late in zip(moved, transfers())] == [
-        statistics.copies_to_device, statistics.copies_to_host, statistics.bytes_to_device, statistics.bytes_to_host]
-    if layer.device.type != "cpu":
-        assert statistics.bytes_to_device == statistics.bytes_to_host == 0
-        return
     # To the device two inputs and a cotangent, and back a solution and two gradients, for each sample.
-    assert (statistics.copies_to_device, statistics.copies_to_host) == (9, 9)
-    assert (statistics.bytes_to_device, statistics.bytes_to_host) == (9*size, 9*size)
+    expected = (9, 9, 9*size, 9*size) if place == "cpu" else (0, 0, 0, 0)
+    assert (statistics.copies_to_device, statistics.copies_to_host, statistics.bytes_to_device, statistics.bytes_to_host) == expected
+    if device == "opencl" and COMM_WORLD.size == 1:
+        # Elsewhere PETSc counts coefficients, too, and on several ranks ghosts, which go by the host.
+        assert tuple(late - early for early, late in zip(moved, transfers())) == expected
 
 
 def test_transfers_are_seen_in_the_log(device):
@@ -279,7 +343,9 @@ def test_solvers_go_to_a_device_and_back(device, nonlinear):
     there = call()
     for one, other in zip(there, first):
         agree(one, other)
-    assert all(torch.equal(one, other) for one, other in zip(call(), there))
+    for one, other in zip(call(), there):
+        assert torch.equal(one, other) or device == "cuda"  # whose products may add up in another order
+        agree(one, other)
     network.to("cpu")
     assert solver.device == device  # to which tensors are copied
     solver.to(HOST)
@@ -340,6 +406,7 @@ def test_tensors_are_shared_with_the_device(rows, differentiation):
         point = solver.point(without=list(indices))
         records = system.solve(point, solver.setting, solutions, varying)
         cotangents = torch.cos(rooms[0])
+        cotangents[:, problem.bcs[0].nodes[0]], cotangents[:, problem.bcs[0].nodes[1]] = math.nan, math.inf
         system.solve_adjoint(point, solver.setting, cotangents if tensors else cotangents.numpy(), None, records,
                              dict(zip(indices, gradients)), varying=varying)
         shared = solver.point(without=list(indices))
@@ -405,6 +472,8 @@ def test_options_choose_the_device():
 @pytest.mark.parametrize("parameters, words", [
     ({"mat_type": "matfree", "ksp_type": "cg", "pc_type": "none"}, "its operator is of type python, use mat_type aij"),
     ({"ksp_type": "cg", "pc_type": "python", "pc_python_type": "firedrake.AssembledPC"}, "pc_type python has vectors go through Firedrake"),
+    ({"ksp_type": "cg", "pc_type": "composite", "pc_composite_pcs": "jacobi,python", "sub_1_pc_python_type": "firedrake.AssembledPC"},
+     "pc_type jacobi,python has vectors go through Firedrake"),
 ])
 def test_what_must_be_on_the_host_stays_there(device, parameters, words):
     assert heat_solver(solver_parameters=parameters, device="auto").device == HOST

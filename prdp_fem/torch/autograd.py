@@ -97,7 +97,7 @@ class Solve(torch.autograd.Function):
                                  guess=guess)
         gradients = {index: gradient if gradient.device == tensor.device else placed(gradient.numpy(), tensor.device, statistics)
                      for (index, (gradient, _)), tensor in zip(rooms.items(), _wanted(tensors, needed))}
-        return (None, None, None, None, None if boundary is None else _reduced(torch.from_numpy(boundary), batch, ctx.boundary),
+        return (None, None, None, None, None if boundary is None else _reduced(placed(boundary, device, statistics), batch, ctx.boundary),
                 None if guess is None else _reduced(placed(guess, device, statistics), batch, ctx.guess),
                 *(_reduced(gradients[index], batch, tensor) if index in gradients else None
                   for index, tensor in zip(ctx.indices, tensors)))
@@ -105,7 +105,8 @@ class Solve(torch.autograd.Function):
 
 class BoundaryValues(torch.autograd.Function):
     """Boundary values from the tensors that they are made of: called with the boundary data, the solver's statistics, the batch axes and
-    a tensor an input. They are on the CPU, where boundary values are lifted.
+    a tensor an input. They are on the device of these, and go to the host again to be lifted: torch works a graph backwards in one
+    thread for each device, and Firedrake is to be used by one thread.
     """
 
     @staticmethod
@@ -113,7 +114,7 @@ class BoundaryValues(torch.autograd.Function):
         ctx.data, ctx.statistics, ctx.batch, ctx.others = data, statistics, batch, data.others()
         ctx.save_for_backward(*tensors)
         rows = [data.values(values, ctx.others) for values in _each_row(data.inputs, batch, tensors, statistics)]
-        return torch.from_numpy(np.array(rows).reshape(*batch, data.size))
+        return placed(np.array(rows).reshape(*batch, data.size), tensors[0].device, statistics)
 
     @staticmethod
     @_first_order

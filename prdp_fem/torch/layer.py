@@ -105,7 +105,13 @@ class SolverLayer(torch.nn.Module):
                                                                       *(tensors[found[place]] for place in places))
         if isinstance(output, Function):
             dofs = torch.from_numpy(_dofs_of_component(solution, output))
-            return lambda solution, batch, tensors: solution[..., dofs.to(solution.device)]
+            there = {CPU: dofs}
+
+            def component(solution, batch, tensors):
+                if solution.device not in there:
+                    there[solution.device] = dofs.to(solution.device)
+                return solution[..., there[solution.device]]
+            return component
         raise TypeError(f"an output must be the solution, a component of it as u.sub(1), or a form without arguments, found a "
                         f"{type(output).__name__}")
 

@@ -53,7 +53,7 @@ def to_host(rows: torch.Tensor, statistics: Statistics) -> np.ndarray:
         return rows.numpy()
     with _TO_HOST:
         copied = rows.cpu().numpy()
-    statistics.add_transfers((0, 0, 0, 0), (0, 1, 0, copied.nbytes))
+    statistics.note_to_host(copied.nbytes)
     return copied
 
 
@@ -64,7 +64,7 @@ def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> t
         return tensor
     with _TO_DEVICE:
         copied = tensor.to(device)
-    statistics.add_transfers((0, 0, 0, 0), (1, 0, array.nbytes, 0))
+    statistics.note_to_device(array.nbytes)
     return copied
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 from firedrake.petsc import PETSc
 
-from prdp_fem.memory import transposed_product
 from prdp_fem.unrolled.preconditioners import Preconditioner, preconditioner_of
 
 __all__ = ["PreconditionedSystem"]
@@ -41,7 +40,7 @@ class PreconditionedSystem:
         self.A, self.P = self._ksp.getOperators()
         self.symmetric = symmetric
         self.multiply = self.A.mult
-        self.multiply_transposed = self.A.mult if symmetric else transposed_product(self.A)
+        self.multiply_transposed = self.A.mult if symmetric else self.A.multTranspose
         pc = self._ksp.getPC()
         known = self._preconditioner
         if known is None or (known.pc.handle, known.kind, known.matrix.handle) != (pc.handle, pc.getType(), self.P.handle):
