@@ -5,7 +5,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.ladders import NewtonSteps, Setting
-from prdp_fem.refined_ksp import RefinedKSP, reason_names
+from prdp_fem.refined_ksp import RefinedKSP, reason_names, reset
 
 __all__ = ["Newton"]
 
@@ -47,6 +47,11 @@ class Newton:
     def solves_linear_systems(self) -> bool:
         """Whether there is a KSP to put settings on."""
         return self.snes.getType() in _WITH_LINEAR_SOLVES
+
+    def reset(self) -> None:
+        """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
+        self.snes.reset()
+        reset(self.snes.getKSP())
 
     def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
         """Solve from what is in x.

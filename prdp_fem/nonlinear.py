@@ -52,9 +52,13 @@ class NonlinearSystem(System):
                          assembles_terms=True)
         self._no_boundary = np.zeros(self.size)
 
+    def move_to(self, memory: Memory) -> None:
+        with self._solver_context():
+            self.newton.reset()
+        super().move_to(memory)
+
     def _place_in(self, memory: Memory) -> None:
         super()._place_in(memory)
-        self.newton.snes.reset()  # it has vectors of its own, like those of its last solve
         self._work = memory.vector(self._zero)
         self._callbacks = Callbacks(self._solver, memory)
         self._was_set_up = False

@@ -7,7 +7,7 @@ from firedrake.petsc import PETSc
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
 
-__all__ = ["RefinedKSP", "reason_names", "renew_preconditioner", "set_up"]
+__all__ = ["RefinedKSP", "reason_names", "renew_preconditioner", "reset", "set_up"]
 
 _NEVER = 1e300
 # Kept on a KSP whose set-up was left by an error.
@@ -34,12 +34,25 @@ _REMEDIES = {
 def renew_preconditioner(ksp: PETSc.KSP) -> None:
     """Put a new preconditioner, of the same options, in the place of the one there is; inside its solver's context."""
     operators = ksp.getOperators()
+    _exchange_preconditioner(ksp)
+    ksp.setOperators(*operators)
+    ksp.setFromOptions()
+
+
+def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
     pc = PETSc.PC().create(ksp.comm)
     pc.setOptionsPrefix(ksp.getPC().getOptionsPrefix())
     pc.setDM(ksp.getPC().getDM())
     ksp.setPC(pc)
-    ksp.setOperators(*operators)
-    ksp.setFromOptions()
+
+
+def reset(ksp: PETSc.KSP) -> None:
+    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
+    ksp.reset()
+    if ksp.getPC().getType() not in nested.SELF_CONTAINED:
+        # What is inside is not made anew by itself.
+        _exchange_preconditioner(ksp)
+        ksp.setFromOptions()
 
 
 def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:

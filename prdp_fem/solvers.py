@@ -67,7 +67,7 @@ class RefinedSolver:
         super().__init__(forms.problem, **kwargs)
         if self._adopted_snes is not None:
             self.snes = self._adopted_snes
-            self.snes.getKSP().reset()
+            self.snes.reset()  # it has vectors of its own, like those of its last solve
             Callbacks(self, Memory()).attach()
         guess_type = self.parameters.get("ksp_guess_type")
         if guess_type is not None:

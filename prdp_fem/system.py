@@ -30,7 +30,7 @@ from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
 from prdp_fem.memory import Memory
 from prdp_fem.point import Direction, Point
-from prdp_fem.refined_ksp import set_up
+from prdp_fem.refined_ksp import reset, set_up
 from prdp_fem.residual import ResidualDerivatives
 from prdp_fem.statistics import Statistics
 
@@ -132,8 +132,11 @@ class System(ABC):
 
     def move_to(self, memory: Memory) -> None:
         """Make solves in another memory from now on, where everything is assembled again."""
-        for solver in (self._linear_solver, *([self._adjoint_solver] if "_adjoint_solver" in vars(self) else [])):
-            solver.snes.getKSP().reset()
+        with self._context():
+            reset(self._linear_solver.snes.getKSP())
+        if "_adjoint_solver" in vars(self):
+            with self._adjoint_context():
+                reset(self._adjoint_solver.snes.getKSP())
         self._needs_context = True
         self.invalidate()
         self._place_in(memory)
