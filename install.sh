@@ -39,8 +39,8 @@ packages=(
     libopenmpi-dev openmpi-bin libopenblas-dev libhdf5-openmpi-dev libmumps-dev libscalapack-openmpi-dev
     libptscotch-dev libmetis-dev libsuitesparse-dev libhwloc-dev
 )
-# What PyOP2 compiles kernels with, when programs run; libraries are found by asking the environment.
-runtime_packages=(gcc libc6-dev python3 libopenmpi-dev openmpi-bin)
+# What PyOP2 compiles and links kernels with, when programs run; libraries are found by asking the environment.
+runtime_packages=(gcc libc6-dev python3 libopenmpi-dev openmpi-bin libopenblas-dev)
 
 fail() { printf 'install.sh: %s\n' "$1" >&2; exit 1; }
 
