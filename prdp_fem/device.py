@@ -120,10 +120,10 @@ def find_device(name: str, comm: MPI.Comm) -> Device | None:
     ValueError
         For an unknown name, and for a device that is not there; on all ranks, where it is on one.
     """
-    if name == AUTO:
+    found = agree(comm, lambda: name if name == AUTO else _find(name), "devices", "give one device's name on all ranks")
+    if found == AUTO:
         everywhere = set.intersection(*map(set, comm.allgather([device.name for device in usable_devices()])))
         return next((device for device in DEVICES.values() if device.name in everywhere), None)
-    found = agree(comm, lambda: _find(name), "devices", "give one device's name on all ranks")
     return DEVICES.get(found)
 
 

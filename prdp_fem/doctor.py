@@ -63,7 +63,8 @@ def _findings() -> Iterator[tuple[str, str]]:
             yield "warning", f"{name} is not 1: {why}"
     yield _tried("solves on the host, and their derivatives", lambda: _solve(HOST))
     for device in filter(is_built_for, DEVICES.values()):
-        why = failure(device)
+        # What is missing on one rank is used by none, as solves are collective.
+        why = next(filter(None, firedrake.COMM_WORLD.allgather(failure(device))), None)
         if why is None:
             yield _tried(f"solves on {device.name}, and their derivatives", lambda device=device: _solve(device.name))
         else:
@@ -77,6 +78,8 @@ def _tried(what: str, check: Callable[[], str]) -> tuple[str, str]:
     try:
         return "ok", f"{what}: {check()}"
     except Exception as error:  # whatever it is, it is what the user wants to know
+        if firedrake.COMM_WORLD.size > 1:
+            raise  # which ends the job; other ranks would wait for this one
         return "FAILED", f"{what}: {type(error).__name__}: {error}"
 
 
