@@ -116,7 +116,9 @@ class Callbacks:
         context, snes = self._context, self._solver.snes
         if self._memory.device is None:
             context.set_objective(snes)
-            context.set_function(snes)
+            # Not Firedrake's own vector, which each evaluation writes to: a SNES that tries a step and refuses it still has the residual
+            # of where it stands.
+            snes.setFunction(context.form_function, self._residual)
             context.set_jacobian(snes)
         else:
             if not self._has_pattern:

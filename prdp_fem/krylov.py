@@ -18,6 +18,8 @@ __all__ = ["Krylov"]
 # Methods defined for symmetric operators and preconditioners only: for them a transposed solve is a solve.
 _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
                                 "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
+# PETSc's transposed solve by these is not one: it multiplies by the operator where it should by its transpose.
+_NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
 
 
 class Krylov:
@@ -30,7 +32,7 @@ class Krylov:
     ksp : PETSc.KSP
         With its operators and options.
     transposed : callable
-        A context manager with a KSP for the transposed operator, set up for its present values; used only where the
+        A context manager with a KSP for the transposed operator, set up for its present values; used only where method or
         preconditioner cannot be transposed.
     name : str
         Of what is solved for, for messages.
@@ -142,12 +144,12 @@ class Krylov:
         return self._has_symmetric_parts
 
     def _is_transposable(self) -> bool:
-        """Whether the preconditioner has a transpose, which PETSc tells only by trying."""
+        """Whether method and preconditioner have a transpose; of the latter PETSc tells only by trying."""
         if self._transposable is None:
             A, P = self.ksp.getOperators()
             pc = self.ksp.getPC()
-            if nested.has_truncated_inside(self.ksp):
-                # With a coarse setting its transpose may be none, whatever it is with the setting of the moment.
+            if self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp):
+                # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
                 self._transposable = False
                 return False
             try:

@@ -16,8 +16,8 @@ _MULTIGRID = frozenset({"mg", "gamg", "hmg"})
 _WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
 # What these do to a vector is linear in it.
 _LINEAR = frozenset({"preonly", "none", "richardson", "chebyshev"})
-# These keep something of earlier solves, such as vectors that enlarge the next Krylov space.
-_REMEMBERING_METHODS = frozenset({"lgmres"})
+# These keep something of earlier solves: vectors that enlarge the next Krylov space, or what is still in their work vectors.
+_REMEMBERING_METHODS = frozenset({"lgmres", "dgmres", "qmrcgs"})
 
 
 def _is_direct(ksp: PETSc.KSP) -> bool:

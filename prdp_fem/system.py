@@ -107,6 +107,8 @@ class System(ABC):
         self._comm = forms.solution.function_space().mesh().comm
         self._linear_solver = linear_solver
         self._make_adjoint_solver = make_adjoint_solver
+        # Its hooks on the KSP would choose tolerances by the norms of a Newton iteration that there is not.
+        linear_solver.snes.setUseEW(False)
         ksp = linear_solver.snes.getKSP()
         ksp.setOperators(*operators(linear_solver))
         self._context = SolverContext(linear_solver)
@@ -155,8 +157,10 @@ class System(ABC):
 
     @cached_property
     def _adjoint_solver(self):
-        """Firedrake's solver of the adjoint problem, for preconditioners that cannot be transposed."""
-        return self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
+        """Firedrake's solver of the adjoint problem, for methods and preconditioners that cannot be transposed."""
+        solver = self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
+        solver.snes.setUseEW(False)
+        return solver
 
     @cached_property
     def _adjoint_context(self) -> SolverContext:

@@ -9,7 +9,8 @@ from cases import factorised, gradcheck, samples
 from firedrake import *
 from firedrake.adjoint import *
 from firedrake.exceptions import ConvergenceError
-from problems import CG, CONVERGED, GMRES, AdvectionDiffusion, HeatStep, dense, equality, smooth, whole
+from firedrake.petsc import PETSc
+from problems import CG, CONVERGED, GMRES, AdvectionDiffusion, HeatStep, dense, equality, norm_by_dofs, smooth, whole
 
 import prdp_fem
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonSteps, ScheduledRefinement
@@ -343,10 +344,67 @@ def test_an_operator_that_turns_singular_is_an_error_with_the_name_of_the_soluti
     assert len(get_working_tape().get_blocks()) == blocks + 1  # the assignment
 
 
-def test_methods_that_remember_are_refused():
-    with pytest.raises(ValueError, match="lgmres keeps vectors of earlier solves"):
-        prdp_fem.LinearVariationalSolver(HeatStep().problem, solver_parameters={"ksp_type": "lgmres", "pc_type": "jacobi"},
+@pytest.mark.parametrize("method", ["lgmres", "dgmres", "qmrcgs"])
+def test_methods_that_remember_are_refused(method):
+    with pytest.raises(ValueError, match=f"{method} keeps vectors of earlier solves"):
+        prdp_fem.LinearVariationalSolver(HeatStep().problem, solver_parameters={"ksp_type": method, "pc_type": "jacobi"},
                                          refinement=FixedRefinement(Iterations(3)))
+
+
+@pytest.mark.parametrize("method", ["bicg", "bcgsl", "cgls", "cgne", "gcr", "lsqr", "tfqmr"])
+def test_truncated_adjoints_are_the_methods_own_on_the_transposed_matrix(method):
+    """PETSc's, on a matrix that was transposed by hand."""
+    problem = AdvectionDiffusion()
+    V, v = problem.V, TestFunction(problem.V)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={"ksp_type": method, "pc_type": "jacobi"},
+                                              refinement=FixedRefinement(Iterations(4)))
+    solver.solve()
+    weight = smooth(V, 8)
+    with stop_annotating():
+        functional = assemble(weight*v*dx)
+    gradient = ReducedFunctional(assemble(inner(weight, problem.u)*dx), Control(problem.source)).derivative(apply_riesz=False)
+    with stop_annotating():
+        A = assemble(problem.a, bcs=problem.bcs, mat_type="aij").petscmat.transpose()
+        B = assemble(TrialFunction(V)*v*dx, mat_type="aij").petscmat
+        for bc in problem.bcs:
+            bc.zero(functional)
+        multiplier, expected = Function(V), Cofunction(V.dual())
+        ksp = PETSc.KSP().create(V.mesh().comm)
+        ksp.setOperators(A)
+        ksp.setType(method)
+        ksp.getPC().setType("jacobi")
+        ksp.setTolerances(rtol=1e-50, max_it=4)
+        with functional.dat.vec_ro as b, multiplier.dat.vec as x:
+            ksp.solve(b, x)
+        for bc in problem.bcs:
+            bc.zero(multiplier)
+        with multiplier.dat.vec_ro as x, expected.dat.vec as y:
+            B.multTranspose(x, y)
+    difference = Cofunction(V.dual()).assign(gradient - expected)
+    assert norm_by_dofs(difference) < 1e-12*norm_by_dofs(expected)
+
+
+def test_tolerances_of_linear_solves_are_not_chosen_by_a_newton_iteration_that_is_over():
+    """Eisenstat and Walker's tolerances are for the steps, neither for their derivative nor for a linear problem."""
+    parameters = {**GMRES, **CONVERGED, "snes_ksp_ew": None, "snes_rtol": 1e-13, "snes_atol": 1e-13, "snes_stol": 0}
+    problem = AdvectionDiffusion()
+    u, v = problem.u, TestFunction(problem.V)
+    nonlinear = NonlinearVariationalProblem(replace(problem.a, {TrialFunction(problem.V): u}) + (u**3 - problem.source)*v*dx, u,
+                                            bcs=problem.bcs)
+    for make in (lambda: prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters),
+                 lambda: prdp_fem.NonlinearVariationalSolver(nonlinear, solver_parameters=parameters, warm_start=False)):
+        solver = make()
+        solver.solve()
+        reduced = ReducedFunctional(assemble(inner(u, u)*dx), Control(problem.source))
+        reduced.derivative()
+        assert solver.statistics.adjoint_iterations > 15
+        direction = smooth(problem.V, 9)
+        steps = [problem.source.copy(deepcopy=True).assign(problem.source + sign*1e-4*direction) for sign in (1, -1)]
+        gradient = reduced.derivative(apply_riesz=False)
+        with direction.dat.vec_ro as d, gradient.dat.vec_ro as g:
+            slope = d.dot(g)
+        above, below = map(reduced, steps)
+        assert abs(slope - (above - below)/2e-4) < 1e-7*abs(slope)
 
 
 def test_an_additive_schwarz_star_is_looked_into_before_it_is_set_up():

@@ -1,11 +1,13 @@
 """Nonlinear solvers: drop-in, Newton steps and inner iterations under a refinement, and derivatives at the state reached."""
 import numpy as np
+import petsctools
 import pytest
 import torch
 from cases import gradcheck, samples
 from firedrake import *
 from firedrake.adjoint import *
 from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
 from mpi4py import MPI
 from problems import CG, CONVERGED, GMRES, HeatStep, boundary_dofs, dense, norm_by_dofs, smooth, whole
 
@@ -59,6 +61,42 @@ def test_solves_what_firedrake_solves_in_as_many_steps(make):
     assert errornorm(expected, problem.u) < 1e-11*norm(expected)
     assert solver.statistics.newton_steps == stock.snes.getIterationNumber() > 2
     assert solver.statistics.forward_iterations == stock.snes.getLinearSolveIterations() > 0
+
+
+def test_steps_that_a_trust_region_refuses_leave_the_residual_where_it_was():
+    """As bare PETSc does it, with a residual that nothing else writes to."""
+    mesh = UnitSquareMesh(4, 4)
+    V = FunctionSpace(mesh, "CG", 1)
+    u, v, (x, y) = Function(V, name="u"), TestFunction(V), SpatialCoordinate(mesh)
+    F, guess = (inner(grad(u), grad(v)) + (u**3 - u - 5*sin(3*u))*v)*dx, 3*sin(7*x)*cos(5*y)
+    parameters = {**EXACT, "snes_type": "newtontr", "snes_tr_delta0": 2.0}
+
+    def residual(snes, state, values):
+        with u.dat.vec_wo as mine:
+            state.copy(mine)
+        with assemble(F).dat.vec_ro as assembled:
+            assembled.copy(values)
+
+    def jacobian(snes, state, J, P):
+        assemble(derivative(F, u), mat_type="aij").petscmat.copy(J)
+
+    with stop_annotating():
+        u.interpolate(guess)
+        with u.dat.vec_ro as mine:
+            state = mine.copy()
+        snes = PETSc.SNES().create(mesh.comm)
+        snes.setFunction(residual, state.duplicate())
+        snes.setJacobian(jacobian, assemble(derivative(F, u), mat_type="aij").petscmat)
+        petsctools.set_from_options(snes, parameters=parameters)
+        with petsctools.inserted_options(snes):
+            snes.solve(None, state)
+        refused = snes.getFunctionEvaluations() - snes.getIterationNumber() - 1
+        assert refused > 0
+        solver = prdp_fem.NonlinearVariationalSolver(NonlinearVariationalProblem(F, u), solver_parameters=parameters)
+        u.interpolate(guess)
+        solver.solve()
+    assert solver.statistics.newton_steps == snes.getIterationNumber()
+    np.testing.assert_allclose(u.dat.data_ro, state.array_r, atol=1e-12)
 
 
 def test_newton_starts_from_the_solution_function_unless_told_not_to():
