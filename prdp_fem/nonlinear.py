@@ -84,9 +84,11 @@ class NonlinearSystem(System):
         ksp = self.newton.snes.getKSP()
         if self._was_set_up and has_memory_inside(ksp):
             renew_preconditioner(ksp)
-            if self.newton.refined.is_nested:
-                self._set_newton_up()
-                self.newton.refined.set_up()
+            self._was_set_up = False
+        if not self._was_set_up and self.newton.refined.is_nested:
+            # The KSP that settings are put on is another one now.
+            self._set_newton_up()
+            self.newton.refined.set_up()
         self._was_set_up = True
 
     def _set_newton_up(self) -> None:

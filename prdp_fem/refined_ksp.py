@@ -10,6 +10,8 @@ from prdp_fem.ladders import Setting
 __all__ = ["RefinedKSP", "reason_names", "renew_preconditioner", "reset", "set_up"]
 
 _NEVER = 1e300
+# PETSC_ERR_SUP
+_NOT_SUPPORTED = 56
 # Kept on a KSP whose set-up was left by an error.
 _BROKEN = "prdp_fem_broken"
 
@@ -74,8 +76,11 @@ def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
         ksp.setUpOnBlocks()
     except PETSc.Error as error:
         ksp.setAttr(_BROKEN, True)
-        raise ConvergenceError(f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up: look for NaN or "
-                               "infinity in the controls and coefficients, or for an operator that is singular") from error
+        remedy = "look for NaN or infinity in the controls and coefficients, or for an operator that is singular"
+        if error.ierr == _NOT_SUPPORTED:
+            remedy = f"PETSc does not have it for this operator ({str(error).splitlines()[-1].partition('] ')[2]}): use another pc_type"
+        raise ConvergenceError(f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up: "
+                               f"{remedy}") from error
 
 
 class RefinedKSP:

@@ -344,6 +344,14 @@ def test_an_operator_that_turns_singular_is_an_error_with_the_name_of_the_soluti
     assert len(get_working_tape().get_blocks()) == blocks + 1  # the assignment
 
 
+def test_a_preconditioner_that_petsc_does_not_have_for_an_operator_is_said_to_be_so():
+    pc_type = "tfs" if COMM_WORLD.size == 1 else "cp"
+    solver = prdp_fem.LinearVariationalSolver(HeatStep().problem, solver_parameters={"ksp_type": "gmres", "pc_type": pc_type})
+    with pytest.raises(ConvergenceError, match=fr"pc_type {pc_type}\).* PETSc does not have it for this operator \(Currently .* matr.*\): "
+                                               "use another pc_type"):
+        solver.solve()
+
+
 @pytest.mark.parametrize("method", ["lgmres", "dgmres", "qmrcgs"])
 def test_methods_that_remember_are_refused(method):
     with pytest.raises(ValueError, match=f"{method} keeps vectors of earlier solves"):

@@ -17,7 +17,7 @@ from problems import CG, CONVERGED, GMRES, RICHARDSON, AdvectionDiffusion, HeatS
 from torch._subclasses import FakeTensorMode
 
 import prdp_fem
-from prdp_fem import FixedRefinement, Iterations, Tolerance
+from prdp_fem import FixedRefinement, Iterations, NewtonSteps, Tolerance
 from prdp_fem.device import DEVICES, HOST, Device, failure, find_device, transfers, usable_devices
 from prdp_fem.memory import DeviceMemory
 from prdp_fem.torch import SolverLayer, from_torch, to_torch
@@ -320,16 +320,21 @@ def test_the_host_moves_nothing():
 
 # Moving
 
+NESTED = {"ksp_type": "preonly", "pc_type": "ksp", "ksp_ksp_type": "gmres", "ksp_pc_type": "jacobi"}
+
+
+@pytest.mark.parametrize("parameters", [GMRES, NESTED], ids=["gmres", "gmres in a preconditioner"])
 @pytest.mark.parametrize("nonlinear", [False, True])
-def test_solvers_go_to_a_device_and_back(device, nonlinear):
+def test_solvers_go_to_a_device_and_back(device, nonlinear, parameters):
     V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
     u, w, v, f = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1)
     if nonlinear:
         problem = NonlinearVariationalProblem((inner(grad(u), grad(v)) + (u + u**3)*v - f*v)*dx, u)
-        solver = prdp_fem.NonlinearVariationalSolver(problem, warm_start=False, solver_parameters={**GMRES, **CONVERGED, **NEWTON})
+        solver = prdp_fem.NonlinearVariationalSolver(problem, warm_start=False, refinement=FixedRefinement(NewtonSteps(2, Iterations(8))),
+                                                     solver_parameters=parameters)
     else:
         problem = LinearVariationalProblem((inner(grad(w), grad(v)) + w*v + w.dx(0)*v)*dx, f*v*dx, u)
-        solver = prdp_fem.LinearVariationalSolver(problem, refinement=FixedRefinement(Iterations(8)), solver_parameters=GMRES)
+        solver = prdp_fem.LinearVariationalSolver(problem, refinement=FixedRefinement(Iterations(8)), solver_parameters=parameters)
     network = torch.nn.Sequential(SolverLayer(solver, [f]))
     layer = network[0]
 
