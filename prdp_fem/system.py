@@ -417,6 +417,8 @@ class System(ABC):
         by_form = boundary is not None or bool(meshes) or not gradients.keys() <= self._terms.keys()
         moves = by_form or self._state is not None or not self._only_enters_terms(varying)
         with self._work_on("adjoint"):
+            if by_form:
+                point = point.on(self.memory)  # once for all rows
             for rows in chunks(len(cotangents), self._chunk_size(moves)):
                 row = rows.start
                 if row == 0 or moves:

@@ -78,6 +78,8 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
         moves = by_form or self._moves(point, varying)
         of_operators = [one for one in self._operators if meshes or one.inputs & gradients.keys()]
         with self._work_on("adjoint"):
+            if by_form:
+                point = point.on(self.memory)  # once for all rows
             for rows in chunks(len(cotangents), self._chunk_size(moves)):
                 row = rows.start
                 if row == 0 or moves:

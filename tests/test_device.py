@@ -432,8 +432,8 @@ def test_derivatives_of_assembled_forms_see_tensors_on_the_device():
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(5)), solver_parameters=CG)
     system = solver.system
-    by_kappa, by_u0 = system.forms.find(problem.kappa), system.forms.find(problem.u0)
-    values = samples(problem.u0, 2, 3)
+    by_kappa, by_u0, by_source = map(system.forms.find, (problem.kappa, problem.u0, problem.source))
+    values, source = samples(problem.u0, 2, 3), to_torch(problem.source)
     results = []
     for memory in (system.memory, DeviceMemory(STAND_IN)):
         if memory is not system.memory:
@@ -441,12 +441,16 @@ def test_derivatives_of_assembled_forms_see_tensors_on_the_device():
         tensors = memory.device is not None
         varying = {by_u0: values if tensors else values.numpy()}
         solutions = torch.zeros(2, system.size, dtype=torch.float64)
-        point = solver.point(without=[by_u0])
+        point = solver.point(without=[by_u0, by_source])
+        point.values[by_source] = source if tensors else source.numpy()
         records = system.solve(point, solver.setting, solutions if tensors else solutions.numpy(), varying)
         gradient, cotangents = np.zeros((2, system.size)), torch.cos(solutions)
         boundary = np.zeros((2, system.size))
+        solver.statistics.reset()
         system.solve_adjoint(point, solver.setting, cotangents if tensors else cotangents.numpy(),
                              solutions if tensors else solutions.numpy(), records, {by_kappa: gradient}, varying=varying, boundary=boundary)
+        # Of each row input, solution, multiplier and cotangent; and what all rows share.
+        assert solver.statistics.copies_to_host == (2*4 + 1 if tensors else 0)
         results.append((torch.from_numpy(gradient), torch.from_numpy(boundary)))
     for one, other in zip(*results):
         assert other.abs().max() > 0
