@@ -47,8 +47,11 @@ class SolveBlock(Block):
         super().__init__(ad_block_tag=ad_block_tag)
         self._system, self._problem, self._refinement = system, problem, refinement
         self._setting, self._record = None if refinement is None else refinement.setting, record
-        self._tape = get_working_tape()
-        self._evaluation = self._tape.recompute_count
+        tape = get_working_tape()
+        # Not any tape: one that its blocks have, too, goes when Python looks for cycles, at another time on each rank, and with it the
+        # checkpoints that a later tape would find of a mesh; to make them is collective.
+        self._scheduled_tape = tape if has_schedule(tape) else None
+        self._evaluation = tape.recompute_count
         self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
         self._conditions = [self._depend_on(condition) for condition in problem.bcs]
         self._condition_values = [condition.function_arg for condition in problem.bcs]
@@ -97,9 +100,9 @@ class SolveBlock(Block):
         if output.is_control or (markings and not output.is_control_dependent):
             return
         # A checkpointing schedule solves again within the same evaluation of the functional: with the same setting.
-        count = self._tape.recompute_count
-        if count != self._evaluation:
-            self._evaluation = count
+        tape = self._scheduled_tape
+        if tape is None or tape.recompute_count != self._evaluation:
+            self._evaluation = None if tape is None else tape.recompute_count
             self._setting = None if self._refinement is None else self._refinement.setting
         self._check_conditions()
         values = np.empty(self._system.size)
@@ -134,7 +137,7 @@ class SolveBlock(Block):
 
     def _source(self, variable, markings: bool):
         """Where a derivative by a variable belongs: to what it was assigned from, which spares the adjoint of the assignment."""
-        if markings and not has_schedule(self._tape):
+        if markings and self._scheduled_tape is None:
             while not variable.is_control and (source := _copied_from(variable)) is not None and source.is_control_dependent:
                 variable = source
         return variable
@@ -207,7 +210,7 @@ class SolveBlock(Block):
             set_local_values(dual, values)
             return dual
         dual = self._system.inputs[index].dual(values)
-        if not has_schedule(self._tape):
+        if self._scheduled_tape is None:
             self._duals[index] = dual
         return dual
 
