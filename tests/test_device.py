@@ -330,8 +330,9 @@ def test_solvers_go_to_a_device_and_back(device, nonlinear, parameters):
     u, w, v, f = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1)
     if nonlinear:
         problem = NonlinearVariationalProblem((inner(grad(u), grad(v)) + (u + u**3)*v - f*v)*dx, u)
-        solver = prdp_fem.NonlinearVariationalSolver(problem, warm_start=False, refinement=FixedRefinement(NewtonSteps(2, Iterations(8))),
-                                                     solver_parameters=parameters)
+        refinement = FixedRefinement(NewtonSteps(2, Iterations(8))) if parameters is NESTED else None
+        solver = prdp_fem.NonlinearVariationalSolver(problem, refinement=refinement, warm_start=False,
+                                                     solver_parameters={**parameters, **CONVERGED, **NEWTON})
     else:
         problem = LinearVariationalProblem((inner(grad(w), grad(v)) + w*v + w.dx(0)*v)*dx, f*v*dx, u)
         solver = prdp_fem.LinearVariationalSolver(problem, refinement=FixedRefinement(Iterations(8)), solver_parameters=parameters)
