@@ -107,8 +107,6 @@ class System(ABC):
         self._comm = forms.solution.function_space().mesh().comm
         self._linear_solver = linear_solver
         self._make_adjoint_solver = make_adjoint_solver
-        # Its hooks on the KSP would choose tolerances by the norms of a Newton iteration that there is not.
-        linear_solver.snes.setUseEW(False)
         ksp = linear_solver.snes.getKSP()
         ksp.setOperators(*operators(linear_solver))
         self._context = SolverContext(linear_solver)
@@ -158,9 +156,7 @@ class System(ABC):
     @cached_property
     def _adjoint_solver(self):
         """Firedrake's solver of the adjoint problem, for methods and preconditioners that cannot be transposed."""
-        solver = self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
-        solver.snes.setUseEW(False)
-        return solver
+        return self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
 
     @cached_property
     def _adjoint_context(self) -> SolverContext:
@@ -177,6 +173,8 @@ class System(ABC):
 
     def _set_up(self, solver) -> None:
         """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
+        # Eisenstat's and Walker's hooks on the KSP would choose tolerances by the norms of a Newton iteration that there is not.
+        solver.snes.setUseEW(False)
         # The state that operators depend on is in the forms' own Function: the solver's may be any.
         assemble_operators(solver, self._zero)
         set_up(solver.snes.getKSP(), *self.memory.operators(*operators(solver)), self.forms.solution.name())
@@ -262,7 +260,8 @@ class System(ABC):
         # Restoring costs more than a small solve, and hardly ever changes anything.
         # By identity: to hash a mesh takes UFL longer than all the rest.
         last, version = self._restored.get(id(mesh), (None, None))
-        if last is not checkpoint or version != coordinates.dat_version:
+        # By ranks together: on some a tape of before may still have the checkpoint, as Python looks for garbage at its own time on each.
+        if self._agreed(last is not checkpoint or version != coordinates.dat_version):
             if self._agreed(not same_bits(checkpoint.dat.data_ro, coordinates.data_ro)):
                 coordinates.data_wo[...] = checkpoint.dat.data_ro
             self._restored[id(mesh)] = checkpoint, coordinates.dat_version

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # What a job that the tests themselves run in has set; what the machine's owner has set for Open MPI stays.
 _OF_ANOTHER_JOB = ("OMPI_APP_", "OMPI_COMM_", "OMPI_MCA_ess", "OMPI_MCA_orte", "OMPI_MCA_pmix", "ORTE_", "PMIX_")
+_GRACE = 10  # seconds that mpiexec has to end its ranks: it takes one
 
 
 @dataclass
@@ -46,6 +47,11 @@ def run_ranks(ranks: int, script: str, *arguments: str, timeout: float = 60) -> 
         except subprocess.TimeoutExpired:
             # Not killed: mpiexec takes its ranks along when it is asked to end.
             process.terminate()
-            output, _ = process.communicate()
+            try:
+                output, _ = process.communicate(timeout=_GRACE)
+            except subprocess.TimeoutExpired:
+                # On a busy machine Open MPI's mpiexec now and then ends its ranks, and waits for ever.
+                process.kill()
+                output, _ = process.communicate()
             raise subprocess.TimeoutExpired(command, timeout, output) from None
     return Job(process.returncode, output, time.monotonic() - start)
