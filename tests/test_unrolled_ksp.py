@@ -84,6 +84,13 @@ def solve(ksp, b, guess, iterations):
     return x
 
 
+def growth_of_a_change(ksp, b, guess, iterations, x):
+    """How much larger than a small change of b is the change of x that PETSc makes of it."""
+    change = vector(ksp.getOperators()[0], 6)
+    change.scale(1e-12)
+    return (solve(ksp, b + change, guess, iterations) - x).norm()/change.norm()
+
+
 def vector(A, seed):
     """The same values on any number of ranks."""
     x = A.createVecRight()
@@ -282,8 +289,10 @@ def test_adjoint_is_that_of_the_tangent(matrices, preconditioner):
         for iterations, guess in ((1, None), (4, x0), (7, None)):
             unrolled = UnrolledKSP(ksp)
             unrolled.iterate(b, guess, iterations, out)
-            out.axpy(-1.0, solve(ksp, b, guess, iterations))
-            amplified = 100 if method == "bcgs" else 1  # BiCGStab does so with rounding errors, where its inner products are small
+            expected = solve(ksp, b, guess, iterations)
+            out.axpy(-1.0, expected)
+            # BiCGStab does so with rounding errors, where its inner products are small: that depends on how the mesh is cut into parts.
+            amplified = 100*max(1, growth_of_a_change(ksp, b, guess, iterations, expected)) if method == "bcgs" else 1
             assert out.norm() < 1e-13*amplified*c.norm()
             results = []
             for checkpoints in (None, 1, 2, 3):
