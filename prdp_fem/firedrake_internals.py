@@ -20,7 +20,8 @@ from prdp_fem.nested import SELF_CONTAINED
 
 __all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "SolverContext", "applies_boundary_first", "assemble_directly",
            "assemble_into", "assemble_operators", "assigned_from", "boundary_expression", "constructor_arguments", "extract_subfunction",
-           "forget_set_up", "has_schedule", "is_lost", "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
+           "forget_set_up", "has_block_variable", "has_schedule", "is_lost", "maybe_disk_checkpoint", "operators", "pin_quadrature",
+           "problem_of"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -363,6 +364,11 @@ def assigned_from(variable):
 def is_lost(variable) -> bool:
     """Whether the value of a block variable is neither saved nor what its object has now."""
     return variable.checkpoint is None and variable.creation_timestep >= 0 and variable.output.block_variable is not variable
+
+
+def has_block_variable(original) -> bool:
+    """Whether what can stand on a tape does, on one that is still there."""
+    return original._block_variable() is not None
 
 
 def has_schedule(tape) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from mpi4py import MPI
 from petsc4py import PETSc
 
-__all__ = ["agree"]
+__all__ = ["agree", "from_first_rank"]
 
 _EVENT = PETSc.Log.Event("PRDPAgree")
 
@@ -63,7 +63,11 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
     if error is not None:
         # Others need to know what; where all have raised, nobody asks.
         comm.allgather((mine, True))
-        raise error
+        try:
+            raise error
+        finally:
+            # Its traceback would hold this frame, in which it is, and all that callers have, until Python looks for cycles.
+            del error
     if largest[0] == -largest[1] and not largest[2]:
         return found
     everywhere = comm.allgather((mine, False))
@@ -73,3 +77,38 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
     other = next(rank for rank, (message, _) in enumerate(everywhere) if message != everywhere[0][0])
     raise ValueError(f"{what} must be the same on all ranks, found {everywhere[0][0]} on rank 0 and {everywhere[other][0]} on rank {other}"
                      + (f": {remedy}" if remedy else ""))
+
+
+def from_first_rank(comm: MPI.Comm, find: Callable[[], T]) -> T:
+    """Find something on rank 0 only, such as what is in a file, and have it on all.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        On which this is collective.
+    find : callable
+        Without arguments, and without communication. What it returns, or raises, can be pickled.
+
+    Returns
+    -------
+    object
+        What it has returned on rank 0.
+
+    Raises
+    ------
+    Exception
+        What it has raised on rank 0, on all ranks.
+    """
+    found = error = None
+    if comm.rank == 0:
+        try:
+            found = find()
+        except Exception as raised:
+            error = raised
+    found, error = comm.bcast((found, error))
+    if error is None:
+        return found
+    try:
+        raise error
+    finally:
+        del error  # as above

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
+from mpi4py import MPI
 
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
@@ -215,8 +216,12 @@ class RefinedKSP:
         return iterations if self._refined is None else self._account()
 
     def _account(self) -> int:
-        if self._hidden_failure is not None:
-            raise ConvergenceError(f"a linear solve inside that for '{self.name}' {self._hidden_failure}")
+        failure, comm = self._hidden_failure, self.ksp.comm
+        if self._refined.comm.size < comm.size and comm.tompi4py().allreduce(failure is not None, MPI.LOR):
+            # The block of another rank, which raises the same.
+            failure = failure or "has failed on another rank"
+        if failure is not None:
+            raise ConvergenceError(f"a linear solve inside that for '{self.name}' {failure}")
         iterations, self._hidden_iterations = self._hidden_iterations, 0
         return iterations
 

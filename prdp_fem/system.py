@@ -22,7 +22,7 @@ from pyadjoint.tape import stop_annotating
 
 from prdp_fem.batch import Batch, chunks
 from prdp_fem.device_batch import DeviceBatch
-from prdp_fem.firedrake_internals import SolverContext, assemble_operators, operators
+from prdp_fem.firedrake_internals import SolverContext, assemble_operators, has_block_variable, operators
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
 from prdp_fem.krylov import Krylov
@@ -105,6 +105,7 @@ class System(ABC):
         self.statistics = Statistics()
         self._terms = terms
         self._comm = forms.solution.function_space().mesh().comm
+        self._largest_size = self._comm.allreduce(self.size, MPI.MAX)
         self._linear_solver = linear_solver
         self._make_adjoint_solver = make_adjoint_solver
         ksp = linear_solver.snes.getKSP()
@@ -250,6 +251,20 @@ class System(ABC):
     def _agreed(self, flag: bool) -> bool:
         """Whether a flag is true on any rank."""
         return flag if self.is_serial else self._comm.allreduce(flag, MPI.LOR)
+
+    def forget_tapes_of_before(self, originals: Sequence) -> None:
+        """Have all ranks put the present values of something on a tape, where any would. Collective.
+
+        Python finds a tape in a reference cycle to be garbage at another time on each rank. Where it has not yet, pyadjoint would take
+        what that tape has saved for what there is now; and where it has, it would make a copy, which is collective.
+        """
+        if self.is_serial:
+            return
+        are_new = np.array([not has_block_variable(original) for original in originals], dtype=np.intc)
+        self._comm.Allreduce(MPI.IN_PLACE, are_new, MPI.MAX)
+        for original, is_new in zip(originals, are_new):
+            if is_new:
+                original.clear_block_variable()
 
     def restore_mesh(self, variable) -> None:
         """Move a mesh to where a block variable on the tape has it. Collective."""
@@ -436,8 +451,8 @@ class System(ABC):
         return by_mesh
 
     def _chunk_size(self, moves: bool) -> int:
-        """What :func:`chunks` is told of the size of a row: all of a chunk where operators differ from row to row."""
-        return sys.maxsize if moves else self.size
+        """What :func:`chunks` is told of the size of a row, the same on all ranks: all of a chunk where operators differ between rows."""
+        return sys.maxsize if moves else self._largest_size
 
     def _solve_transposed(self, solve: Callable, cotangents) -> Batch | DeviceBatch:
         """The rows λ from those of an array, or of a tensor on the device."""

@@ -52,6 +52,7 @@ class SolveBlock(Block):
         # checkpoints that a later tape would find of a mesh; to make them is collective.
         self._scheduled_tape = tape if has_schedule(tape) else None
         self._evaluation = tape.recompute_count
+        system.forget_tapes_of_before([*(entry.original for entry in system.inputs), *problem.bcs, *system.forms.meshes, problem.u])
         self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
         self._conditions = [self._depend_on(condition) for condition in problem.bcs]
         self._condition_values = [condition.function_arg for condition in problem.bcs]

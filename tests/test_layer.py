@@ -1,4 +1,6 @@
 """Layers whose controls give boundary values and guesses, and whose outputs are components and functionals."""
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from ufl.core.ufl_type import ufl_type
 from ufl.mathfunctions import MathFunction
 
 import prdp_fem
-from prdp_fem import FixedRefinement, Iterations
+from prdp_fem import FixedRefinement, IterationLadder, Iterations, ScheduledRefinement
 from prdp_fem.torch import SolverLayer, to_torch
 
 torch.set_num_threads(1)
@@ -236,3 +238,54 @@ def test_tensors_whose_signs_torch_has_yet_to_change():
     problem = HeatStep(cells=3)
     layer, x = layer_of(problem.problem, [problem.u0]), samples(problem.u0)
     torch.testing.assert_close(layer(torch.imag(torch.complex(x, x).conj())), layer(-x), rtol=0, atol=0)
+
+
+def values_and_gradient(layer, tensor):
+    values = layer(tensor)
+    return values.detach(), *torch.autograd.grad(values.square().sum(), tensor)
+
+
+@pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
+def test_ranks_cut_batches_alike_whatever_they_own(monkeypatch, differentiation):
+    problem = HeatStep(mesh=UnitSquareMesh(6, 6))  # 49 dofs, which no two or three ranks share evenly
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(3)), differentiation=differentiation,
+                                              solver_parameters=CG)
+    layer = SolverLayer(solver, [problem.u0])
+    sizes = COMM_WORLD.allgather(problem.V.dof_dset.size)
+    tensor = samples(problem.u0, (4,)).requires_grad_()
+    whole = values_and_gradient(layer, tensor)
+    # The ranks that own least could take all rows at once, the others could not.
+    monkeypatch.setattr("prdp_fem.batch._CHUNK_SIZE", 4*min(sizes) if COMM_WORLD.size > 1 else 2*sizes[0])
+    for one, other in zip(whole, values_and_gradient(layer, tensor)):
+        assert torch.equal(one, other)
+
+
+def test_copies_of_a_layer_can_be_made_by_one_rank():
+    problem = HeatStep(boundary=1.0)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED})
+    network = torch.nn.Sequential(SolverLayer(solver, [problem.u0], output=problem.u**2*dx))
+    tensor = to_torch(problem.u0)
+    calls = []
+    network[0].register_forward_hook(lambda *_: calls.append("first"))
+    if COMM_WORLD.rank == 0:
+        copied = copy.deepcopy(network)
+        assert copied[0] is not network[0] and copied[0].solver is solver
+        copied[0].register_forward_hook(lambda *_: calls.append("second"))
+    network(tensor)
+    assert calls == ["first"]
+    copied = copy.deepcopy(network)
+    assert torch.equal(copied(tensor), network(tensor))
+
+
+def test_ranks_at_different_levels_are_an_error_on_all():
+    problem = HeatStep()
+    refinement = ScheduledRefinement(IterationLadder(), {1: 1})
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement, solver_parameters=CG), [problem.u0])
+    if COMM_WORLD.rank == 0:
+        refinement.step(1.0)
+    tensor = to_torch(problem.u0)
+    if COMM_WORLD.size == 1:
+        layer(tensor)
+        return
+    with pytest.raises(ValueError, match="the setting, .* max_it 2, .* on rank 0 and .* max_it 1, .* on rank 1: a refinement with comm="):
+        layer(tensor)

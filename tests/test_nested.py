@@ -221,6 +221,24 @@ def test_a_nested_tolerance_that_is_not_reached_is_an_error():
         solver.solve()
 
 
+@pytest.mark.parallel([2, 3])
+def test_a_block_that_fails_on_one_rank_is_an_error_on_all():
+    problem = HeatStep()
+    problem.kappa.dat.data_wo[:] = 1e-8 if COMM_WORLD.rank == 0 else 10.0
+
+    def solver(max_it):
+        return prdp_fem.LinearVariationalSolver(
+            problem.problem, refinement=FixedRefinement(Tolerance(1e-10, max_it=max_it)), ksp_prefix="sub_",
+            solver_parameters={"ksp_type": "preonly", "pc_type": "bjacobi", "sub_ksp_type": "cg", "sub_pc_type": "jacobi"})
+    enough = solver(1000)
+    enough.solve()
+    needed = COMM_WORLD.allgather(enough.statistics.forward_iterations)
+    assert min(needed) < max(needed)
+    failing = "DIVERGED_MAX_IT" if needed[COMM_WORLD.rank] == max(needed) else "failed on another rank"
+    with pytest.raises(ConvergenceError, match=failing):
+        solver(max(needed) - 1).solve()
+
+
 # Spaces and cells
 
 MESHES = {

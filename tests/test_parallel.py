@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from firedrake import COMM_SELF, COMM_WORLD
 
-from prdp_fem.parallel import agree
+from prdp_fem.parallel import agree, from_first_rank
 
 
 @pytest.mark.parallel([1, 2, 3])
@@ -38,3 +38,19 @@ def test_what_is_raised_on_one_rank_is_an_error_on_all(raising):
         agree(COMM_WORLD, find, "meshes")
     if COMM_WORLD.rank not in raising:
         assert str(raised.value) == f"rank {raising[0]} of {COMM_WORLD.size} has raised KeyError: 'mesh'"
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_what_only_the_first_rank_finds_is_had_by_all():
+    ranks = []
+
+    def find():
+        ranks.append(COMM_WORLD.rank)
+        return {"mesh": 3}
+    assert from_first_rank(COMM_WORLD, find) == {"mesh": 3}
+    assert ranks == ([0] if COMM_WORLD.rank == 0 else [])
+
+    def fail():
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        from_first_rank(COMM_WORLD, fail)

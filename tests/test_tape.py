@@ -276,6 +276,34 @@ def test_ranks_may_have_the_checkpoint_of_a_mesh_from_different_tapes():
     assert solver.statistics.assemblies == 1
 
 
+def test_what_a_tape_of_before_has_saved_is_forgotten_on_all_ranks():
+    with stop_annotating():
+        problem, _ = heat()
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED})
+    kept = []
+
+    def gradient(problem, solver):
+        with set_working_tape(Tape()) as tape:
+            solver.solve()
+            reduced = ReducedFunctional(functional(problem), Control(problem.kappa))
+            if COMM_WORLD.rank == 0:  # as where Python has not yet found it to be garbage
+                kept.append(tape)
+            return reduced.derivative().dat.data_ro.copy()
+    gradient(problem, solver)
+    with stop_annotating():  # the block variables on the tape of before know nothing of this
+        problem.u0.assign(2*problem.u0)
+        problem.kappa.assign(3*problem.kappa)
+    found = gradient(problem, solver)
+    if COMM_WORLD.size == 1:
+        return  # pyadjoint's rule: what is on a tape has the value that it had there
+    with stop_annotating():
+        fresh, _ = heat(mesh=problem.mesh)
+        fresh.u0.assign(problem.u0)
+        fresh.kappa.assign(problem.kappa)
+    np.testing.assert_array_equal(found, gradient(fresh, prdp_fem.LinearVariationalSolver(fresh.problem,
+                                                                                          solver_parameters={**CG, **CONVERGED})))
+
+
 def test_warm_starts_depend_on_the_guess_and_on_nothing_else():
     problem, _ = heat(boundary=1.0)
     solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(2)), warm_start=True,

@@ -11,6 +11,7 @@ from firedrake import Ensemble
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from prdp_fem.parallel import from_first_rank
 from prdp_fem.studies.schedules import Schedule
 
 __all__ = ["Parser", "SOLVER_PREFIX", "command_line", "count"]
@@ -54,9 +55,11 @@ class Parser(argparse.ArgumentParser):
 
     def make_folder(self, folder: Path) -> None:
         """Where results are to be put, or an error."""
-        try:
+        def make():
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
+        try:
+            from_first_rank(MPI.COMM_WORLD, make)  # the rank that writes
         except OSError as error:
             self.error(f"cannot put results into {folder}: {error.strerror}")
 
@@ -119,7 +122,8 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     size.add_argument("--quick", dest="size", action="store_const", const="quick",
                       help="a short run, which ends while refining; QUICK=1 in the environment does the same")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="a large run, for hours on a larger machine")
-    parser.set_defaults(size="quick" if os.environ.get("QUICK", "") not in ("", "0") else "default")
+    is_quick = from_first_rank(MPI.COMM_WORLD, lambda: os.environ.get("QUICK", "") not in ("", "0"))  # mpiexec may not send it to others
+    parser.set_defaults(size="quick" if is_quick else "default")
     parser.add_argument("--epochs", type=count, metavar="N", help="outer iterations (default: as the size says)")
     parser.add_argument("--output", type=Path, metavar="DIR",
                         help="where runs and figures are put (default: output beside this script, or output/quick or output/full)")

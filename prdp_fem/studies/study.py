@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from prdp_fem.history import History
 from prdp_fem.ladders import Iterations, Setting, Tolerance
+from prdp_fem.parallel import from_first_rank
 from prdp_fem.refinement import Refinement
 from prdp_fem.studies.command_line import SOLVER_PREFIX
 from prdp_fem.studies.runs import LAST_EPOCHS, Run, Runs, machine
@@ -91,7 +92,8 @@ class Study:
                  for schedule in self.schedules for seed in self.seeds}
         kept = {}
         if self.resume:
-            kept = {key: Run.read(path) for key, path in paths.items() if path.is_file()}
+            # By the rank that has written them: others may have other file systems.
+            kept = from_first_rank(COMM, lambda: {key: Run.read(path) for key, path in paths.items() if path.is_file()})
             for key, run in kept.items():
                 self._check_setup(run, paths[key])
         runs: dict[Schedule, dict[int, Run]] = {schedule: {} for schedule in self.schedules}

@@ -14,7 +14,7 @@ __all__ = ["from_torch", "to_torch"]
 
 
 def to_torch(x: Function | Cofunction | Constant | PETSc.Vec, *, copy: bool = False) -> torch.Tensor:
-    """The rank-local values of ``x`` as a tensor.
+    """The rank-local values of ``x`` as a tensor; collective for a Function or Cofunction.
 
     Parameters
     ----------
@@ -39,13 +39,13 @@ def to_torch(x: Function | Cofunction | Constant | PETSc.Vec, *, copy: bool = Fa
         if x.getType() in _UNKNOWN_TO_TORCH:
             return torch.from_numpy(x.array_r.copy())
         tensor = torch.from_dlpack(x)
-    elif isinstance(x, Constant) or (isinstance(x, (Function, Cofunction)) and len(x.dat) == 1):
-        tensor = torch.from_numpy(x.dat.data.reshape(-1))
-    elif isinstance(x, (Function, Cofunction)):
-        return torch.from_numpy(local_values(x))
-    else:
+        return tensor.clone() if copy else tensor
+    if not isinstance(x, (Function, Cofunction, Constant)):
         raise TypeError(f"expected a Function, Cofunction, Constant or PETSc.Vec, found a {type(x).__name__}")
-    return tensor.clone() if copy else tensor
+    if copy or (not isinstance(x, Constant) and len(x.dat) > 1):
+        return torch.from_numpy(local_values(x))
+    # What can be written to: Firedrake exchanges halos again after it.
+    return torch.from_numpy(x.dat.data.reshape(-1))
 
 
 def from_torch(tensor: torch.Tensor, V=None):

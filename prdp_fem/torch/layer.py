@@ -12,6 +12,7 @@ from prdp_fem.boundary import BoundaryData
 from prdp_fem.device import find_device
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
+from prdp_fem.ladders import Setting
 from prdp_fem.parallel import agree
 from prdp_fem.solvers import RefinedSolver
 from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
@@ -116,9 +117,11 @@ class SolverLayer(torch.nn.Module):
                         f"{type(output).__name__}")
 
     def __deepcopy__(self, memo) -> SolverLayer:
-        """A copy of a network has a layer of its own around the same solver: solves have no state."""
-        copied = SolverLayer(self.solver, self.controls, self.output)
-        copied._device = self._device
+        """A copy of a network has a layer of its own around the same solver: solves have no state. Not collective."""
+        copied = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            # Hooks are in dictionaries, one for each layer; all else is the same for both.
+            vars(copied)[name] = value.copy() if isinstance(value, dict) else value
         return copied
 
     def __reduce__(self):
@@ -167,7 +170,8 @@ class SolverLayer(torch.nn.Module):
             Shape (..., m) with m the dofs of the solution, or of its component, that this rank owns, and (...) for a functional,
             the same on all ranks; float64 if any tensor is. Gradients are by dofs, without a mass matrix in between. On several ranks
             they are those of the sum over the ranks of what is made of the dofs that each has, and of a functional once; by a Constant
-            each rank has the whole of it (see :func:`~prdp_fem.torch.shared`).
+            each rank has the whole of it (see :func:`~prdp_fem.torch.shared`). What is made of several outputs uses the same of them on
+            all ranks: the backward pass of each is collective.
 
         Raises
         ------
@@ -176,7 +180,8 @@ class SolverLayer(torch.nn.Module):
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
         """
-        agree(self._comm, lambda: self._checked(tensors), "batch axes, and whether there are gradients,")
+        agree(self._comm, lambda: self._checked(tensors), "the setting, batch axes, and whether there are gradients,",
+              "a refinement with comm= has one metric on all ranks")
         batch = _batch_axes(tensors)
         boundary = guess = None
         if self._boundary.inputs:
@@ -207,10 +212,18 @@ class SolverLayer(torch.nn.Module):
             raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
                              f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
         # Without names: those that Firedrake has chosen are not the same on all ranks.
-        return [f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors]
+        return [_in_numbers(self.solver.setting),
+                *(f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors)]
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
+
+
+def _in_numbers(setting: Setting | None) -> str:
+    """What a setting, which may be of a user's class, puts on solvers."""
+    if setting is None:
+        return "no setting"
+    return f"steps {getattr(setting, 'steps', None)}, rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
 
 
 def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
