@@ -223,7 +223,8 @@ def _in_numbers(setting: Setting | None) -> str:
     """What a setting, which may be of a user's class, puts on solvers."""
     if setting is None:
         return "no setting"
-    return f"steps {getattr(setting, 'steps', None)}, rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
+    steps = f"steps {setting.steps}, " if hasattr(setting, "steps") else ""
+    return f"{steps}rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
 
 
 def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
