@@ -287,5 +287,5 @@ def test_ranks_at_different_levels_are_an_error_on_all():
     if COMM_WORLD.size == 1:
         layer(tensor)
         return
-    with pytest.raises(ValueError, match="the setting, .* max_it 2, .* on rank 0 and .* max_it 1, .* on rank 1: a refinement with comm="):
+    with pytest.raises(ValueError, match="the setting, .* max_it 2, .* on rank 0 and .* max_it 1, .* on rank 1: give the refinement comm="):
         layer(tensor)

@@ -181,7 +181,7 @@ class SolverLayer(torch.nn.Module):
             Where a solve fails.
         """
         agree(self._comm, lambda: self._checked(tensors), "the setting, batch axes, and whether there are gradients,",
-              "a refinement with comm= has one metric on all ranks")
+              "give the refinement comm=, and all ranks the same samples")
         batch = _batch_axes(tensors)
         boundary = guess = None
         if self._boundary.inputs:
