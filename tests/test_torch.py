@@ -263,7 +263,9 @@ def test_conversion_shares_memory_where_it_can():
     tensor = to_torch(f)
     n = tensor.numel()
     tensor[0] = 7.0
+    version = f.dat.dat_version
     assert f.dat.data_ro[0] == 7.0 and to_torch(f, copy=True).data_ptr() != tensor.data_ptr()
+    assert f.dat.dat_version == version  # a copy is only read
     with f.dat.vec_ro as vector:
         assert torch.equal(to_torch(vector.copy()), tensor)
     made = from_torch(tensor)
