@@ -46,6 +46,7 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
+from prdp_fem.parallel import from_first_rank
 from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training
 from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, deal, from_torch, to_torch, total, train
 
@@ -304,16 +305,20 @@ ALONE = 8 if quick else round(5*PERIOD/TIME_STEP)  # steps that solver and netwo
 MADE_WITH = np.array([n, VISCOSITY, TIME_STEP, BENCHMARK, *TRAINING_SPEEDS, REFERENCE_STEP, DEVELOPING, SETTLING, RECORDED, ALONE])
 path = arguments.reference or HERE/"output"/f"cylinder-{'quick' if quick else 'developed'}.npz"
 is_first = ensemble.global_comm.rank == 0
-reference = problem_with_file = None
-if is_first and path.is_file():
+
+
+def read_reference() -> dict | None:
+    """The flow in the file, where there is one."""
+    if not path.is_file():
+        return None
     try:
         with np.load(path) as file:
-            reference = dict(file)
+            return dict(file)
     except (OSError, ValueError, BadZipFile) as error:
-        problem_with_file = f"{path} does not hold a flow ({error}): remove it, or name another --reference"
-reference, problem_with_file = ensemble.global_comm.bcast((reference, problem_with_file))
-if problem_with_file:
-    raise ValueError(problem_with_file)
+        raise ValueError(f"{path} does not hold a flow ({error}): remove it, or name another --reference") from None
+
+
+reference = from_first_rank(ensemble.global_comm, read_reference)
 if reference is None:
     PETSc.Sys.Print(f"making the reference flow, to be kept in {os.path.relpath(path)}")
     if ensemble.ensemble_rank == 0:
