@@ -13,6 +13,10 @@ __all__ = ["Batch", "BatchStore", "chunks"]
 _CHUNK_SIZE = 2**18
 # Batches that are kept: training, validation and the last, smaller batch of each come in turns.
 _KEPT = 6
+# Bytes that rows start at multiples of. BLAS kernels differ in what they load at once, and some add
+# up in another order where an array starts at other than such a multiple: a row's results would
+# depend on its place in the batch.
+_ALIGNMENT = 64
 
 
 def chunks(rows: int, size: int) -> list[slice]:
@@ -21,6 +25,16 @@ def chunks(rows: int, size: int) -> list[slice]:
         return [slice(0, rows)]
     step = max(1, _CHUNK_SIZE//max(size, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def _aligned(rows: int, size: int) -> np.ndarray:
+    """Zeros of shape (rows, size) whose rows start at multiples of :data:`_ALIGNMENT` bytes."""
+    itemsize = np.dtype(PETSc.ScalarType).itemsize
+    line = _ALIGNMENT//itemsize
+    stride = -(-size//line)*line
+    room = np.zeros(rows*stride + line)
+    start = -room.ctypes.data % _ALIGNMENT//itemsize
+    return room[start:start + rows*stride].reshape(rows, stride)[:, :size]
 
 
 class Batch:
@@ -35,20 +49,27 @@ class Batch:
     Attributes
     ----------
     array : numpy.ndarray
-        Shape (rows, n), rank-local.
+        Shape (rows, n), rank-local; each row is aligned as a vector of PETSc's own is.
     vectors : list of PETSc.Vec
         On the memory of its rows.
     """
 
     def __init__(self, rows: int, like: PETSc.Vec):
-        self.array = np.zeros((rows, like.getLocalSize()))
-        self.vectors = [PETSc.Vec().createWithArray(row, size=like.getSizes(), comm=like.comm) for row in self.array]
+        self.array = _aligned(rows, like.getLocalSize())
+        self.vectors = [
+            PETSc.Vec().createWithArray(row, size=like.getSizes(), comm=like.comm)
+            for row in self.array
+        ]
 
     @cached_property
     def matrix(self) -> PETSc.Mat:
         """The rows as columns; on one rank only."""
         rows, size = self.array.shape
-        matrix = PETSc.Mat().createDense((size, rows), array=self.array.reshape(-1), comm=self.vectors[0].comm)
+        stride = self.array.strides[0]//self.array.itemsize
+        whole = np.lib.stride_tricks.as_strided(self.array, (rows, stride))
+        matrix = PETSc.Mat().createDense(
+            (size, rows), array=whole.reshape(-1)[:size*rows], comm=self.vectors[0].comm)
+        matrix.setDenseLDA(stride)
         matrix.assemble()
         return matrix
 

@@ -104,7 +104,7 @@ def test_samples_over_all_ranks(network):
 def test_two_members_of_two_ranks():
     job = run_ranks(4, f"""{HERE}
 for network in ("dense", "graph", "control"):
-    test_layouts.check_against_one_rank(2, network)""", timeout=200)
+    test_layouts.check_against_one_rank(2, network)""")
     assert job.status == 0, job.output
 
 
