@@ -10,6 +10,7 @@ from firedrake import DirichletBC, Function, dmhooks
 from firedrake.adjoint_utils.blocks.solving import extract_subfunction
 from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, maybe_disk_checkpoint
 from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler, get_assembler
+from firedrake.interpolation import Interpolator
 from firedrake.petsc import PETSc
 from pyop2 import op2
 from pyop2.types.mat import MatBlock
@@ -317,9 +318,16 @@ class _ElementTensors:
 
 
 def boundary_expression(condition):
-    """The UFL expression that a Dirichlet condition was given, before it was interpolated."""
-    given = condition._original_arg
-    return given if isinstance(given, ufl.classes.Expr) else condition.function_arg
+    """The UFL expression that a Dirichlet condition has its values from, before it is interpolated.
+
+    That is the one which was set last, also by ``homogenize`` and ``restore``, and of a list or tuple the
+    tensor that it makes.
+    """
+    update = vars(condition).get("_function_arg_update")
+    if update is None:
+        return condition._function_arg
+    source = (update.func if isinstance(update, partial) else update).__self__
+    return source.operand if isinstance(source, Interpolator) else source.source
 
 
 def pin_quadrature(form: ufl.Form, parameters: dict | None) -> ufl.Form:

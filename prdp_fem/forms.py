@@ -1,6 +1,7 @@
 """A variational problem taken apart: its forms, what they depend on, and where boundary values are prescribed."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from numbers import Real
 
@@ -17,7 +18,7 @@ from ufl.algorithms import expand_derivatives
 from prdp_fem.firedrake_internals import assemble_into, boundary_expression, extract_subfunction, pin_quadrature
 from prdp_fem.inputs import Input, coefficients_of, local_values, name_of
 
-__all__ = ["Forms", "LinearForms", "NonlinearForms", "assembled_values", "derivative_of"]
+__all__ = ["Forms", "LinearForms", "NonlinearForms", "assembled_values", "derivative_of", "integration_meshes"]
 
 
 class Forms:
@@ -33,6 +34,10 @@ class Forms:
         What else was subtracted from it, with weights.
     operators : sequence of ufl.Form
         The operator of linear solves, and what it is preconditioned by.
+    unknown : Function or None
+        What the forms are solved for, where they depend on it.
+    others : sequence of Function or Constant
+        What else the preconditioner depends on.
 
     Attributes
     ----------
@@ -57,13 +62,16 @@ class Forms:
     jacobian: ufl.Form
     operator_depends_on_solution: bool
 
-    def __init__(self, problem, form: ufl.Form | None, cofunctions: list, operators: list, *, unknown: Function | None = None):
+    def __init__(self, problem, form: ufl.Form | None, cofunctions: list, operators: list, *, unknown: Function | None = None,
+                 others: Sequence = ()):
         self.problem_conditions = list(problem.bcs)
-        mesh = problem.u.function_space().mesh()
-        in_operator = coefficients_of(*operators)
+        self._unknown = problem.u
+        in_operator = [*coefficients_of(*operators), *others]
         originals = [original for original in coefficients_of(form, *operators) if original is not unknown]
         originals += [cofunction for cofunction, _ in cofunctions if cofunction not in originals]
-        self.inputs = [Input(original, mesh) for original in originals]
+        originals += [other for other in others if other is not unknown and other not in originals]
+        meshes = integration_meshes(form, *operators)
+        self.inputs = [Input(original, meshes) for original in originals]
         self._copies = {entry.original: entry.copy for entry in self.inputs}
         for entry in self.inputs:
             entry.in_operator = entry.original in in_operator
@@ -157,8 +165,13 @@ class Forms:
         return pin_quadrature(ufl.replace(form, self._copies), self.problem.form_compiler_parameters)
 
     def copy_of(self, value):
-        """What stands for a user's coefficient, or for an expression of some; any other object is its own."""
-        return ufl.replace(value, self._copies) if isinstance(value, (ufl.core.expr.Expr, ufl.Form)) else value
+        """What stands for a user's coefficient, or for an expression of some."""
+        return ufl.replace(value, self._standing)
+
+    @cached_property
+    def _standing(self) -> dict:
+        """The copies, and the state, by the user's coefficients that they stand for."""
+        return {self._unknown: self.solution, **self._copies}
 
 
 class LinearForms(Forms):
@@ -265,6 +278,12 @@ def assembled_values(pairs: list[tuple]) -> np.ndarray:
             assemble_into(assembler, tensor)
             values.append(local_values(tensor))
     return values[0] if len(values) == 1 else np.concatenate(values)
+
+
+def integration_meshes(*forms) -> list:
+    """The meshes that are integrated over, each once, in a fixed order."""
+    return list(dict.fromkeys(integral.ufl_domain() for form in forms if isinstance(form, ufl.Form)
+                              for integral in form.integrals()))
 
 
 def meshes_of(coefficient) -> list:

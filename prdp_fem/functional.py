@@ -10,7 +10,7 @@ from firedrake.assemble import get_assembler
 from pyadjoint.tape import stop_annotating
 
 from prdp_fem.firedrake_internals import pin_quadrature
-from prdp_fem.forms import assembled_values, derivative_of
+from prdp_fem.forms import assembled_values, derivative_of, integration_meshes
 from prdp_fem.inputs import Input, coefficients_of, local_values, set_local_values
 
 __all__ = ["Functional"]
@@ -43,9 +43,8 @@ class Functional:
         if form.arguments():
             raise ValueError(f"a functional must be a form without test or trial functions, found one with {len(form.arguments())}")
         with stop_annotating():
-            mesh = solution.function_space().mesh()
             self._solution = Function(solution.function_space(), name=solution.name())
-            self.inputs = [Input(original, mesh) for original in coefficients_of(form) if original is not solution]
+            self.inputs = [Input(original, integration_meshes(form)) for original in coefficients_of(form) if original is not solution]
             copies = {entry.original: entry.copy for entry in self.inputs}
             form = pin_quadrature(ufl.replace(form, {**copies, solution: self._solution}), None)
             for entry in self.inputs:
@@ -85,7 +84,11 @@ class Functional:
         """Its derivatives, rank-local, by inputs (their places) and by the solution (None)."""
         with stop_annotating():
             self._at(solution, values)
-            return [assembled_values(self._assemblers_by(index)) for index in by]
+            return [self._gradient(index) for index in by]
+
+    def _gradient(self, index: int | None) -> np.ndarray:
+        values = assembled_values(self._assemblers_by(index))
+        return values if index is None else self.inputs[index].summed(values)
 
     def _assemblers_by(self, index: int | None) -> list[tuple]:
         if index not in self._assemblers:

@@ -119,8 +119,8 @@ class Input:
     ----------
     original : Function, Cofunction or Constant
         The user's object.
-    mesh : MeshGeometry
-        Where a Constant's derivative is assembled.
+    meshes : list of MeshGeometry
+        Where a Constant's derivative is assembled: a Real space is one of a single mesh.
 
     Attributes
     ----------
@@ -128,25 +128,28 @@ class Input:
         The user's object.
     copy
         What the assembled forms read.
+    meshes : list of MeshGeometry
+        Of a Constant, those that it has variables on; else one, whose communicator is the input's.
     variables : list of Function
-        What forms are differentiated by: the copy or, for a Constant, Functions of the Real space, one for each component.
+        What forms are differentiated by: the copy or, for a Constant, Functions of the Real space, one for each component, mesh by mesh.
     in_operator : bool
         Whether the operator depends on it.
     """
 
-    def __init__(self, original, mesh):
+    def __init__(self, original, meshes: list):
         self.original = original
         self.in_operator = False
         self.copy = deep_copy(original)
+        self.meshes = meshes if isinstance(original, Constant) else meshes[:1]
         with stop_annotating():
             if isinstance(original, Constant):
-                real = FunctionSpace(mesh.unique(), "R", 0)
-                self.variables = [Function(real) for _ in range(self.copy.dat.data_ro.size)]
+                self.variables = [Function(FunctionSpace(mesh, "R", 0)) for mesh in meshes
+                                  for _ in range(self.copy.dat.data_ro.size)]
             else:
                 self.variables = [self.copy]
         self._values = local_values(self.copy)
         self._set_variables()
-        self._comm = mesh.comm
+        self._comm = meshes[0].comm
         self._dual_space = None if isinstance(original, Constant) else original.function_space().dual()
 
     def dual(self, values: np.ndarray):
@@ -187,12 +190,21 @@ class Input:
         if self._comm.size > 1 or self.differs(values):
             self.write(values)
 
-    def in_variables(self, form: ufl.Form) -> ufl.Form:
-        """A form over the copy, restated over the variables."""
+    def in_variables(self, form, mesh=None):
+        """A form, or an expression on a mesh, over the copy, restated over the variables."""
         if not isinstance(self.copy, Constant):
             return form
-        components = np.array(self.variables, dtype=object).reshape(self.copy.ufl_shape)
-        return ufl.replace(form, {self.copy: ufl.as_tensor(components.tolist()) if self.copy.ufl_shape else self.variables[0]})
+        if mesh is None and len(self.meshes) > 1:
+            return ufl.Form([self.in_variables(integral, integral.ufl_domain())
+                             for integral in form.integrals()])
+        place = 0 if len(self.meshes) == 1 else self.meshes.index(mesh)*self.size
+        components = np.array(self.variables[place:place + self.size], dtype=object)
+        components = components.reshape(self.copy.ufl_shape).tolist()
+        return ufl.replace(form, {self.copy: ufl.as_tensor(components) if self.copy.ufl_shape else components})
+
+    def summed(self, values: np.ndarray) -> np.ndarray:
+        """The derivative by the original from those by the variables, one after the other."""
+        return values if len(self.meshes) == 1 else values.reshape(len(self.meshes), self.size).sum(axis=0)
 
     @cached_property
     def directions(self) -> list[Function]:
@@ -202,13 +214,16 @@ class Input:
 
     def set_direction(self, tangent: np.ndarray) -> None:
         """Set the directions from rank-local values."""
-        for direction, values in zip(self.directions, np.split(tangent, len(self.directions))):
-            set_local_values(direction, values)
+        if not isinstance(self.copy, Constant):
+            set_local_values(self.directions[0], tangent)
+            return
+        for place, direction in enumerate(self.directions):
+            direction.dat.data_wo[...] = tangent[place % self.size]
 
     def _set_variables(self) -> None:
         if isinstance(self.copy, Constant):
-            for variable, value in zip(self.variables, self._values):
-                variable.dat.data_wo[...] = value
+            for place, variable in enumerate(self.variables):
+                variable.dat.data_wo[...] = self._values[place % self.size]
 
 
 class _ConstantDerivative(Constant):

@@ -125,7 +125,8 @@ class OperatorDerivative:
             set_local_values(self._left, left)
             set_local_values(self._right, (self._colours == colour).astype(float))
             for m, pairs in assemblers.items():
-                values[m] = values[m] + assembled_values(pairs)
+                part = assembled_values(pairs)
+                values[m] = values[m] + (part if m == SOLUTION else self._forms.inputs[m].summed(part))
             for mesh, form in by_mesh.items():
                 if not form.empty():
                     cofunctions[mesh] += assemble(form)

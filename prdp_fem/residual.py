@@ -65,7 +65,7 @@ class ResidualDerivatives:
         if index not in self._assemblers:
             self._assemblers[index] = [self._forms.dual_assembler(self._by_variable(variable), variable)
                                        for variable in self._forms.inputs[index].variables]
-        return assembled_values(self._assemblers[index])
+        return self._forms.inputs[index].summed(assembled_values(self._assemblers[index]))
 
     def by_solution(self) -> np.ndarray:
         """-(∂F/∂u)ᵀ λ, rank-local, entries at boundary dofs included."""
@@ -134,7 +134,8 @@ class ResidualDerivatives:
         """The derivative of :meth:`by_input` in the direction, λ fixed."""
         if index not in self.inputs:
             return np.zeros(self._forms.inputs[index].size)  # a Cofunction: the residual is linear in it
-        return self._second(index, self._forms.inputs[index].variables)
+        entry = self._forms.inputs[index]
+        return entry.summed(self._second(index, entry.variables))
 
     def second_by_solution(self) -> np.ndarray:
         """The derivative of :meth:`by_solution` in the direction, λ fixed."""

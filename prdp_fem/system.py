@@ -21,8 +21,9 @@ from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
 from prdp_fem.batch import Batch, chunks
+from prdp_fem.boundary import BoundaryData
 from prdp_fem.device_batch import DeviceBatch
-from prdp_fem.firedrake_internals import SolverContext, assemble_operators, has_block_variable, operators
+from prdp_fem.firedrake_internals import SolverContext, assemble_operators, boundary_expression, has_block_variable, operators
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
 from prdp_fem.krylov import Krylov
@@ -122,6 +123,7 @@ class System(ABC):
         self._restored: dict = {}
         with stop_annotating():
             self._boundary = Function(forms.solution.function_space())
+            self._boundary_data: BoundaryData | None = None
             self._derivatives = ResidualDerivatives(forms)
             self._lifting = Lifting(forms)
         self._zero = vector_like(forms.solution)
@@ -213,7 +215,7 @@ class System(ABC):
 
     def boundary_values(self, conditions) -> np.ndarray | None:
         """Rank-local values of boundary conditions, zero elsewhere; None where they are zero on all ranks."""
-        if all(isinstance(condition.function_arg, ufl.classes.Zero) for condition in conditions):
+        if all(isinstance(boundary_expression(condition), ufl.classes.Zero) for condition in conditions):
             return None
         with stop_annotating():
             self._boundary.dat.zero()
@@ -223,6 +225,12 @@ class System(ABC):
             if vector.norm(PETSc.NormType.NORM_INFINITY) == 0:
                 return None
         return local_values(self._boundary)
+
+    def boundary_data(self) -> BoundaryData:
+        """The boundary values that the problem's conditions give as they are now, as a function of what they depend on."""
+        if self._boundary_data is None or not self._boundary_data.is_current:
+            self._boundary_data = BoundaryData(self.forms)
+        return self._boundary_data
 
     def mesh_stamp(self) -> int:
         """A number that changes when a mesh has moved. Collective."""
@@ -390,6 +398,8 @@ class System(ABC):
 
     # Whether the derivative by the guess is other than zero.
     depends_on_guess = False
+    # Whether derivatives look at the boundary values, of which there is no more to be seen in the solution.
+    needs_boundary = False
 
     def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
                       gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
@@ -524,7 +534,8 @@ class System(ABC):
 
     def solve_second_adjoint(self, point: Point, setting: Setting | None, solution: np.ndarray, record, cotangent: np.ndarray,
                              second_cotangent: np.ndarray, direction: Direction, tangent: np.ndarray, gradients: Mapping[int, np.ndarray],
-                             *, boundary: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+                             *, boundary: np.ndarray | None = None, first_boundary: np.ndarray | None = None,
+                             meshes: Iterable = ()) -> dict:
         """The derivative of what :meth:`solve_adjoint` gives, in a direction: the action of a Hessian.
 
         Parameters
@@ -542,6 +553,8 @@ class System(ABC):
             What :meth:`solve_tangent` gave in the direction.
         gradients, boundary, meshes
             As in :meth:`solve_adjoint`, of one row, and written to.
+        first_boundary : numpy.ndarray or None
+            Written to where given: the derivative by the boundary values that :meth:`solve_adjoint` gives.
         """
         dofs, derivatives = self.forms.boundary_dofs, self._derivatives
         with self._work_on("adjoint"):
@@ -549,6 +562,9 @@ class System(ABC):
             solve = self._krylov.transposed_solver(setting)
             multipliers = self._solve_transposed(solve, cotangent[None])
             derivatives.at(point, solution, multipliers.values(0))
+            if first_boundary is not None:
+                first_boundary[0] = 0.0
+                first_boundary[0, dofs] = cotangent[dofs] + derivatives.by_solution()[dofs]
             derivatives.toward(direction, tangent)
             second = second_cotangent + derivatives.second_by_solution()
             seconds = {index: derivatives.second_by_input(index) for index in gradients}

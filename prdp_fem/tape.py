@@ -2,17 +2,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Hashable, Iterator
 from numbers import Number
 
 import numpy as np
-from firedrake import Cofunction, DirichletBC, Function
+from firedrake import Cofunction, Function
 from pyadjoint import Block, get_working_tape
 from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
-from prdp_fem.firedrake_internals import assigned_from, extract_subfunction, has_schedule, is_lost, maybe_disk_checkpoint
-from prdp_fem.inputs import is_real, local_values, set_local_values
+from prdp_fem.firedrake_internals import assigned_from, has_schedule, is_lost, maybe_disk_checkpoint
+from prdp_fem.inputs import Input, is_real, local_values, set_local_values
 from prdp_fem.point import Direction, Point
 from prdp_fem.system import System
 
@@ -26,8 +26,8 @@ _NO_VALUES = np.empty(0)
 class SolveBlock(Block):
     """One solve of a variational problem.
 
-    Its dependencies are the inputs of the system, the boundary conditions, the meshes and, where the solve starts from
-    one, the guess. Replay, adjoint, tangent and Hessian use the system's KSP with the setting of the last evaluation.
+    Its dependencies are the inputs of the system, what the boundary values are made from, the meshes and, where the solve
+    starts from one, the guess. Replay, adjoint, tangent and Hessian use the system's KSP with the setting of the last evaluation.
 
     Parameters
     ----------
@@ -52,11 +52,13 @@ class SolveBlock(Block):
         # checkpoints that a later tape would find of a mesh; to make them is collective.
         self._scheduled_tape = tape if has_schedule(tape) else None
         self._evaluation = tape.recompute_count
-        system.forget_tapes_of_before([*(entry.original for entry in system.inputs), *problem.bcs, *system.forms.meshes, problem.u])
+        self._boundary = system.boundary_data()
+        boundary_inputs = self._boundary.inputs.values()
+        meshes = list(dict.fromkeys([*system.forms.meshes, *self._boundary.meshes]))
+        system.forget_tapes_of_before([*(entry.original for entry in [*system.inputs, *boundary_inputs]), *meshes, problem.u])
         self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
-        self._conditions = [self._depend_on(condition) for condition in problem.bcs]
-        self._condition_values = [condition.function_arg for condition in problem.bcs]
-        self._meshes = [self._depend_on(mesh) for mesh in system.forms.meshes]
+        self._boundary_inputs = [self._depend_on(entry.original) for entry in boundary_inputs]
+        self._meshes = [self._depend_on(mesh) for mesh in meshes]
         self._guess = self._depend_on(problem.u) if warm_start else None
         self._duals: dict = {}
         # Ranks may differ in what else holds an object; and to make one, or to write to it, is collective.
@@ -71,21 +73,25 @@ class SolveBlock(Block):
 
     def _derivative_point(self, unread: Container[int] = ()) -> Point:
         """Where this block is differentiated, without the values of inputs that nobody will read."""
-        for index, variable in enumerate(self._inputs):
-            if index not in unread and is_lost(variable) and self._system.needs_value(index):
-                raise RuntimeError("the checkpointing schedule of the tape has let go of the value that "
-                                   f"'{self._system.inputs[index].name}' had when '{self._problem.u.name()}' was solved for, and the "
-                                   "derivative of that solve depends on it: use a schedule that keeps it, such as "
-                                   "SingleMemoryStorageSchedule, or none")
+        lost = [self._system.inputs[index] for index, variable in enumerate(self._inputs)
+                if index not in unread and is_lost(variable) and self._system.needs_value(index)]
+        lost += [self._boundary.inputs[place] for place, variable in enumerate(self._boundary_inputs)
+                 if is_lost(variable) and (self._system.needs_boundary or self._boundary.needs_value(place))]
+        for entry in lost:
+            raise RuntimeError("the checkpointing schedule of the tape has let go of the value that "
+                               f"'{entry.name}' had when '{self._problem.u.name()}' was solved for, and the "
+                               "derivative of that solve depends on it: use a schedule that keeps it, such as "
+                               "SingleMemoryStorageSchedule, or none")
         return self._point(unread)
 
     def _point(self, unread: Container[int] = ()) -> Point:
         """Where this block is evaluated, from what the tape saved."""
         for variable in self._meshes:
             self._system.restore_mesh(variable)
+        self._boundary.write(dict(enumerate(map(_saved_values, self._boundary_inputs))))
         return Point(
             [_NO_VALUES if index in unread else _saved_values(variable) for index, variable in enumerate(self._inputs)],
-            self._system.boundary_values([variable.saved_output for variable in self._conditions]),
+            self._system.boundary_values(self._boundary.conditions),
             None if self._guess is None else _saved_values(self._guess),
         )
 
@@ -105,7 +111,6 @@ class SolveBlock(Block):
         if tape is None or tape.recompute_count != self._evaluation:
             self._evaluation = None if tape is None else tape.recompute_count
             self._setting = None if self._refinement is None else self._refinement.setting
-        self._check_conditions()
         values = np.empty(self._system.size)
         self._record, = self._system.solve(self._point(), self._setting, values[None])
         # Making a Function costs as much as a small solve: where nobody else has the old one, it is used again.
@@ -132,7 +137,8 @@ class SolveBlock(Block):
                                              gradients, boundary=boundary, guess=guess, meshes=meshes)
         if guess is not None:
             self._source(self._guess, markings).add_adj_output(_with_values(Cofunction(self._problem.u.function_space().dual()), guess[0]))
-        for variable, value in self._components(relevant, gradients, boundary, by_mesh):
+        by_boundary = self._by_boundary(relevant, boundary, by_mesh, self._boundary.by_input, self._boundary.by_mesh)
+        for variable, value in self._components(relevant, gradients, by_boundary, by_mesh):
             self._source(variable, markings).add_adj_output(value)
         self._system.collect_garbage()
 
@@ -166,20 +172,17 @@ class SolveBlock(Block):
         cotangent, second, tangent = (np.zeros(self._system.size) if value is None else local_values(value)
                                       for value in (output.adj_value, output.hessian_value, output.tlm_value))
         gradients, boundary, meshes = self._wanted(relevant)
-        point = self._derivative_point()
+        first_boundary = None if boundary is None else np.empty_like(boundary)
+        point, data = self._derivative_point(), self._boundary
         by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), self._record, cotangent, second,
-                                                    self._direction(), tangent, gradients, boundary=boundary, meshes=meshes)
-        for variable, value in self._components(relevant, gradients, boundary, by_mesh):
+                                                    self._direction(), tangent, gradients, boundary=boundary,
+                                                    first_boundary=first_boundary, meshes=meshes)
+        by_boundary = self._by_boundary(relevant, boundary, by_mesh, data.by_input, data.by_mesh)
+        bent = self._by_boundary(relevant, first_boundary, by_mesh, data.second_by_input, data.second_by_mesh)
+        by_boundary = {place: values + bent[place] for place, values in by_boundary.items()}
+        for variable, value in self._components(relevant, gradients, by_boundary, by_mesh):
             variable.add_hessian_output(value)
         self._system.collect_garbage()
-
-    def _check_conditions(self) -> None:
-        """Refuse to replay with values that were given to a condition since, of which the tape has not saved the ones before."""
-        for variable, value in zip(self._conditions, self._condition_values):
-            if variable.checkpoint is None and variable.output.function_arg is not value:
-                raise ValueError(f"a DirichletBC for '{self._problem.u.name()}' was given another value after the solve that is to be "
-                                 "replayed, by set_value() or homogenize(), which pyadjoint does not see: make the condition from a "
-                                 "Function or Constant, and assign to that")
 
     def _relevant(self, markings: bool) -> list:
         """The dependencies that derivatives are wanted by."""
@@ -189,48 +192,57 @@ class SolveBlock(Block):
         """What is differentiated by: room for gradients by inputs and by boundary values, and meshes."""
         gradients = {index: np.empty((1, entry.size)) for index, (entry, variable) in enumerate(zip(self._system.inputs, self._inputs))
                      if variable in relevant}
-        has_boundary = any(variable in relevant for variable in self._conditions)
-        return (gradients, np.empty((1, self._system.size)) if has_boundary else None,
-                [variable.output for variable in self._meshes if variable in relevant])
+        meshes = [variable.output for variable in self._meshes if variable in relevant]
+        has_boundary = (any(variable in relevant for variable in self._boundary_inputs)
+                        or any(mesh in self._boundary.meshes for mesh in meshes))
+        return gradients, np.empty((1, self._system.size)) if has_boundary else None, meshes
 
-    def _components(self, relevant: list, gradients, boundary, by_mesh) -> Iterator[tuple]:
+    def _by_boundary(self, relevant: list, boundary: np.ndarray | None, by_mesh: dict, by_input: Callable,
+                     by_coordinates: Callable) -> dict[int, np.ndarray]:
+        """The derivatives by what boundary values are made from; those by meshes are added to what there is."""
+        if boundary is None:
+            return {}
+        for mesh in by_mesh:
+            if mesh in self._boundary.meshes:
+                by_mesh[mesh] += by_coordinates(mesh, boundary[0])
+        return {place: by_input(place, boundary[0]) for place, variable in enumerate(self._boundary_inputs)
+                if variable in relevant}
+
+    def _components(self, relevant: list, gradients, by_boundary, by_mesh) -> Iterator[tuple]:
         """The derivatives by dependencies but the guess, with their variables."""
         for index, gradient in gradients.items():
-            yield self._inputs[index], self._dual(index, gradient[0])
-        for variable in self._conditions:
-            if variable in relevant:
-                yield variable, [self._boundary_cotangent(variable.output, boundary[0])]
+            yield self._inputs[index], self._dual(index, self._system.inputs[index], gradient[0])
+        for place, gradient in by_boundary.items():
+            yield (self._boundary_inputs[place],
+                   self._dual(("boundary", place), self._boundary.inputs[place], gradient))
         for variable in self._meshes:
             if variable in relevant:
                 yield variable, by_mesh[variable.output]
 
-    def _dual(self, index: int, values: np.ndarray):
+    def _dual(self, key: Hashable, entry: Input, values: np.ndarray):
         """A derivative by an input; in an object of the last evaluation where nobody else has that any more."""
-        dual = self._duals.get(index)
+        dual = self._duals.get(key)
         if dual is not None and self._may_reuse and sys.getrefcount(dual) <= _OURS_ALONE:
             set_local_values(dual, values)
             return dual
-        dual = self._system.inputs[index].dual(values)
+        dual = entry.dual(values)
         if self._scheduled_tape is None:
-            self._duals[index] = dual
+            self._duals[key] = dual
         return dual
-
-    def _boundary_cotangent(self, condition: DirichletBC, values: np.ndarray) -> DirichletBC:
-        cotangent = _with_values(Function(self._problem.u.function_space()), values)
-        for later in self._problem.bcs[self._problem.bcs.index(condition) + 1:]:
-            later.zero(cotangent)  # where conditions overlap, the last one has given the value
-        return condition.reconstruct(g=extract_subfunction(cotangent, condition.function_space()))
 
     def _direction(self) -> Direction:
         """The direction that the tangents of the dependencies make."""
-        conditions = [variable.output.reconstruct(g=0) if variable.tlm_value is None else variable.tlm_value
-                      for variable in self._conditions]
+        meshes = {variable.output: variable.tlm_value for variable in self._meshes
+                  if variable.tlm_value is not None}
         return Direction(
-            {index: _values_in(variable.output, variable.tlm_value) for index, variable in enumerate(self._inputs)
-             if variable.tlm_value is not None},
-            {variable.output: variable.tlm_value for variable in self._meshes if variable.tlm_value is not None},
-            self._system.boundary_values(conditions),
+            _tangents(self._inputs), meshes, self._boundary.tangent(_tangents(self._boundary_inputs), meshes),
             None if self._guess is None or self._guess.tlm_value is None else local_values(self._guess.tlm_value))
+
+
+def _tangents(variables: list) -> dict[int, np.ndarray]:
+    """Rank-local tangents of those block variables that have any, by their places."""
+    return {place: _values_in(variable.output, variable.tlm_value) for place, variable in enumerate(variables)
+            if variable.tlm_value is not None}
 
 
 def _copied_from(variable):

@@ -77,6 +77,8 @@ class UnrolledSystem:
     # The right-hand side is computed again from all of them.
     unread_inputs = ()
 
+    needs_boundary = True
+
     def needs_value(self, index: int) -> bool:
         return True
 
