@@ -186,7 +186,11 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
             gradient += part[0]
         total = self._derivatives.by_solution()
         for mesh in meshes:
-            by_mesh[mesh] = self._derivatives.by_mesh(mesh) if mesh not in by_mesh else by_mesh[mesh] + self._derivatives.by_mesh(mesh)
+            part = self._derivatives.by_mesh(mesh)
+            if mesh in by_mesh:
+                by_mesh[mesh] += part  # in place: the sum of two Cofunctions is a form
+            else:
+                by_mesh[mesh] = part
         self._add_by_operators(self._operators, {**gradients, SOLUTION: total}, by_mesh)
         return total
 
