@@ -19,10 +19,11 @@ from tsfc.ufl_utils import compute_form_data
 from prdp_fem.memory import Memory
 from prdp_fem.nested import SELF_CONTAINED
 
-__all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "SolverContext", "applies_boundary_first", "assemble_directly",
-           "assemble_into", "assemble_operators", "assigned_from", "boundary_expression", "constructor_arguments", "extract_subfunction",
-           "forget_set_up", "has_block_variable", "has_schedule", "is_lost", "maybe_disk_checkpoint", "operators", "pin_quadrature",
-           "problem_of"]
+__all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "SolverContext",
+           "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
+           "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
+           "extract_subfunction", "forget_set_up", "has_block_variable", "has_schedule", "is_lost",
+           "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -81,6 +82,11 @@ class SolverContext:
 def applies_boundary_first(solver) -> bool:
     """Whether a solver is to be given a guess with the boundary values; False for ``pre_apply_bcs=False``."""
     return solver._ctx.pre_apply_bcs
+
+
+def call_before_jacobian(solver, callback) -> None:
+    """Have a function of the state called before each assembly of a solver's operators."""
+    solver._ctx._pre_jacobian_callback = callback
 
 
 def problem_of(solver):

@@ -181,6 +181,8 @@ class LinearForms(Forms):
     ----------
     problem : LinearVariationalProblem
         The user's.
+    others : sequence of Function or Constant
+        What else the preconditioner depends on.
 
     Attributes
     ----------
@@ -190,7 +192,7 @@ class LinearForms(Forms):
 
     operator_depends_on_solution = False
 
-    def __init__(self, problem: LinearVariationalProblem):
+    def __init__(self, problem: LinearVariationalProblem, others: Sequence = ()):
         if not problem.is_linear:
             raise TypeError("LinearVariationalSolver solves a LinearVariationalProblem (a == L), found a nonlinear one (F == 0): "
                             "state it as LinearVariationalProblem(a, L, u, bcs), or use a NonlinearVariationalSolver")
@@ -201,7 +203,7 @@ class LinearForms(Forms):
         if problem.u in coefficients_of(problem.J, problem.Jp):
             raise TypeError(f"the bilinear form depends on the solution '{problem.u.name()}', so the problem is not linear: keep a lagged "
                             "value in a Function of its own, or state a NonlinearVariationalProblem")
-        super().__init__(problem, right, cofunctions, [problem.J, problem.Jp])
+        super().__init__(problem, right, cofunctions, [problem.J, problem.Jp], others=others)
         with stop_annotating():
             self.a = pin_quadrature(self.problem.J, problem.form_compiler_parameters)
             self.L = None if right is None else self.over_copies(right)
@@ -223,6 +225,8 @@ class NonlinearForms(Forms):
     ----------
     problem : NonlinearVariationalProblem
         The user's.
+    others : sequence of Function or Constant
+        What else the preconditioner depends on.
 
     Raises
     ------
@@ -232,14 +236,14 @@ class NonlinearForms(Forms):
 
     operator_depends_on_solution = True
 
-    def __init__(self, problem):
+    def __init__(self, problem, others: Sequence = ()):
         for form in (problem.J, problem.F):
             _refuse_what_is_no_form(form)
         _check_conditions(problem)
         form, cofunctions = _split_residual(problem.F)
         if form is None:
             raise TypeError("the residual of the problem has no form in it, only Cofunctions: there is nothing to solve")
-        super().__init__(problem, form, cofunctions, [problem.J, problem.Jp], unknown=problem.u)
+        super().__init__(problem, form, cofunctions, [problem.J, problem.Jp], unknown=problem.u, others=others)
         with stop_annotating():
             self.residual = ufl.replace(self.over_copies(form), {problem.u: self.solution})
             self.jacobian = derivative_of(self.residual, self.solution)

@@ -150,6 +150,9 @@ class Input:
         self._values = local_values(self.copy)
         self._set_variables()
         self._comm = meshes[0].comm
+        # What the user's object had, while it follows the copy.
+        self._users: np.ndarray | None = None
+        self._has_followed = False
         self._dual_space = None if isinstance(original, Constant) else original.function_space().dual()
 
     def dual(self, values: np.ndarray):
@@ -184,6 +187,24 @@ class Input:
         self._values[:] = values
         set_local_values(self.copy, self._values)
         self._set_variables()
+        if self._users is not None:
+            self._follow()
+
+    def lend(self) -> None:
+        """Have the user's object follow the copy, for a user's code that reads it, until :meth:`take_back`. Collective."""
+        self._users, self._has_followed = local_values(self.original), False
+        if self._comm.size > 1 or self.differs(self._users):
+            self._follow()
+
+    def _follow(self) -> None:
+        set_local_values(self.original, self._values)
+        self._has_followed = True
+
+    def take_back(self) -> None:
+        """Give the user's object the values that it had. Collective."""
+        if self._has_followed:
+            set_local_values(self.original, self._users)
+        self._users = None
 
     def write_where_needed(self, values: np.ndarray) -> None:
         """Set the copy unless it has these values. Collective: without comparing where ranks could differ."""

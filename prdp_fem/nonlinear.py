@@ -63,6 +63,10 @@ class NonlinearSystem(System):
         self._callbacks = Callbacks(self._solver, memory)
         self._was_set_up = False
 
+    @property
+    def _solvers(self) -> list:
+        return [*super()._solvers, self._solver]
+
     def check_setting(self, setting: Setting) -> None:
         snes = self.newton.snes
         if not isinstance(setting, NewtonSteps) or setting.linear is not None:
@@ -75,7 +79,7 @@ class NonlinearSystem(System):
             refined.find_without_setup()
             if not refined.is_found:
                 self._write_inputs(Point(self.values()))
-                with stop_annotating(), self._solver_context():
+                with stop_annotating(), self._lending(self._solver_context):
                     self._set_newton_up()
                     refined.find()
 

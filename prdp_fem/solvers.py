@@ -13,6 +13,7 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
+from prdp_fem.context import coefficients_in, over_copies, users_code
 from prdp_fem.device import AUTO, HOST, Device, find_device
 from prdp_fem.differentiation import Implicit, Unrolled, differentiation_of
 from prdp_fem.firedrake_internals import Callbacks, assemble_directly, constructor_arguments, forget_set_up, operators, problem_of
@@ -59,11 +60,14 @@ class RefinedSolver:
         for name, remedy in self._refused_callbacks.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: {remedy}")
-        forms = self._take_apart(problem)
+        code = users_code(kwargs.get("solver_parameters"), kwargs.get("options_prefix"))
+        # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.
+        appctx = {key: value for key, value in (kwargs.get("appctx") or {}).items() if value is not problem.u}
+        told, named = coefficients_in([appctx, code, kwargs.get("post_jacobian_callback")])
+        forms = self._take_apart(problem, [*told, *named])
         self._callbacks = self._take_callbacks(kwargs)
-        if kwargs.get("appctx"):
-            # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.
-            kwargs["appctx"] = {key: forms.copy_of(value) for key, value in kwargs["appctx"].items() if value is not problem.u}
+        # Linear solvers, of derivatives, have states of their own, which are none of this problem.
+        kwargs["appctx"] = {**over_copies(appctx, forms.copy_of), "state": forms.solution}
         super().__init__(forms.problem, **kwargs)
         if self._adopted_snes is not None:
             self.snes = self._adopted_snes
@@ -90,12 +94,14 @@ class RefinedSolver:
             return solver
 
         self.system = self._make_system(forms, make_linear_solver, memory)
+        if code or named:
+            self.system.serve_users_code(named, problem.u)
         self.refinement = refinement
         self.system.collect_garbage()
 
     @staticmethod
     @abstractmethod
-    def _take_apart(problem) -> Forms: ...
+    def _take_apart(problem, others: Sequence) -> Forms: ...
 
     @abstractmethod
     def _make_system(self, forms: Forms, make_linear_solver: Callable, memory: Memory) -> System: ...

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import ufl
@@ -23,9 +23,16 @@ from pyadjoint.tape import stop_annotating
 from prdp_fem.batch import Batch, chunks
 from prdp_fem.boundary import BoundaryData
 from prdp_fem.device_batch import DeviceBatch
-from prdp_fem.firedrake_internals import SolverContext, assemble_operators, boundary_expression, has_block_variable, operators
+from prdp_fem.firedrake_internals import (
+    SolverContext,
+    assemble_operators,
+    boundary_expression,
+    call_before_jacobian,
+    has_block_variable,
+    operators,
+)
 from prdp_fem.forms import Forms
-from prdp_fem.inputs import local_values, same_bits, set_local_values, vector_like
+from prdp_fem.inputs import Input, local_values, same_bits, set_local_values, vector_like
 from prdp_fem.krylov import Krylov
 from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
@@ -121,6 +128,10 @@ class System(ABC):
         self._mesh_versions: list = [None]*len(coordinates)
         self._mesh_stamp, self._assembled_stamp = 0, None
         self._restored: dict = {}
+        # Of a user's own preconditioners: what they find by themselves.
+        self._is_set_up_always = False
+        self._lent: list[Input] = []
+        self._lent_solution: Function | None = None
         with stop_annotating():
             self._boundary = Function(forms.solution.function_space())
             self._boundary_data: BoundaryData | None = None
@@ -159,7 +170,9 @@ class System(ABC):
     @cached_property
     def _adjoint_solver(self):
         """Firedrake's solver of the adjoint problem, for methods and preconditioners that cannot be transposed."""
-        return self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
+        solver = self._make_adjoint_solver(self.forms.adjoint_problem(), is_adjoint=True)
+        self._have_state_followed(solver)
+        return solver
 
     @cached_property
     def _adjoint_context(self) -> SolverContext:
@@ -178,9 +191,56 @@ class System(ABC):
         """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
         # Eisenstat's and Walker's hooks on the KSP would choose tolerances by the norms of a Newton iteration that there is not.
         solver.snes.setUseEW(False)
+        if self._state is None:
+            # Preconditioners find it as the state of the Newton step that a linear solve is to Firedrake.
+            self.forms.solution.dat.zero()
         # The state that operators depend on is in the forms' own Function: the solver's may be any.
         assemble_operators(solver, self._zero)
         set_up(solver.snes.getKSP(), *self.memory.operators(*operators(solver)), self.forms.solution.name())
+
+    def serve_users_code(self, named: Sequence, solution: Function) -> None:
+        """Have a user's preconditioners, which find coefficients by themselves, find what a solve is made with.
+
+        Parameters
+        ----------
+        named : sequence
+            The user's objects that they find.
+        solution : Function
+            The user's.
+        """
+        # What else they read, nobody knows.
+        self._is_set_up_always = True
+        self._lent = [entry for entry in self.inputs if any(entry.original is other for other in named)]
+        if self._state is not None and any(solution is other for other in named):
+            self._lent_solution = solution
+            for solver in self._solvers:
+                self._have_state_followed(solver)
+
+    def _have_state_followed(self, solver) -> None:
+        """Have the user's solution be the state wherever operators are assembled."""
+        if self._lent_solution is not None:
+            call_before_jacobian(solver, lambda state: set_local_values(
+                self._lent_solution, local_values(self.forms.solution)))
+
+    @property
+    def _solvers(self) -> list:
+        """Firedrake's solvers that there are."""
+        return [self._linear_solver]
+
+    @contextmanager
+    def _lending(self, context: Callable | None):
+        """Inside, a user's objects have the values that a solve is made with."""
+        users = None if self._lent_solution is None else local_values(self._lent_solution)
+        for entry in self._lent:
+            entry.lend()
+        try:
+            with nullcontext() if context is None else context():
+                yield
+        finally:
+            for entry in self._lent:
+                entry.take_back()
+            if users is not None:
+                set_local_values(self._lent_solution, users)
 
     def check_setting(self, setting: Setting) -> None:
         """Find the KSP that settings are put on, which may be inside a preconditioner that only exists once it is set up.
@@ -193,7 +253,7 @@ class System(ABC):
         refined = self._krylov.refined
         refined.find_without_setup()
         if not refined.is_found:
-            with stop_annotating(), self._context():
+            with stop_annotating(), self._lending(self._context):
                 self._linearise(Point(self.values()), local_values(self.forms.solution))
                 refined.find()
 
@@ -207,7 +267,10 @@ class System(ABC):
     def _work_on(self, kind: str, context: SolverContext | None = None) -> _Work:
         """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
         # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
-        return _Work(kind, self.statistics, context or (self._context if self._needs_context else None))
+        context = context or (self._context if self._needs_context else None)
+        if self._lent or self._lent_solution is not None:
+            context = partial(self._lending, context)
+        return _Work(kind, self.statistics, context)
 
     def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
         """Rank-local values of the user's coefficients as they are now; empty for those left out."""
@@ -329,7 +392,7 @@ class System(ABC):
         if self._write_inputs(point, solution):
             self._operator_is_current = False
             self._changed.add("state")
-        if not self._operator_is_current:
+        if not self._operator_is_current or self._is_set_up_always:
             if self._state is not None:
                 self._state[:] = solution
                 set_local_values(self.forms.solution, solution)
