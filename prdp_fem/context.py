@@ -10,8 +10,6 @@ from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespac
 
 import ufl
 from firedrake import DirichletBC
-from firedrake.petsc import PETSc
-from petsctools import flatten_parameters
 
 from prdp_fem.firedrake_internals import boundary_expression
 from prdp_fem.inputs import coefficients_of
@@ -162,19 +160,8 @@ def _is_of_library(thing) -> bool:
     return (getattr(thing, "__module__", None) or "builtins").partition(".")[0] in _LIBRARIES
 
 
-def users_code(parameters: dict | None, prefix: str | None) -> list[type]:
-    """A user's own classes among those that options name, as ``pc_python_type`` does.
-
-    Parameters
-    ----------
-    parameters : dict or None
-        ``solver_parameters``.
-    prefix : str or None
-        Under which PETSc's options are the solver's, too.
-    """
-    options = dict(flatten_parameters(parameters or {}))
-    if prefix:
-        options |= {name: value for name, value in PETSc.Options().getAll().items() if name.startswith(prefix)}
+def users_code(options: Mapping) -> list[type]:
+    """A user's own classes among those that options name, as ``pc_python_type`` does."""
     found = []
     for name in sorted(options):
         if name.endswith("python_type"):

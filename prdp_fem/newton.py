@@ -48,6 +48,11 @@ class Newton:
         """Whether there is a KSP to put settings on."""
         return self.snes.getType() in _WITH_LINEAR_SOLVES
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the SNES starts with what it has learnt in its last solve, unless it is reset."""
+        return self.snes.getType() == PETSc.SNES.Type.QN
+
     def reset(self) -> None:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
         self.snes.reset()

@@ -116,6 +116,8 @@ class NonlinearSystem(System):
                 if self._applies_boundary_first:
                     solution[dofs] = boundary[dofs]
                 self.memory.load(solution, work)
+                if self.newton.remembers:
+                    self.newton.reset()
                 self._callbacks.attach()
                 self._forget_steps()
                 steps, iterations = self.newton.solve(work, setting)

@@ -24,6 +24,7 @@ from prdp_fem.linear import LinearSystem
 from prdp_fem.memory import Memory, is_copied, memory_of
 from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.options import refinement_from_options
+from prdp_fem.persistence import options_of, refuse_persistent
 from prdp_fem.point import Point
 from prdp_fem.refinement import Refinement
 from prdp_fem.statistics import Statistics
@@ -60,7 +61,9 @@ class RefinedSolver:
         for name, remedy in self._refused_callbacks.items():
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: {remedy}")
-        code = users_code(kwargs.get("solver_parameters"), kwargs.get("options_prefix"))
+        given = options_of(kwargs.get("solver_parameters"), kwargs.get("options_prefix"))
+        refuse_persistent(given)
+        code = users_code(given)
         # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.
         appctx = {key: value for key, value in (kwargs.get("appctx") or {}).items() if value is not problem.u}
         told, named = coefficients_in([appctx, code, kwargs.get("post_jacobian_callback")])
@@ -73,10 +76,6 @@ class RefinedSolver:
             self.snes = self._adopted_snes
             self.snes.reset()  # it has vectors of its own, like those of its last solve
             Callbacks(self, Memory()).attach()
-        guess_type = self.parameters.get("ksp_guess_type")
-        if guess_type is not None:
-            raise ValueError(f"ksp_guess_type {guess_type} starts a solve from what was solved before, so that it would not be a function "
-                             "of its inputs: leave it away, or use warm_start=True")
         assemble_directly(self)
         self.problem = problem
         self.warm_start = bool(warm_start)
