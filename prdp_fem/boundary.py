@@ -15,7 +15,7 @@ from ufl.algorithms import expand_derivatives
 from ufl.corealg.traversal import unique_pre_traversal
 from ufl.domain import extract_domains
 
-from prdp_fem.firedrake_internals import boundary_expression, extract_subfunction
+from prdp_fem.firedrake_internals import boundary_expression, extract_subfunction, has_taped_number
 from prdp_fem.forms import Forms
 from prdp_fem.inputs import Input, coefficients_of, is_real, local_values, name_of, set_local_values
 
@@ -51,6 +51,10 @@ class BoundaryData:
         space = forms.solution.function_space()
         self._comm = space.mesh().comm
         self._expressions = [boundary_expression(condition) for condition in self._given]
+        if controls is None and any(map(has_taped_number, self._given)):
+            raise ValueError(f"a DirichletBC for '{forms.solution.name()}' was given a number that was computed on "
+                             "the tape, of which a condition keeps the value only: assign it to a Constant, "
+                             "and make the condition from that")
         in_conditions = coefficients_of(*self._expressions)
         wanted = in_conditions if controls is None else controls
         with stop_annotating():

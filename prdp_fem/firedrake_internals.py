@@ -12,6 +12,7 @@ from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, m
 from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler, get_assembler
 from firedrake.interpolation import Interpolator
 from firedrake.petsc import PETSc
+from pyadjoint import AdjFloat
 from pyop2 import op2
 from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
@@ -22,7 +23,7 @@ from prdp_fem.nested import SELF_CONTAINED
 __all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "SolverContext",
            "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
            "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
-           "extract_subfunction", "forget_set_up", "has_block_variable", "has_schedule", "is_lost",
+           "extract_subfunction", "forget_set_up", "has_block_variable", "has_schedule", "has_taped_number", "is_lost",
            "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
 
 
@@ -334,6 +335,13 @@ def boundary_expression(condition):
         return condition._function_arg
     source = (update.func if isinstance(update, partial) else update).__self__
     return source.operand if isinstance(source, Interpolator) else source.source
+
+
+def has_taped_number(condition) -> bool:
+    """Whether a Dirichlet condition was given a float from pyadjoint's tape, which is a mere number to UFL."""
+    def is_one(value) -> bool:
+        return any(map(is_one, value)) if isinstance(value, (list, tuple)) else isinstance(value, AdjFloat)
+    return is_one(condition._original_arg) and not isinstance(condition._function_arg, ufl.classes.Zero)
 
 
 def pin_quadrature(form: ufl.Form, parameters: dict | None) -> ufl.Form:

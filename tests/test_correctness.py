@@ -444,20 +444,6 @@ def test_inputs_that_the_users_jacobian_lacks_change_the_adjoint():
     torch.testing.assert_close(gradient(used, 2.0), 0.5*first, rtol=1e-12, atol=0)
 
 
-def test_a_replay_with_values_given_to_a_condition_behind_the_tapes_back_is_an_error():
-    problem = HeatStep(boundary=1.0)
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
-    solver.solve()
-    problem.u0.assign(problem.u)
-    reduced = ReducedFunctional(assemble(problem.u**2*dx), Control(problem.source))
-    reduced(problem.source)
-    problem.bcs[0].set_value(2.0)
-    solver.solve()
-    assert problem.u.dat.data_ro_with_halos[problem.bcs[0].nodes] == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="'solution' was given another value after the solve.*set_value"):
-        reduced(problem.source)
-
-
 # The layer
 
 def test_boundary_controls_keep_the_other_coefficients_of_their_forward_pass():

@@ -75,7 +75,8 @@ def test_linear_solvers_refuse_them_too():
 
 @pytest.mark.parametrize("parameters", [{"snes_lag_jacobian": 2}, {"pc_type": "bjacobi", "snes_lag_preconditioner": 2},
                                         {"snes_lag_jacobian_persists": False}, {"ksp_reuse_preconditioner": "no"},
-                                        {"ksp_initial_guess_nonzero": True}, {"snes_linesearch_type": "nleqerr"}, {"snes_type": "newtontr"}],
+                                        {"ksp_initial_guess_nonzero": True}, {"snes_linesearch_type": "nleqerr"},
+                                        {"snes_type": "newtontr"}],
                          ids=lambda parameters: "+".join(parameters))
 def test_what_is_not_refused_makes_solves_that_depend_on_their_inputs_alone(parameters):
     case = Bent()
