@@ -106,8 +106,8 @@ class BoundaryData:
                    for condition, expression in zip(self._given, self._expressions))
 
     def others(self) -> list[np.ndarray]:
-        """The present values of the coefficients that are no controls, in expressions that have controls, too."""
-        return [local_values(entry.original) for entry in self._others]
+        """The present values of the coefficients that are no controls, in expressions that have controls, too; not to be written to."""
+        return [entry.present_values() for entry in self._others]
 
     def write(self, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray] = ()) -> None:
         """Have the values of the inputs in the conditions.

@@ -1,7 +1,7 @@
 """A functional of the solution and of coefficients, and its derivatives."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import ufl
@@ -56,6 +56,10 @@ class Functional:
     def find(self, original) -> int | None:
         """The place of a user's coefficient among the inputs; None where it is none."""
         return next((index for index, entry in enumerate(self.inputs) if entry.original is original), None)
+
+    def others(self, places: Sequence[int]) -> dict[int, np.ndarray]:
+        """The present values of the inputs, not to be written to, apart from those at some places."""
+        return {index: entry.present_values() for index, entry in enumerate(self.inputs) if index not in places}
 
     def _derivative_assembler(self, variable: Function) -> tuple:
         form = derivative_of(self._form, variable, what="functional")

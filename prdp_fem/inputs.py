@@ -148,6 +148,7 @@ class Input:
             else:
                 self.variables = [self.copy]
         self._values = local_values(self.copy)
+        self._present: np.ndarray | None = None
         self._set_variables()
         self._comm = meshes[0].comm
         # What the user's object had, while it follows the copy.
@@ -177,6 +178,18 @@ class Input:
     def is_real(self) -> bool:
         """Whether the values are the same on every rank."""
         return is_real(self.original)
+
+    def present_values(self) -> np.ndarray:
+        """The rank-local values of the original as they are now, not to be written to.
+
+        The same array as long as they do not change, so that calls which keep them share it. By their bits:
+        who writes to memory that is shared with the original, as by :func:`prdp_fem.torch.to_torch`, tells nobody.
+        """
+        dat = self.original.dat
+        values = local_values(self.original) if isinstance(dat, MixedDat) else dat.data_ro.reshape(-1)
+        if self._present is None or not same_bits(values, self._present):
+            self._present = values.copy()
+        return self._present
 
     def differs(self, values: np.ndarray) -> bool:
         """Whether any rank-local value differs, to the bit, from those that the copy has."""

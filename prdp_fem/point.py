@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-__all__ = ["Direction", "Point"]
+__all__ = ["NO_VALUES", "Direction", "Point"]
+
+# In place of values that nobody will read.
+NO_VALUES = np.empty(0)
 
 
 @dataclass

@@ -37,7 +37,7 @@ from prdp_fem.krylov import Krylov
 from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
 from prdp_fem.memory import Memory
-from prdp_fem.point import Direction, Point
+from prdp_fem.point import NO_VALUES, Direction, Point
 from prdp_fem.refined_ksp import reset, set_up
 from prdp_fem.residual import ResidualDerivatives
 from prdp_fem.statistics import Statistics
@@ -273,8 +273,8 @@ class System(ABC):
         return _Work(kind, self.statistics, context)
 
     def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
-        """Rank-local values of the user's coefficients as they are now; empty for those left out."""
-        return [_NO_VALUES if index in without else local_values(entry.original) for index, entry in enumerate(self.inputs)]
+        """Rank-local values of the user's coefficients as they are now, not to be written to; empty for those left out."""
+        return [NO_VALUES if index in without else entry.present_values() for index, entry in enumerate(self.inputs)]
 
     def boundary_values(self, conditions) -> np.ndarray | None:
         """Rank-local values of boundary conditions, zero elsewhere; None where they are zero on all ranks."""
@@ -456,6 +456,16 @@ class System(ABC):
         firedrake.exceptions.ConvergenceError
             Where the solve fails.
         """
+
+    @staticmethod
+    def fields_of(record) -> list[np.ndarray]:
+        """The fields that a record of a solve holds, which somebody else may keep in its place."""
+        return []
+
+    @staticmethod
+    def with_fields(record, fields: list[np.ndarray]):
+        """A record with other fields, or without any, in place of its own."""
+        return record
 
     # Its derivatives
 
@@ -645,6 +655,5 @@ class System(ABC):
         return by_mesh
 
 
-_NO_VALUES = np.empty(0)
 _ANNOTATION = stop_annotating()
 _EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}

@@ -126,6 +126,14 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
             self._check_method(lambda: False)
         return trajectory
 
+    @staticmethod
+    def fields_of(record: Trajectory) -> list[np.ndarray]:
+        return record.states
+
+    @staticmethod
+    def with_fields(record: Trajectory, fields: list[np.ndarray]) -> Trajectory:
+        return replace(record, states=fields)
+
     def _unrolled_steps(self, trajectory: Trajectory) -> range:
         """The steps that are differentiated; none where none was made."""
         steps = range(len(trajectory.iterations))

@@ -1,77 +1,186 @@
-"""What is done at PETSc's level as functions of torch's autograd. Each call keeps what its own backward pass needs."""
+"""What is done at PETSc's level as functions of torch's autograd.
+
+Each call keeps what its own backward pass needs, and lets torch have it: fields are saved as tensors, which torch releases after the
+backward pass, and which a checkpoint, or whoever else has put hooks on saved tensors, takes away.
+"""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 
 import numpy as np
 import torch
+from mpi4py import MPI
 
 from prdp_fem.boundary import BoundaryData
 from prdp_fem.functional import Functional
-from prdp_fem.inputs import local_values
+from prdp_fem.inputs import same_bits
+from prdp_fem.ladders import Setting
+from prdp_fem.point import NO_VALUES, Point
 from prdp_fem.statistics import Statistics
+from prdp_fem.threads import one_thread
 from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
-__all__ = ["BoundaryValues", "FunctionalValue", "Solve"]
+__all__ = ["BoundaryValues", "FunctionalValue", "Solve", "Surroundings", "TransformedCall", "in_numbers", "transforms_are_active"]
 
 # Among the arguments of Solve: where the boundary values and the guess are, and how many come before the inputs' tensors.
-_BOUNDARY, _GUESS, _BEFORE_TENSORS = 4, 5, 6
+_BOUNDARY, _GUESS, _BEFORE_TENSORS = 5, 6, 7
+
+# What torch.autograd.Function asks at each call, too; there are no public names.
+transforms_are_active = torch._C._are_functorch_transforms_active
+# A batch that is hidden in a tensor by an older mechanism of torch's, of which an autograd.Function cannot have a rule.
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
+
+_ONCE_ONLY = ("second derivatives through a SolverLayer are not available: call backward without create_graph=True, and do not nest "
+              "derivatives of torch.func")
+_BACKWARDS_ONLY = ("forward-mode derivatives through a SolverLayer are not available: use backward(), or torch.func.vjp, grad or jacrev, "
+                   "which give the same by the adjoint")
+
+
+def in_numbers(setting: Setting | None) -> str:
+    """What a setting, which may be of a user's class, puts on solvers."""
+    if setting is None:
+        return "no setting"
+    steps = f"steps {setting.steps}, " if hasattr(setting, "steps") else ""
+    return f"{steps}rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
+
+
+class Surroundings:
+    """What calls of a layer depend on beside their tensors: a setting, and the values of coefficients, which seldom change.
+
+    Calls share the arrays that are equal to those of the call before. What a checkpoint computes again to have what a backward pass
+    needs must be what was computed at first: a number tells.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        The ranks that make the calls together.
+
+    Attributes
+    ----------
+    comm : mpi4py.MPI.Comm
+    number : int
+        Of the last call, made from setting and values.
+    """
+
+    def __init__(self, comm: MPI.Comm):
+        self.comm, self.number = comm, -1
+        self._setting: Setting | None = None
+        self._arrays: list[np.ndarray] = []
+        self._checksums: list[int] = []
+
+    def saved(self, setting: Setting | None, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """The number and the arrays as tensors, for ``save_for_backward``."""
+        before = self._arrays if len(self._arrays) == len(arrays) else [NO_VALUES]*len(arrays)
+        shared = [old if new is old or (new.size == old.size and same_bits(new, old)) else new for new, old in zip(arrays, before)]
+        if self.number < 0 or setting != self._setting or any(new is not old for new, old in zip(shared, before)):
+            checksums = self._checksums if before is self._arrays else [0]*len(arrays)
+            self._checksums = [checksum if new is old else zlib.crc32(new)
+                               for new, old, checksum in zip(shared, before, checksums)]
+            self._setting, self._arrays = setting, shared
+            # Small enough for hooks that convert all tensors to float32.
+            self.number = zlib.crc32(f"{in_numbers(setting)} {self._checksums}".encode()) % 2**24
+            with torch.inference_mode(False):  # in which it could not be saved by later calls
+                self._tensor = torch.tensor(self.number, device=CPU)
+        return [self._tensor, *map(torch.from_numpy, shared)]
+
+
+def check_number(found: torch.Tensor, expected: int) -> None:
+    """Raise a RuntimeError where what was saved is of another call than the one that is differentiated."""
+    if found.item() != expected:
+        raise RuntimeError("a SolverLayer was called again for its backward pass, by a checkpoint or a transform of torch.func, and its "
+                           "setting, or coefficients that are no controls, are others than in the forward pass: call backward before "
+                           "changing them, or make the coefficients controls")
 
 
 def _first_order(backward):
     """Have a backward pass that is differentiated again raise; torch's own once_differentiable would let some through."""
     @wraps(backward)
     def checked(ctx, cotangent):
-        if not torch.is_grad_enabled():
+        if torch.is_grad_enabled() or transforms_are_active():
+            return _OfFirstOrder.apply(backward, ctx, cotangent, *ctx.saved_tensors)
+        if _is_batched(cotangent):
+            raise RuntimeError("a SolverLayer takes no batches of cotangents by is_grads_batched=True or vectorize=True: leave them away, "
+                               "or use torch.func.vjp, vmap and jacrev")
+        with one_thread(ctx.comm):
             return backward(ctx, cotangent)
-        return _OfFirstOrder.apply(backward, ctx, cotangent, *ctx.saved_tensors)
     return checked
 
 
 class _OfFirstOrder(torch.autograd.Function):
+    """A backward pass that may be differentiated, which raises, or be asked for a batch of cotangents by a transform of torch.func."""
+
     @staticmethod
-    def forward(ctx, backward, call, cotangent, *tensors):
-        return backward(call, cotangent)
+    def forward(backward, call, cotangent, *tensors):
+        with one_thread(call.comm):
+            return backward(call, cotangent)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("second derivatives through a SolverLayer are not available: call backward without create_graph=True")
+        raise RuntimeError(_ONCE_ONLY)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_ONCE_ONLY)
+
+    @staticmethod
+    def vmap(info, in_dims, backward, call, cotangent, *tensors):
+        each = [_OfFirstOrder.apply(backward, call, one, *tensors) for one in cotangent.movedim(in_dims[2], 0)]
+        stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each))
+        return stacked, tuple(None if part is None else 0 for part in stacked)
 
 
-class Solve(torch.autograd.Function):
+class _Reverse(torch.autograd.Function):
+    """What the functions below have in common."""
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(_BACKWARDS_ONLY)
+
+
+class Solve(_Reverse):
     """The solve of a batch, sample by sample: each gives the same bits, whatever stands beside it in the batch.
 
-    Called with the solver, the device of the tensors, the batch axes, the places of the inputs among the system's, the boundary values and
-    the guess (tensors, or None for what the problem has), and the inputs' tensors; gives float64.
+    Called with the solver, the surroundings, the device of the tensors, the batch axes, the places of the inputs among the system's, the
+    boundary values and the guess (tensors, or None for what the problem has), and the inputs' tensors; gives float64.
     """
 
     @staticmethod
-    def forward(ctx, solver, device: torch.device, batch: torch.Size, indices: Sequence[int], boundary, guess,
+    def forward(ctx, solver, surroundings: Surroundings, device: torch.device, batch: torch.Size, indices: Sequence[int], boundary, guess,
                 *tensors: torch.Tensor) -> torch.Tensor:
-        system, statistics = solver.system, solver.statistics
-        point = solver.point(without=indices, has_boundary=boundary is None)
-        if boundary is not None:
-            point.boundary = _shared_or_rows(to_host(_rows(boundary, _axes(boundary, batch)), statistics), boundary)
-        if guess is not None:
-            point.guess = _shared_or_rows(to_host(_rows(guess, _axes(guess, batch)), statistics), guess)
-        varying = {}
-        for index, tensor in zip(indices, tensors):
-            rows = _rows(tensor, _axes(tensor, batch))
-            values = _shared_or_rows(_handed(rows) if index in system.device_inputs else to_host(rows, statistics), tensor)
-            if tensor.ndim > 1:
-                varying[index] = values
-            else:
-                point.values[index] = values
-        ctx.solver, ctx.batch, ctx.indices, ctx.setting, ctx.point, ctx.varying = solver, batch, indices, solver.setting, point, varying
-        ctx.boundary, ctx.guess, ctx.memory, ctx.device = _like(boundary), _like(guess), system.memory, device
-        ctx.save_for_backward(*tensors)
+        system, statistics, setting = solver.system, solver.statistics, solver.setting
+        point, varying = solver.point(without=indices, has_boundary=boundary is None), {}
+        ctx.assembles = boundary is not None or system.needs_solutions(indices)
+        # Where all is a matrix product, derivatives look at no values.
+        unread = () if ctx.assembles else system.unread_inputs
+        ctx.others = [index for index in range(len(point.values)) if index not in indices and index not in unread]
+        arrays = [point.values[index] for index in ctx.others]
+        ctx.has_boundary = boundary is None and point.boundary is not None
+        if ctx.has_boundary:
+            arrays.append(point.boundary)
+        ctx.has_guess = guess is None and point.guess is not None and system.depends_on_guess
+        if ctx.has_guess:
+            arrays.append(point.guess)
+        moved = _put_in(point, varying, system, statistics, batch, indices, (boundary, guess, *tensors))
+        ctx.comm, ctx.solver, ctx.batch, ctx.indices, ctx.setting = surroundings.comm, solver, batch, indices, setting
+        ctx.memory, ctx.device, ctx.unread = system.memory, device, unread
         solutions, written = room(batch, system.size, device if system.takes_device_rows else CPU)
         with ordered(device):
-            ctx.records = system.solve(point, ctx.setting, written, varying)
+            records = system.solve(point, setting, written, varying)
         ctx.mesh_stamp = system.mesh_stamp()
         # A copy: the caller may change what it gets in place, and the backward pass must not see it.
-        ctx.solutions = _handed(_rows(solutions.clone(), batch)) if boundary is not None or system.needs_solutions(indices) else None
+        kept = _rows(solutions.clone(), batch) if ctx.assembles else None
+        fields = [system.fields_of(record) for record in records]
+        ctx.records, ctx.counts = [system.with_fields(record, []) for record in records], [len(one) for one in fields]
+        saved = surroundings.saved(setting, arrays)
+        ctx.number = surroundings.number
+        ctx.save_for_backward(boundary, guess if system.depends_on_guess else None, *tensors, *moved, kept, *saved,
+                              *(torch.from_numpy(field) for one in fields for field in one))
         return solutions if solutions.device == device else placed(solutions.numpy(), device, statistics)
 
     @staticmethod
@@ -83,7 +192,22 @@ class Solve(torch.autograd.Function):
                                "moving it")
         if ctx.mesh_stamp != system.mesh_stamp():
             raise RuntimeError("a mesh of the problem has moved between the forward and the backward pass: call backward before moving it")
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad[_BEFORE_TENSORS:]
+        given = 2 + len(ctx.indices)
+        saved = iter(ctx.saved_tensors)
+        (boundary_values, guess_values, *tensors), moved = _next(saved, given), _next(saved, given)
+        solutions, number, *arrays = saved
+        check_number(number, ctx.number)
+        point, varying, arrays = Point([NO_VALUES]*len(system.inputs)), {}, map(torch.Tensor.numpy, arrays)
+        for index in ctx.others:
+            point.values[index] = next(arrays)
+        if ctx.has_boundary:
+            point.boundary = next(arrays)
+        if ctx.has_guess:
+            point.guess = next(arrays)
+        _put_in(point, varying, system, statistics, batch, ctx.indices, (boundary_values, guess_values, *tensors), moved, ctx.unread)
+        records = [system.with_fields(record, _next(arrays, count)) for record, count in zip(ctx.records, ctx.counts)]
+
+        needed = ctx.needs_input_grad[_BEFORE_TENSORS:]
         rows, device = batch.numel(), ctx.device
         rooms = {index: room(batch, tensor.shape[-1], device if index in system.device_inputs else CPU)
                  for index, tensor, wanted in zip(ctx.indices, tensors, needed) if wanted}
@@ -92,72 +216,226 @@ class Solve(torch.autograd.Function):
         cotangents = _rows(cotangent, batch)
         cotangents = _handed(cotangents) if system.takes_device_rows else to_host(cotangents, statistics)
         with ordered(device):
-            system.solve_adjoint(ctx.point, ctx.setting, cotangents, ctx.solutions, ctx.records,
-                                 {index: written for index, (_, written) in rooms.items()}, varying=ctx.varying, boundary=boundary,
+            system.solve_adjoint(point, ctx.setting, cotangents, None if solutions is None else _handed(solutions), records,
+                                 {index: written for index, (_, written) in rooms.items()}, varying=varying, boundary=boundary,
                                  guess=guess)
         gradients = {index: gradient if gradient.device == tensor.device else placed(gradient.numpy(), tensor.device, statistics)
                      for (index, (gradient, _)), tensor in zip(rooms.items(), _wanted(tensors, needed))}
-        return (None, None, None, None, None if boundary is None else _reduced(placed(boundary, device, statistics), batch, ctx.boundary),
-                None if guess is None else _reduced(placed(guess, device, statistics), batch, ctx.guess),
+        return (*(None,)*_BOUNDARY,
+                None if boundary is None else _reduced(placed(boundary, device, statistics), batch, boundary_values),
+                None if guess is None else _reduced(placed(guess, device, statistics), batch, guess_values),
                 *(_reduced(gradients[index], batch, tensor) if index in gradients else None
                   for index, tensor in zip(ctx.indices, tensors)))
 
 
-class BoundaryValues(torch.autograd.Function):
-    """Boundary values from the tensors that they are made of: called with the boundary data, the solver's statistics, the batch axes and
-    a tensor an input. They are on the device of these, and go to the host again to be lifted: torch works a graph backwards in one
-    thread for each device, and Firedrake is to be used by one thread.
+def _put_in(point: Point, varying: dict, system, statistics: Statistics, batch: torch.Size, indices: Sequence[int],
+            given: Sequence[torch.Tensor | None], moved: Sequence[torch.Tensor | None] = (), unread=()) -> list[torch.Tensor | None]:
+    """Put tensors into a point: boundary values, the guess and inputs; those inputs whose values vary over the batch apart.
+
+    What had to be copied from a device to the host is returned, and may be given when it is asked for again.
+    """
+    copies: list[torch.Tensor | None] = [None]*len(given)
+    for place, tensor in enumerate(given):
+        index = indices[place - 2] if place > 1 else None
+        if tensor is None or index in unread:
+            continue
+        if moved and moved[place] is not None:
+            values = moved[place].numpy()
+        else:
+            rows = _rows(tensor, batch if tensor.ndim > 1 else torch.Size())
+            values = _handed(rows) if index in system.device_inputs else to_host(rows, statistics)
+            if tensor.ndim == 1:
+                values = values[0]
+            if not tensor.is_cpu and isinstance(values, np.ndarray):
+                copies[place] = torch.from_numpy(values)
+        if place == 0:
+            point.boundary = values
+        elif place == 1:
+            point.guess = values
+        elif tensor.ndim > 1:
+            varying[index] = values
+        else:
+            point.values[index] = values
+    return copies
+
+
+class BoundaryValues(_Reverse):
+    """Boundary values from the tensors that they are made of: called with the boundary data, the surroundings, the solver's statistics, the
+    batch axes and a tensor an input. They are on the device of these, and go to the host again to be lifted: torch works a graph backwards
+    in one thread for each device, and Firedrake is to be used by one thread.
     """
 
     @staticmethod
-    def forward(ctx, data: BoundaryData, statistics: Statistics, batch: torch.Size, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.data, ctx.statistics, ctx.batch, ctx.others = data, statistics, batch, data.others()
-        ctx.save_for_backward(*tensors)
-        rows = [data.values(values, ctx.others) for values in _each_row(data.inputs, batch, tensors, statistics)]
+    def forward(ctx, data: BoundaryData, surroundings: Surroundings, statistics: Statistics, batch: torch.Size,
+                *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.comm, ctx.data, ctx.statistics, ctx.batch, others = surroundings.comm, data, statistics, batch, data.others()
+        ctx.save_for_backward(*tensors, *surroundings.saved(None, others))
+        ctx.number = surroundings.number
+        rows = [data.values(values, others) for values in _each_row(data.inputs, batch, tensors, statistics)]
         return placed(np.array(rows).reshape(*batch, data.size), tensors[0].device, statistics)
 
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
-        data, tensors = ctx.data, ctx.saved_tensors
+        data, saved = ctx.data, iter(ctx.saved_tensors)
+        tensors, number, others = _next(saved, len(data.inputs)), next(saved), [other.numpy() for other in saved]
+        check_number(number, ctx.number)
         cotangents = to_host(_rows(cotangent, ctx.batch), ctx.statistics)
         samples = list(_each_row(data.inputs, ctx.batch, tensors, ctx.statistics))
-        gradients = [np.array([data.gradient(place, values, ctx.others, cotangents[row])
+        gradients = [np.array([data.gradient(place, values, others, cotangents[row])
                                for row, values in enumerate(samples)]).reshape(-1, tensor.shape[-1])
-                     if wanted else None for place, wanted, tensor in zip(data.inputs, ctx.needs_input_grad[3:], tensors)]
-        return None, None, None, *(None if gradient is None else
-                                   _reduced(placed(gradient, tensor.device, ctx.statistics), ctx.batch, tensor)
-                                   for gradient, tensor in zip(gradients, tensors))
+                     if wanted else None for place, wanted, tensor in zip(data.inputs, ctx.needs_input_grad[4:], tensors)]
+        return None, None, None, None, *(None if gradient is None else
+                                         _reduced(placed(gradient, tensor.device, ctx.statistics), ctx.batch, tensor)
+                                         for gradient, tensor in zip(gradients, tensors))
 
 
-class FunctionalValue(torch.autograd.Function):
-    """A functional of the solution: called with it, the solver's statistics, the batch axes, the places of its inputs, the solution and
-    their tensors.
+class FunctionalValue(_Reverse):
+    """A functional of the solution: called with it, the surroundings, the solver's statistics, the batch axes, the places of its inputs,
+    the solution and their tensors.
     """
 
     @staticmethod
-    def forward(ctx, functional: Functional, statistics: Statistics, batch: torch.Size, places: Sequence[int], solution: torch.Tensor,
-                *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.functional, ctx.statistics, ctx.batch, ctx.places = functional, statistics, batch, places
-        ctx.others = {index: local_values(entry.original) for index, entry in enumerate(functional.inputs) if index not in places}
-        ctx.save_for_backward(solution, *tensors)
-        values = [functional.value(row, {**ctx.others, **varying})
+    def forward(ctx, functional: Functional, surroundings: Surroundings, statistics: Statistics, batch: torch.Size, places: Sequence[int],
+                solution: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.comm, ctx.functional, ctx.statistics, ctx.batch, ctx.places = surroundings.comm, functional, statistics, batch, places
+        others = functional.others(places)
+        ctx.others = list(others)
+        ctx.save_for_backward(solution, *tensors, *surroundings.saved(None, list(others.values())))
+        ctx.number = surroundings.number
+        values = [functional.value(row, {**others, **varying})
                   for row, varying in zip(to_host(_rows(solution, batch), statistics), _each_row(places, batch, tensors, statistics))]
         return placed(np.array(values, dtype=float).reshape(batch), solution.device, statistics)
 
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
-        solution, *tensors = ctx.saved_tensors
-        by = [place for place, wanted in zip([None, *ctx.places], ctx.needs_input_grad[4:]) if wanted]
+        saved = iter(ctx.saved_tensors)
+        (solution, *tensors), number = _next(saved, 1 + len(ctx.places)), next(saved)
+        check_number(number, ctx.number)
+        others = {index: other.numpy() for index, other in zip(ctx.others, saved)}
+        variables = dict(zip([None, *ctx.places], (solution, *tensors)))
+        by = [place for place, wanted in zip(variables, ctx.needs_input_grad[5:]) if wanted]
         weights = to_host(cotangent.to(torch.float64).expand(ctx.batch).reshape(-1, 1), ctx.statistics)
-        rows = [ctx.functional.gradients(row, {**ctx.others, **varying}, by)
-                for row, varying in zip(to_host(_rows(solution, ctx.batch), ctx.statistics),
-                                        _each_row(ctx.places, ctx.batch, tensors, ctx.statistics))]
-        gradients = {place: weights*np.stack(column) for place, column in zip(by, zip(*rows))}
-        return None, None, None, None, *(_reduced(placed(gradients[place], tensor.device, ctx.statistics), ctx.batch, tensor)
-                                         if place in gradients else None
-                                         for place, tensor in zip([None, *ctx.places], (solution, *tensors)))
+        gradients = {place: np.empty((len(weights), variables[place].shape[-1])) for place in by}
+        for row, (values, varying) in enumerate(zip(to_host(_rows(solution, ctx.batch), ctx.statistics),
+                                                    _each_row(ctx.places, ctx.batch, tensors, ctx.statistics))):
+            for place, gradient in zip(by, ctx.functional.gradients(values, {**others, **varying}, by)):
+                gradients[place][row] = weights[row]*gradient
+        return (*(None,)*5, *(_reduced(placed(gradients[place], tensor.device, ctx.statistics), ctx.batch, tensor)
+                              if place in gradients else None for place, tensor in variables.items()))
+
+
+class TransformedCall:
+    """A call of a layer under transforms of torch.func (``vmap``, ``grad``, ``vjp``, ``jacrev``), as a function without a state.
+
+    Its derivative makes the call again; with the same setting and values of coefficients, or it is an error.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+    values : callable
+        From tensors to a tuple of outputs, for torch's autograd.
+    stamp : callable
+        Something that tells the setting and the values of the last call.
+    """
+
+    def __init__(self, comm: MPI.Comm, values: Callable, stamp: Callable):
+        self._comm, self._values, self._stamp, self._expected = comm, values, stamp, None
+
+    def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return _Transformed.apply(self, *tensors)
+
+    def values(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The outputs, where no transform is active."""
+        with one_thread(self._comm):
+            outputs, stamp = self._values(tensors), self._stamp()
+        if self._expected is None:
+            self._expected = stamp
+        check_number(torch.tensor(stamp == self._expected, device=CPU), True)
+        return outputs
+
+
+class _Transformed(_Reverse):
+    @staticmethod
+    def forward(call: TransformedCall, *tensors):
+        return call.values(tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.call, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        wanted = ctx.needs_input_grad[1:]
+        gradients = iter(_TransformedBackward.apply(ctx.call, wanted, *cotangents, *ctx.saved_tensors))
+        return None, *(next(gradients) if is_wanted else None for is_wanted in wanted)
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        return _Transformed.apply(call, *_with_first_axis(tensors, in_dims[1:])), 0
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """Gradients of a call by the tensors that are wanted: called with it, which are, the cotangents of outputs and the tensors."""
+
+    @staticmethod
+    def forward(call: TransformedCall, wanted: Sequence[bool], *given):
+        cotangents, tensors = given[:-len(wanted)], given[-len(wanted):]
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_(is_wanted) for tensor, is_wanted in zip(tensors, wanted)]
+            pairs = [pair for pair in zip(call.values(leaves), cotangents) if pair[0].requires_grad]
+        leaves = _wanted(leaves, wanted)
+        outputs, cotangents = zip(*pairs)
+        gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
+        return tuple(torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(_ONCE_ONLY)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise RuntimeError(_ONCE_ONLY)
+
+    @staticmethod
+    def vmap(info, in_dims, call, wanted, *given):
+        first = len(given) - len(wanted)
+        cotangents = [(cotangent if dim is None else cotangent.movedim(dim, 0)).expand(info.batch_size, *_without(cotangent.shape, dim))
+                      for cotangent, dim in zip(given[:first], in_dims[2:])]
+        tensors = _with_first_axis(given[first:], in_dims[2 + first:], info.batch_size)
+        gradients = _TransformedBackward.apply(call, wanted, *cotangents, *tensors)
+        shapes = [_without(tensor.shape, dim) for tensor, dim in zip(given[first:], in_dims[2 + first:])]
+        return tuple(gradient.reshape(info.batch_size, *shape) for gradient, shape in zip(gradients, _wanted(shapes, wanted))), 0
+
+
+def _without(shape: torch.Size, dim: int | None) -> list[int]:
+    return [size for place, size in enumerate(shape) if dim is None or place != dim % len(shape)]
+
+
+def _with_first_axis(tensors: Sequence[torch.Tensor], dims: Sequence[int | None], size: int | None = None) -> list[torch.Tensor]:
+    """Tensors with the axis that a transform has hidden as the first batch axis, of as many; all of them where its size is given."""
+    most = max(tensor.ndim - (dim is not None) for tensor, dim in zip(tensors, dims))
+    found = []
+    for tensor, dim in zip(tensors, dims):
+        shape = _without(tensor.shape, dim)
+        between = [1]*(most - len(shape))
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0).reshape(tensor.shape[dim], *between, *shape)
+        elif size is not None:
+            tensor = tensor.reshape(*between, *shape).expand(size, *between, *shape)
+        found.append(tensor)
+    return found
+
+
+def _next(values, count: int) -> list:
+    """So many of an iterator."""
+    return [next(values) for _ in range(count)]
 
 
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> torch.Tensor:
@@ -168,23 +446,13 @@ def _rows(tensor: torch.Tensor, batch: torch.Size) -> torch.Tensor:
     return tensor.reshape(batch.numel(), shape[-1]).contiguous()
 
 
-def _axes(tensor: torch.Tensor, batch: torch.Size) -> torch.Size:
-    """The batch axes that a tensor is to have: none where it has none, and is shared by the batch."""
-    return batch if tensor.ndim > 1 else torch.Size()
-
-
-def _shared_or_rows(rows, tensor: torch.Tensor):
-    """Rows of a tensor, or the only one where that is shared by the batch."""
-    return rows if tensor.ndim > 1 else rows[0]
-
-
 def _handed(rows: torch.Tensor) -> torch.Tensor | np.ndarray:
     """What a System that takes tensors on its device is given."""
     return rows.numpy() if rows.is_cpu else rows
 
 
-def _wanted(tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor]:
-    return [tensor for tensor, wanted in zip(tensors, needed) if wanted]
+def _wanted(values: Sequence, needed: Sequence[bool]) -> list:
+    return [value for value, wanted in zip(values, needed) if wanted]
 
 
 def _each_row(places: Sequence[int] | Mapping, batch: torch.Size, tensors: Sequence[torch.Tensor], statistics: Statistics):
@@ -194,15 +462,9 @@ def _each_row(places: Sequence[int] | Mapping, batch: torch.Size, tensors: Seque
         yield {place: column[row] for place, column in zip(places, columns)}
 
 
-def _like(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """A tensor of the same shape and type, that has no values."""
-    return None if tensor is None else torch.empty_like(tensor, device="meta")
-
-
 def _reduced(gradient: torch.Tensor, batch: torch.Size, tensor: torch.Tensor) -> torch.Tensor:
     """A gradient by samples, summed over the batch axes that an input was shared by."""
     shape = tensor.shape
     if gradient.shape != shape:
         gradient = gradient.view(*batch, shape[-1]).sum_to_size(shape)
     return gradient if tensor.dtype is torch.float64 else gradient.to(tensor.dtype)
-

@@ -1,7 +1,8 @@
 """A variational solver as a layer of a network."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from prdp_fem.boundary import BoundaryData
 from prdp_fem.device import find_device
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
-from prdp_fem.ladders import Setting
 from prdp_fem.parallel import agree
 from prdp_fem.solvers import RefinedSolver
-from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve
+from prdp_fem.threads import one_thread
+from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve, Surroundings, TransformedCall, in_numbers, transforms_are_active
 from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 
 __all__ = ["SolverLayer"]
@@ -62,6 +63,8 @@ class SolverLayer(torch.nn.Module):
                             f"{type(solver).__module__}.{type(solver).__name__}")
         if isinstance(controls, (Function, Constant, Cofunction)):
             raise TypeError("controls must be a sequence, found a single one: write controls=[…]")
+        if not isinstance(controls, Iterable) or isinstance(controls, (str, Mapping)):
+            raise TypeError(f"controls must be a sequence of Functions, Constants and Cofunctions, found {controls!r}")
         controls = list(controls)
         if not controls:
             raise ValueError("controls must name at least one coefficient of the problem, found none")
@@ -87,8 +90,10 @@ class SolverLayer(torch.nn.Module):
             system.check_derivative(index)
             self._places.append(place)
             self._indices.append(index)
-        self._functionals: list[Functional] = []
+        self._surroundings = {what: Surroundings(self._comm) for what in ("solve", "boundary")}
         self._returns_tuple = isinstance(output, (list, tuple))
+        if self._returns_tuple and not output:
+            raise ValueError("output must name at least one thing to return, found none")
         self._outputs = [self._make_output(part) for part in (output if self._returns_tuple else [output])]
 
     def _make_output(self, output) -> Callable:
@@ -98,14 +103,15 @@ class SolverLayer(torch.nn.Module):
             return lambda dofs, batch, tensors: dofs
         if isinstance(output, ufl.Form):
             functional = Functional(output, solution)
-            self._functionals.append(functional)
+            surroundings = self._surroundings[functional] = Surroundings(self._comm)
             found = {functional.find(control): place for place, control in enumerate(self.controls)
                      if functional.find(control) is not None}
             places = list(found)
-            return lambda dofs, batch, tensors: FunctionalValue.apply(functional, self.solver.statistics, batch, places, dofs,
+            return lambda dofs, batch, tensors: FunctionalValue.apply(functional, surroundings, self.solver.statistics, batch, places, dofs,
                                                                       *(tensors[found[place]] for place in places))
         if isinstance(output, Function):
-            dofs = torch.from_numpy(_dofs_of_component(solution, output))
+            with torch.inference_mode(False):  # in which they could not be saved by later calls
+                dofs = torch.from_numpy(_dofs_of_component(solution, output))
             there = {CPU: dofs}
 
             def component(solution, batch, tensors):
@@ -123,6 +129,14 @@ class SolverLayer(torch.nn.Module):
             # Hooks are in dictionaries, one for each layer; all else is the same for both.
             vars(copied)[name] = value.copy() if isinstance(value, dict) else value
         return copied
+
+    def __copy__(self) -> SolverLayer:
+        return self.__deepcopy__({})
+
+    def _replicate_for_data_parallel(self):
+        raise RuntimeError("a SolverLayer cannot be replicated by DataParallel, whose threads would be in "
+                           "its solver at the same time: give it the whole batch, or have several "
+                           "processes, each with its part of the samples, as by train(ensemble=…)")
 
     def __reduce__(self):
         raise TypeError("a SolverLayer holds PETSc objects, which cannot be pickled: save the network's state_dict(), in which the layer "
@@ -179,23 +193,50 @@ class SolverLayer(torch.nn.Module):
             For tensors of the wrong number, type, device or shape; on all ranks, where one has such, or another batch than others.
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
+        RuntimeError
+            On several ranks, where another thread is in a solver.
+
+        Notes
+        -----
+        A layer is called as it is where torch compiles what it is part of. Threads take turns. Transforms of torch.func work (``vmap``,
+        ``grad``, ``vjp``, ``jacrev``) but those in forward mode, and second derivatives.
         """
-        agree(self._comm, lambda: self._checked(tensors), "the setting, batch axes, and whether there are gradients,",
-              "give the refinement comm=, and all ranks the same samples")
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break(msg="a SolverLayer is not compiled, and splits the graph: leave fullgraph=True away")
+            return _uncompiled()(self, tensors)
+        return self._call(tensors)
+
+    def _call(self, tensors: Sequence[torch.Tensor]):
+        with one_thread(self._comm):
+            agree(self._comm, lambda: self._checked(tensors), "the setting, batch axes, and whether there are gradients,",
+                  "give the refinement comm=, and all ranks the same samples")
+            if transforms_are_active():
+                outputs = TransformedCall(self._comm, self._evaluate, self._stamp)(*tensors)
+            else:
+                outputs = self._evaluate(tensors)
+        return outputs if self._returns_tuple else outputs[0]
+
+    def _evaluate(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         batch = _batch_axes(tensors)
         boundary = guess = None
         if self._boundary.inputs:
             given = [tensors[place] for place in self._boundary.inputs]
-            boundary = BoundaryValues.apply(self._boundary, self.solver.statistics, _batch_axes(given), *given)
+            boundary = BoundaryValues.apply(self._boundary, self._surroundings["boundary"], self.solver.statistics, _batch_axes(given),
+                                            *given)
         if self._guess is not None:
             guess = tensors[self._guess]
             if not self.solver.system.depends_on_guess:
                 guess = guess.detach()
-        solution = Solve.apply(self.solver, self.device, batch, self._indices, boundary, guess, *(tensors[place] for place in self._places))
+        solution = Solve.apply(self.solver, self._surroundings["solve"], self.device, batch, self._indices, boundary, guess,
+                               *(tensors[place] for place in self._places))
         outputs = tuple(output(solution, batch, tensors) for output in self._outputs)
         if all(tensor.dtype is torch.float32 for tensor in tensors):
             outputs = tuple(output.to(torch.float32) for output in outputs)
-        return outputs if self._returns_tuple else outputs[0]
+        return outputs
+
+    def _stamp(self) -> tuple[int, ...]:
+        """What tells the setting, the values of coefficients and the meshes of the last call."""
+        return (self.solver.system.mesh_stamp(), *(surroundings.number for surroundings in self._surroundings.values()))
 
     def _checked(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         """What ranks must have alike to make the same calls, forward and backward."""
@@ -212,19 +253,17 @@ class SolverLayer(torch.nn.Module):
             raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
                              f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
         # Without names: those that Firedrake has chosen are not the same on all ranks.
-        return [_in_numbers(self.solver.setting),
+        return [in_numbers(self.solver.setting),
                 *(f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors)]
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
 
 
-def _in_numbers(setting: Setting | None) -> str:
-    """What a setting, which may be of a user's class, puts on solvers."""
-    if setting is None:
-        return "no setting"
-    steps = f"steps {setting.steps}, " if hasattr(setting, "steps") else ""
-    return f"{steps}rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
+@cache
+def _uncompiled() -> Callable:
+    """What a call is where torch compiles; made when it does, since its compiler takes long to be imported."""
+    return torch.compiler.disable(SolverLayer._call)
 
 
 def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
@@ -237,7 +276,11 @@ def _check(tensor, control, size: int, device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"expected a tensor for '{name_of(control)}', found a {type(tensor).__name__}")
     if tensor.dtype not in _DTYPES:
-        raise TypeError(f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}")
+        remedy = "give real numbers, such as torch.view_as_real" if tensor.is_complex() else "call .float() or .double() first"
+        raise TypeError(f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}: {remedy}")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"expected a dense tensor for '{name_of(control)}', found {kind}: call .to_dense(), or .to_padded_tensor(), first")
     if tensor.device != device:
         where = "the CPU" if device == CPU else str(device)
         raise ValueError(f"expected a tensor on {where} for '{name_of(control)}', where the layer is, found one on {tensor.device}: move "

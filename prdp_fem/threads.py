@@ -1,0 +1,37 @@
+"""One thread at a time: PETSc, Firedrake and what solvers keep between calls know nothing of others."""
+from __future__ import annotations
+
+import threading
+from contextlib import AbstractContextManager
+
+from mpi4py import MPI
+
+__all__ = ["one_thread"]
+
+_LOCK = threading.RLock()
+
+
+class _Alone:
+    """A context manager that other threads must not want to enter at the same time."""
+
+    def __enter__(self) -> None:
+        if not _LOCK.acquire(blocking=False):
+            raise RuntimeError("two threads have come to solvers at the same time, on several ranks, which threads may reach in different "
+                               "orders: have one thread make all calls")
+
+    def __exit__(self, *_) -> None:
+        _LOCK.release()
+
+
+_ALONE = _Alone()
+
+
+def one_thread(comm: MPI.Comm) -> AbstractContextManager:
+    """A context manager that has other threads wait until this one leaves; on several ranks they are refused.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+        The ranks that do together what is inside.
+    """
+    return _LOCK if comm.size == 1 else _ALONE
