@@ -114,11 +114,11 @@ class Refinement:
 
     def _agreed_metric(self, metric) -> float:
         if self.comm is None:
-            return _checked_metric(metric)
+            return checked_metric(metric)
         value = refusal = None
         if self.comm.rank == 0:
             try:
-                value = _checked_metric(metric)
+                value = checked_metric(metric)
             except ValueError as error:
                 refusal = str(error)
         value, refusal = self.comm.bcast((value, refusal), root=0)
@@ -152,7 +152,7 @@ class Refinement:
             if len(record) != 4:
                 raise ValueError(f"a record in the history of the state must have metric, smoothed, level and refined, found {record!r}")
             for value in record[:2]:
-                _checked_metric(value)
+                checked_metric(value)
         levels = [state["level"], *(level for _, _, level, _ in state["history"])]
         for level in levels:
             if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= level < len(self.ladder):
@@ -304,7 +304,7 @@ def _ratio(value: float, reference: float) -> float:
     return value/reference
 
 
-def _checked_metric(metric) -> float:
+def checked_metric(metric) -> float:
     try:
         if isinstance(metric, (str, bytes)):
             raise TypeError

@@ -11,10 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from prdp_fem.torch.autograd import transforms_are_active
 from prdp_fem.torch.exchange import Exchange
 from prdp_fem.torch.reduction import total
 
 __all__ = ["MLP", "GraphNetwork", "ResNet"]
+
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _starts_at_zero(layer: nn.Module) -> nn.Module:
@@ -160,9 +164,11 @@ class GraphNetwork(nn.Module):
                  features: torch.Tensor | None = None, period: Sequence[float] | None = None, width: int = 16, steps: int = 4,
                  activation: type[nn.Module] | None = nn.ReLU):
         super().__init__()
-        coordinates = torch.as_tensor(coordinates, dtype=torch.float64)
+        coordinates = torch.as_tensor(coordinates, dtype=torch.float64, device="cpu")
         self.operators, nodes = coordinates.shape[1] + 1, len(coordinates) if halo is None else halo.owned
-        self.halo, self.means = halo, _SparseProduct(_neighbour_means(edges, coordinates, period, halo).to(torch.get_default_dtype()))
+        weights = _neighbour_means(edges, coordinates, period, halo)
+        self.halo = halo
+        self.means = _SparseProduct(weights.to(torch.promote_types(torch.get_default_dtype(), torch.float32)))
         self.activation = nn.Identity() if activation is None else activation()
         hidden, bias = 2*width, activation is not None
         self.encode = nn.Linear(inputs, width, bias=bias)
@@ -177,6 +183,8 @@ class GraphNetwork(nn.Module):
             for _ in range(steps):
                 self.gates.append(nn.Sequential(nn.Linear(len(features), hidden), nn.Tanh(), nn.Linear(hidden, hidden)))
                 nn.init.ones_(self.gates[-1][-1].bias)
+        # What is made of the mesh is on the CPU until here.
+        self.to(self.encode.weight.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, n = x.shape[:-2], x.shape[-1]
@@ -199,14 +207,14 @@ def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Seq
     Of m nodes, with a halo those that this rank owns, among n. Lengths are in units of the mean edge, and the mean difference is scaled to
     the Laplacian where neighbours lie evenly.
     """
-    source, target = edges
+    source, target = edges.to(coordinates.device)
     n, dimension = coordinates.shape
     m = n if halo is None else halo.owned
     offset = coordinates[source] - coordinates[target]
     if period is not None:
-        lengths = torch.as_tensor(period, dtype=offset.dtype)
+        lengths = torch.as_tensor(period, dtype=offset.dtype, device=offset.device)
         offset = offset - torch.where(torch.isfinite(lengths), lengths*torch.round(offset/lengths), 0.0)
-    length, count = offset.norm(dim=-1).sum(), torch.tensor(len(source))
+    length, count = offset.norm(dim=-1).sum(), torch.tensor(len(source), device=offset.device)
     if halo is not None:
         length, count = total(length, halo.comm), total(count, halo.comm)
     offset = offset/(length/count)
@@ -214,11 +222,12 @@ def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Seq
     moments = offset.new_zeros(m, dimension, dimension).index_add(0, target, share[:, None, None]*offset[:, :, None]*offset[:, None])
     gradient = share[:, None]*torch.einsum("eij,ej->ei", torch.linalg.pinv(moments, rtol=1e-6, hermitian=True)[target], offset)
     weights = torch.cat([2*dimension*share[None], gradient.T]).flatten()  # (d + 1) e
-    operator = torch.arange(dimension + 1).repeat_interleave(len(source))*m
+    operator = torch.arange(dimension + 1, device=offset.device).repeat_interleave(len(source))*m
     rows, columns = operator + target.repeat(dimension + 1), source.repeat(dimension + 1)
     own = target.repeat(dimension + 1)
     return torch.sparse_coo_tensor(torch.cat([torch.stack([rows, columns]), torch.stack([rows, own])], dim=1),
-                                   torch.cat([weights, -weights]), ((dimension + 1)*m, n), check_invariants=True).coalesce()
+                                   torch.cat([weights, -weights]), ((dimension + 1)*m, n), device=offset.device,
+                                   check_invariants=True).coalesce()
 
 
 class _SparseProduct(nn.Module):
@@ -241,17 +250,39 @@ class _SparseProduct(nn.Module):
     def _parts(self, name: str) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, f"{name}_{part}") for part in ("rows", "columns", "values"))
 
+    def _apply(self, fn, recurse: bool = True) -> _SparseProduct:
+        """What ``to`` and ``half`` do to each module; but weights that add up to zero are not rounded so far that they do not."""
+        before = {name: values for name, values in self.named_buffers() if name.endswith("_values")}
+        super()._apply(fn, recurse)
+        for name, values in before.items():
+            converted = getattr(self, name)
+            if converted.dtype in _HALF:
+                setattr(self, name, values.to(converted.device))
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _MatrixProduct.apply(self.shape, self._parts("matrix"), self._parts("transposed"), x)
+        matrix = self._parts("matrix")
+        if transforms_are_active():
+            rows, columns, values = matrix
+            rows = torch.repeat_interleave(torch.arange(self.shape[0], device=rows.device), rows.diff())
+            terms = values[:, None]*x[columns].to(values.dtype)
+            return torch.zeros_like(terms[:1]).expand(self.shape[0], -1).index_add(0, rows, terms).to(x.dtype)
+        return _MatrixProduct.apply(self.shape, matrix, self._parts("transposed"), x)
 
 
 class _MatrixProduct(torch.autograd.Function):
+    """In the type of the matrix, which may be more accurate than that of what it is multiplied with, as under autocast."""
+
     @staticmethod
     def forward(ctx, shape, matrix, transposed, x):
-        ctx.shape, ctx.transposed = shape[::-1], transposed
-        return torch.sparse_csr_tensor(*matrix, shape, check_invariants=False) @ x
+        ctx.shape, ctx.matrix, ctx.transposed = shape, matrix, transposed
+        by_rows = torch.sparse_csr_tensor(*matrix, shape, check_invariants=False)
+        dense = x.to(matrix[2].dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return (by_rows @ dense).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return (by_rows @ dense).to(x.dtype)
 
     @staticmethod
     def backward(ctx, cotangent):
-        transposed = torch.sparse_csr_tensor(*ctx.transposed, ctx.shape, check_invariants=False)
-        return None, None, None, transposed @ cotangent.contiguous()
+        return None, None, None, _MatrixProduct.apply(ctx.shape[::-1], ctx.transposed, ctx.matrix, cotangent.contiguous())

@@ -56,7 +56,7 @@ class Partition:
         place = np.argsort(numbers)
         self.edges = torch.from_numpy(np.stack([place[np.searchsorted(numbers, source, sorter=place)], target - nodes.first]))
         self.halo = Exchange(self.comm, len(nodes), numbers)
-        self.coordinates = self.halo(torch.tensor(nodes.coordinates)).numpy()
+        self.coordinates = self.halo(torch.tensor(nodes.coordinates, device="cpu")).numpy()
 
     def __len__(self) -> int:
         """The nodes that this rank owns."""

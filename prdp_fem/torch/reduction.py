@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from mpi4py import MPI
 from petsc4py import PETSc
+from torch.nn.parameter import is_lazy
 
 from prdp_fem.parallel import agree
 
@@ -40,7 +41,7 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     agree(comm, lambda: (list(part.shape), part.dtype), "shapes of what is added up")
     summed = part.detach().clone(memory_format=torch.contiguous_format)
     if comm.size > 1:
-        on_host = summed.cpu()  # itself where it is there
+        on_host = _for_mpi(summed)
         comm.Allreduce(MPI.IN_PLACE, on_host.numpy())
         summed.copy_(on_host)
     return summed
@@ -85,6 +86,9 @@ class GradientReduction:
     pass, of which there is one for each step, has come through all of its parameters. As in torch's DistributedDataParallel, parameters
     fill buckets from the last one to the first, as backward passes come to them.
 
+    Which parameters are trained may change from step to step, as in a loop without buckets: what is frozen, and what no rank's
+    backward pass has come to, has no gradient after a step, so that optimisers leave it alone.
+
     Parameters
     ----------
     network : torch.nn.Module
@@ -96,7 +100,7 @@ class GradientReduction:
     Attributes
     ----------
     buckets : list of torch.Tensor
-        One-dimensional.
+        One-dimensional: gradients, and behind them on how many ranks the backward pass has come to each.
 
     Raises
     ------
@@ -116,58 +120,87 @@ class GradientReduction:
     """
 
     def __init__(self, network: torch.nn.Module, comm: MPI.Comm, *, bucket_size: int = 2**22):
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad][::-1]
+        self._network, self._ranks, self._bucket_size = network, comm, bucket_size
+        parameters = self._trained()
         agree(comm, lambda: _checked_shapes(parameters), "shapes of the network's parameters")
         # A communicator of its own: the backward pass communicates, too, in an order of its own.
         self._comm = comm.Dup() if comm.size > 1 else comm
-        self.buckets: list[torch.Tensor] = []
-        self._parts: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
-        self._sizes, self._hooks = [], []
-        for group in _grouped(parameters, bucket_size):
-            sizes = [parameter.numel() for parameter in group]
-            self.buckets.append(torch.zeros(sum(sizes), dtype=group[0].dtype, device=group[0].device))
-            self._sizes.append(len(group))
-            for parameter, part in zip(group, self.buckets[-1].split(sizes)):
-                self._parts.append((parameter, part.view_as(parameter)))
-                if comm.size > 1:
-                    self._hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._note, len(self._sizes) - 1)))
+        self._hooks: list = []
+        self._put_in_buckets(parameters)
         self.zero()
 
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self._network.parameters() if parameter.requires_grad][::-1]
+
+    def _put_in_buckets(self, parameters: list[torch.nn.Parameter]) -> None:
+        self._remove_hooks()
+        self._parameters = parameters
+        self.buckets: list[torch.Tensor] = []
+        # Of each bucket: its parameters, and their parts of it.
+        self._parts: list[list[tuple[torch.nn.Parameter, torch.Tensor]]] = []
+        for group in _grouped(parameters, self._bucket_size):
+            sizes = [parameter.numel() for parameter in group]
+            bucket = torch.zeros(sum(sizes) + len(group), dtype=group[0].dtype, device=group[0].device)
+            parts = bucket[:sum(sizes)].split(sizes)
+            self.buckets.append(bucket)
+            self._parts.append([(parameter, part.view_as(parameter)) for parameter, part in zip(group, parts)])
+            for place, parameter in enumerate(group):
+                note = partial(self._note, len(self.buckets) - 1, place)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
+
     def zero(self) -> None:
-        """Before a backward pass."""
+        """Before a backward pass. Collective.
+
+        Raises
+        ------
+        ValueError
+            On all ranks, where they train other parameters.
+        """
+        parameters = self._trained()
+        is_new = list(map(id, parameters)) != list(map(id, self._parameters))
+        agree(self._ranks, lambda: _shapes(parameters) if is_new else "those of before", "parameters that are trained",
+              "freeze and unfreeze parameters on all ranks at the same step")
+        if is_new:
+            self._put_in_buckets(parameters)
         self._requests: list[MPI.Request] = []
         self._reduced: list[torch.Tensor] = []
-        self._missing = self._sizes.copy()
-        for bucket in self.buckets:
+        self._missing = [set(range(len(parts))) for parts in self._parts]
+        self._network.zero_grad()
+        for bucket, parts in zip(self.buckets, self._parts):
             bucket.zero_()
-        for parameter, part in self._parts:
-            parameter.grad = part
+            for parameter, part in parts:
+                parameter.grad = part
 
-    def _note(self, bucket: int, _: torch.nn.Parameter) -> None:
+    def _note(self, bucket: int, place: int, _: torch.nn.Parameter) -> None:
         """The backward pass has come through a parameter of a bucket."""
-        if self._missing[bucket] == 0:
+        if bucket < len(self._requests):
             raise RuntimeError("a second backward pass has come to gradients whose reduction has started: add losses up, and call backward "
                                "once between zero() and finish(); a checkpoint inside the network needs use_reentrant=False")
-        self._missing[bucket] -= 1
-        # In the order of the buckets, which is the same on all ranks, however their backward passes run.
-        while len(self._requests) < len(self.buckets) and self._missing[len(self._requests)] == 0:
-            self._start()
+        self._missing[bucket].discard(place)
+        if self._comm.size > 1:
+            # In the order of the buckets, which is the same on all ranks, however their backward passes run.
+            while len(self._requests) < len(self.buckets) and not self._missing[len(self._requests)]:
+                self._start()
 
     def _start(self) -> None:
-        """Start to reduce the next bucket: itself, or a copy on the host of one on a device."""
-        self._reduced.append(self.buckets[len(self._requests)].cpu())
+        """Start to reduce the next bucket: itself, or a copy of one on a device, or of a type that MPI does not know."""
+        place = len(self._requests)
+        bucket, count, missing = self.buckets[place], len(self._parts[place]), self._missing[place]
+        bucket[-count:] = torch.tensor([one not in missing for one in range(count)], device="cpu").to(bucket)
+        self._reduced.append(_for_mpi(bucket))
         self._requests.append(self._comm.Iallreduce(MPI.IN_PLACE, self._reduced[-1].numpy()))
 
     @PETSc.Log.EventDecorator("PRDPReduce")
     def finish(self) -> None:
-        """After the backward pass: gradients are sums over the ranks. Collective.
+        """After the backward pass: gradients are sums over the ranks, and None where no rank has any. Collective.
 
         Raises
         ------
         RuntimeError
             Where gradients are no longer where they were at :meth:`zero`.
         """
-        if any(parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr() for parameter, part in self._parts):
+        if any(parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr()
+               for parts in self._parts for parameter, part in parts):
             raise RuntimeError("gradients have been replaced since zero(): leave optimiser.zero_grad() and create_graph=True away")
         if self._comm.size > 1:
             while len(self._requests) < len(self.buckets):
@@ -176,13 +209,34 @@ class GradientReduction:
             for bucket, reduced in zip(self.buckets, self._reduced):
                 if bucket is not reduced:
                     bucket.copy_(reduced)
+            self._missing = [{place for place, ranks in enumerate(bucket[-len(parts):].tolist()) if ranks == 0}
+                             for bucket, parts in zip(self.buckets, self._parts)]
+            self._add_up_latecomers()
+        for parts, missing in zip(self._parts, self._missing):
+            for place in missing:
+                parts[place][0].grad = None
+
+    def _add_up_latecomers(self) -> None:
+        """Add up the gradients of what has been unfrozen, or has joined the network, since :meth:`zero`."""
+        before = set(map(id, self._parameters))
+        late = [parameter for parameter in self._trained() if id(parameter) not in before]
+        agree(self._ranks, lambda: _shapes(late), "parameters that are trained", "unfreeze parameters on all ranks at the same step")
+        for parameter in late:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            has_gradient = gradient.new_full((1,), float(parameter.grad is not None))
+            summed = total(torch.cat([gradient.reshape(-1), has_gradient]), self._ranks)
+            parameter.grad = summed[:-1].view_as(parameter) if summed[-1] else None
+
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def __enter__(self) -> GradientReduction:
         return self
 
     def __exit__(self, error_type, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._remove_hooks()
         if self._comm.size > 1:
             if error_type is None:
                 self._comm.Free()
@@ -197,7 +251,21 @@ _ABANDONED: list[tuple] = []
 def _checked_shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
     if not parameters:
         raise ValueError("the network has no parameters to train")
+    return _shapes(parameters)
+
+
+def _shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
+    if any(map(is_lazy, parameters)):
+        raise ValueError("the network has parameters whose shapes are not known before its first call: call it with a sample first")
     return [(*parameter.shape, parameter.dtype) for parameter in parameters]
+
+
+def _for_mpi(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the host, of a type that MPI knows: itself where it is that already."""
+    return (tensor.float() if tensor.dtype in _UNKNOWN_TO_MPI else tensor).cpu()
+
+
+_UNKNOWN_TO_MPI = (torch.float16, torch.bfloat16)
 
 
 def _grouped(parameters: list[torch.nn.Parameter], bucket_size: int) -> list[list[torch.nn.Parameter]]:

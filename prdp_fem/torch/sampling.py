@@ -70,7 +70,7 @@ class EnsembleSampler:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, float]]:
         """Sample numbers of this member, and their share of the batch; none where a batch is smaller than the ensemble."""
-        for batch in torch.randperm(self._samples, generator=self._order).split(self._batch_size):
+        for batch in torch.randperm(self._samples, generator=self._order, device="cpu").split(self._batch_size):
             mine = deal(batch, self._ensemble)
             yield mine, len(mine)/len(batch)
 
