@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 
 import numpy as np
 import torch
@@ -260,10 +259,15 @@ class SolverLayer(torch.nn.Module):
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
 
 
-@cache
+# Empty until torch compiles, since its compiler takes long to be imported. (It traces through functions with a cache.)
+_UNCOMPILED: list[Callable] = []
+
+
 def _uncompiled() -> Callable:
-    """What a call is where torch compiles; made when it does, since its compiler takes long to be imported."""
-    return torch.compiler.disable(SolverLayer._call)
+    """What a call is where torch compiles."""
+    if not _UNCOMPILED:
+        _UNCOMPILED.append(torch.compiler.disable(SolverLayer._call))
+    return _UNCOMPILED[0]
 
 
 def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
