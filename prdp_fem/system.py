@@ -457,15 +457,9 @@ class System(ABC):
             Where the solve fails.
         """
 
-    @staticmethod
-    def fields_of(record) -> list[np.ndarray]:
-        """The fields that a record of a solve holds, which somebody else may keep in its place."""
-        return []
-
-    @staticmethod
-    def with_fields(record, fields: list[np.ndarray]):
-        """A record with other fields, or without any, in place of its own."""
-        return record
+    # Whether records of solves hold fields. Then these have methods ``fields_of(record)`` and ``with_fields(record, fields)``, by which
+    # somebody else may keep them.
+    keeps_fields = False
 
     # Its derivatives
 

@@ -126,12 +126,16 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
             self._check_method(lambda: False)
         return trajectory
 
+    keeps_fields = True
+
     @staticmethod
     def fields_of(record: Trajectory) -> list[np.ndarray]:
+        """The states of a trajectory."""
         return record.states
 
     @staticmethod
     def with_fields(record: Trajectory, fields: list[np.ndarray]) -> Trajectory:
+        """A trajectory with other states, or none."""
         return replace(record, states=fields)
 
     def _unrolled_steps(self, trajectory: Trajectory) -> range:

@@ -32,6 +32,9 @@ transforms_are_active = torch._C._are_functorch_transforms_active
 # A batch that is hidden in a tensor by an older mechanism of torch's, of which an autograd.Function cannot have a rule.
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
+_MADE_ANEW = ("a SolverLayer was called again for its backward pass, by a checkpoint or a transform of torch.func, and its setting, or "
+              "coefficients that are no controls, are others than in the forward pass: call backward before changing them, or make the "
+              "coefficients controls")
 _ONCE_ONLY = ("second derivatives through a SolverLayer are not available: call backward without create_graph=True, and do not nest "
               "derivatives of torch.func")
 _BACKWARDS_ONLY = ("forward-mode derivatives through a SolverLayer are not available: use backward(), or torch.func.vjp, grad or jacrev, "
@@ -60,38 +63,51 @@ class Surroundings:
     Attributes
     ----------
     comm : mpi4py.MPI.Comm
-    number : int
+    number : torch.Tensor or None
         Of the last call, made from setting and values.
     """
 
     def __init__(self, comm: MPI.Comm):
-        self.comm, self.number = comm, -1
+        self.comm, self.number, self.plan = comm, None, None
         self._setting: Setting | None = None
         self._arrays: list[np.ndarray] = []
         self._checksums: list[int] = []
+        self._saved: list[torch.Tensor] = []
 
     def saved(self, setting: Setting | None, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """The number and the arrays as tensors, for ``save_for_backward``."""
-        before = self._arrays if len(self._arrays) == len(arrays) else [NO_VALUES]*len(arrays)
-        shared = [old if new is old or (new.size == old.size and same_bits(new, old)) else new for new, old in zip(arrays, before)]
-        if self.number < 0 or setting != self._setting or any(new is not old for new, old in zip(shared, before)):
-            checksums = self._checksums if before is self._arrays else [0]*len(arrays)
-            self._checksums = [checksum if new is old else zlib.crc32(new)
-                               for new, old, checksum in zip(shared, before, checksums)]
-            self._setting, self._arrays = setting, shared
-            # Small enough for hooks that convert all tensors to float32.
-            self.number = zlib.crc32(f"{in_numbers(setting)} {self._checksums}".encode()) % 2**24
-            with torch.inference_mode(False):  # in which it could not be saved by later calls
-                self._tensor = torch.tensor(self.number, device=CPU)
-        return [self._tensor, *map(torch.from_numpy, shared)]
+        is_other = setting is not self._setting and setting != self._setting
+        if is_other or not self._saved or len(arrays) != len(self._arrays):
+            self._renew(setting, arrays, [zlib.crc32(array) for array in arrays])
+        else:
+            for new, old in zip(arrays, self._arrays):
+                if new is not old and not (new.size == old.size and same_bits(new, old)):
+                    self._replace(setting, arrays)
+                    break
+        return self._saved
+
+    def _replace(self, setting: Setting | None, arrays: Sequence[np.ndarray]) -> None:
+        """Have other arrays in place of those that have changed."""
+        shared, checksums = [], []
+        for new, old, checksum in zip(arrays, self._arrays, self._checksums):
+            is_same = new is old or (new.size == old.size and same_bits(new, old))
+            shared.append(old if is_same else new)
+            checksums.append(checksum if is_same else zlib.crc32(new))
+        self._renew(setting, shared, checksums)
+
+    def _renew(self, setting: Setting | None, arrays: Sequence[np.ndarray], checksums: list[int]) -> None:
+        self._setting, self._arrays, self._checksums = setting, list(arrays), checksums
+        # Small enough for hooks that convert all tensors to float32.
+        number = zlib.crc32(f"{in_numbers(setting)} {checksums}".encode()) % 2**24
+        with torch.inference_mode(False):  # in which they could not be saved by later calls
+            self.number = torch.tensor(number, device=CPU)
+            self._saved = [self.number, *map(torch.from_numpy, arrays)]
 
 
-def check_number(found: torch.Tensor, expected: int) -> None:
+def check_number(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Raise a RuntimeError where what was saved is of another call than the one that is differentiated."""
-    if found.item() != expected:
-        raise RuntimeError("a SolverLayer was called again for its backward pass, by a checkpoint or a transform of torch.func, and its "
-                           "setting, or coefficients that are no controls, are others than in the forward pass: call backward before "
-                           "changing them, or make the coefficients controls")
+    if found is not expected and found.item() != expected.item():
+        raise RuntimeError(_MADE_ANEW)
 
 
 def _first_order(backward):
@@ -154,69 +170,83 @@ class Solve(_Reverse):
     def forward(ctx, solver, surroundings: Surroundings, device: torch.device, batch: torch.Size, indices: Sequence[int], boundary, guess,
                 *tensors: torch.Tensor) -> torch.Tensor:
         system, statistics, setting = solver.system, solver.statistics, solver.setting
+        if surroundings.plan is None:
+            assembles = boundary is not None or system.needs_solutions(indices)
+            # Where all is a matrix product, derivatives look at no values.
+            unread = () if assembles else system.unread_inputs
+            others = [index for index in range(len(system.inputs)) if index not in indices and index not in unread]
+            surroundings.plan = assembles, assembles or not unread, others
+        assembles, _, others = surroundings.plan
         point, varying = solver.point(without=indices, has_boundary=boundary is None), {}
-        ctx.assembles = boundary is not None or system.needs_solutions(indices)
-        # Where all is a matrix product, derivatives look at no values.
-        unread = () if ctx.assembles else system.unread_inputs
-        ctx.others = [index for index in range(len(point.values)) if index not in indices and index not in unread]
-        arrays = [point.values[index] for index in ctx.others]
-        ctx.has_boundary = boundary is None and point.boundary is not None
-        if ctx.has_boundary:
+        arrays = [point.values[index] for index in others]
+        has_boundary = boundary is None and point.boundary is not None
+        if has_boundary:
             arrays.append(point.boundary)
-        ctx.has_guess = guess is None and point.guess is not None and system.depends_on_guess
-        if ctx.has_guess:
+        has_guess = guess is None and point.guess is not None and system.depends_on_guess
+        if has_guess:
             arrays.append(point.guess)
-        moved = _put_in(point, varying, system, statistics, batch, indices, (boundary, guess, *tensors))
-        ctx.comm, ctx.solver, ctx.batch, ctx.indices, ctx.setting = surroundings.comm, solver, batch, indices, setting
-        ctx.memory, ctx.device, ctx.unread = system.memory, device, unread
+        moved = _put_in(point, varying, system, statistics, batch, indices, boundary, guess, tensors)
         solutions, written = room(batch, system.size, device if system.takes_device_rows else CPU)
         with ordered(device):
             records = system.solve(point, setting, written, varying)
-        ctx.mesh_stamp = system.mesh_stamp()
-        # A copy: the caller may change what it gets in place, and the backward pass must not see it.
-        kept = _rows(solutions.clone(), batch) if ctx.assembles else None
-        fields = [system.fields_of(record) for record in records]
-        ctx.records, ctx.counts = [system.with_fields(record, []) for record in records], [len(one) for one in fields]
-        saved = surroundings.saved(setting, arrays)
-        ctx.number = surroundings.number
-        ctx.save_for_backward(boundary, guess if system.depends_on_guess else None, *tensors, *moved, kept, *saved,
-                              *(torch.from_numpy(field) for one in fields for field in one))
+        saved = [boundary, guess if system.depends_on_guess else None, *tensors, *surroundings.saved(setting, arrays)]
+        if assembles:
+            # A copy: the caller may change what it gets in place, and the backward pass must not see it.
+            saved.append(_rows(solutions.clone(), batch))
+        if moved:
+            saved += moved
+        counts = None
+        if system.keeps_fields:
+            fields = [system.fields_of(record) for record in records]
+            records = [system.with_fields(record, []) for record in records]
+            counts = [len(one) for one in fields]
+            saved += [torch.from_numpy(field) for one in fields for field in one]
+        ctx.comm = surroundings.comm
+        # Nothing of the size of a field is among these.
+        ctx.call = (solver, surroundings.plan, surroundings.number, setting, batch, device, indices, system.memory, system.mesh_stamp(),
+                    has_boundary, has_guess, bool(moved), records, counts)
+        ctx.save_for_backward(*saved)
         return solutions if solutions.device == device else placed(solutions.numpy(), device, statistics)
 
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
-        system, statistics, batch = ctx.solver.system, ctx.solver.statistics, ctx.batch
-        if ctx.memory is not system.memory:
+        (solver, (assembles, reads, others), number, setting, batch, device, indices, memory, mesh_stamp, has_boundary, has_guess,
+         has_moved, records, counts) = ctx.call
+        system, statistics = solver.system, solver.statistics
+        if memory is not system.memory:
             raise RuntimeError("the solver has moved to another device between the forward and the backward pass: call backward before "
                                "moving it")
-        if ctx.mesh_stamp != system.mesh_stamp():
+        if mesh_stamp != system.mesh_stamp():
             raise RuntimeError("a mesh of the problem has moved between the forward and the backward pass: call backward before moving it")
-        given = 2 + len(ctx.indices)
-        saved = iter(ctx.saved_tensors)
-        (boundary_values, guess_values, *tensors), moved = _next(saved, given), _next(saved, given)
-        solutions, number, *arrays = saved
-        check_number(number, ctx.number)
-        point, varying, arrays = Point([NO_VALUES]*len(system.inputs)), {}, map(torch.Tensor.numpy, arrays)
-        for index in ctx.others:
-            point.values[index] = next(arrays)
-        if ctx.has_boundary:
-            point.boundary = next(arrays)
-        if ctx.has_guess:
-            point.guess = next(arrays)
-        _put_in(point, varying, system, statistics, batch, ctx.indices, (boundary_values, guess_values, *tensors), moved, ctx.unread)
-        records = [system.with_fields(record, _next(arrays, count)) for record, count in zip(ctx.records, ctx.counts)]
+        saved, count = ctx.saved_tensors, 2 + len(indices)
+        boundary_values, guess_values, *tensors = saved[:count]
+        check_number(saved[count], number)
+        rest = iter(saved[count + 1:])
+        point, varying = Point([NO_VALUES]*len(system.inputs)), {}
+        for index in others:
+            point.values[index] = next(rest).numpy()
+        if has_boundary:
+            point.boundary = next(rest).numpy()
+        if has_guess:
+            point.guess = next(rest).numpy()
+        solutions = _handed(next(rest)) if assembles else None
+        moved = _next(rest, count) if has_moved else ()
+        if reads:
+            _put_in(point, varying, system, statistics, batch, indices, boundary_values, guess_values, tensors, moved)
+        if counts is not None:
+            records = [system.with_fields(record, [field.numpy() for field in _next(rest, fields)])
+                       for record, fields in zip(records, counts)]
 
-        needed = ctx.needs_input_grad[_BEFORE_TENSORS:]
-        rows, device = batch.numel(), ctx.device
+        needed, rows = ctx.needs_input_grad[_BEFORE_TENSORS:], batch.numel()
         rooms = {index: room(batch, tensor.shape[-1], device if index in system.device_inputs else CPU)
-                 for index, tensor, wanted in zip(ctx.indices, tensors, needed) if wanted}
+                 for index, tensor, wanted in zip(indices, tensors, needed) if wanted}
         boundary = np.empty((rows, system.size)) if ctx.needs_input_grad[_BOUNDARY] else None
         guess = np.empty((rows, system.size)) if ctx.needs_input_grad[_GUESS] else None
         cotangents = _rows(cotangent, batch)
         cotangents = _handed(cotangents) if system.takes_device_rows else to_host(cotangents, statistics)
         with ordered(device):
-            system.solve_adjoint(point, ctx.setting, cotangents, None if solutions is None else _handed(solutions), records,
+            system.solve_adjoint(point, setting, cotangents, solutions, records,
                                  {index: written for index, (_, written) in rooms.items()}, varying=varying, boundary=boundary,
                                  guess=guess)
         gradients = {index: gradient if gradient.device == tensor.device else placed(gradient.numpy(), tensor.device, statistics)
@@ -225,34 +255,38 @@ class Solve(_Reverse):
                 None if boundary is None else _reduced(placed(boundary, device, statistics), batch, boundary_values),
                 None if guess is None else _reduced(placed(guess, device, statistics), batch, guess_values),
                 *(_reduced(gradients[index], batch, tensor) if index in gradients else None
-                  for index, tensor in zip(ctx.indices, tensors)))
+                  for index, tensor in zip(indices, tensors)))
 
 
 def _put_in(point: Point, varying: dict, system, statistics: Statistics, batch: torch.Size, indices: Sequence[int],
-            given: Sequence[torch.Tensor | None], moved: Sequence[torch.Tensor | None] = (), unread=()) -> list[torch.Tensor | None]:
+            boundary: torch.Tensor | None, guess: torch.Tensor | None, tensors: Sequence[torch.Tensor],
+            moved: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor | None]:
     """Put tensors into a point: boundary values, the guess and inputs; those inputs whose values vary over the batch apart.
 
-    What had to be copied from a device to the host is returned, and may be given when it is asked for again.
+    What had to be copied from a device to the host is returned, with None for what had not, or an empty list for nothing; it may be given
+    when it is asked for again.
     """
-    copies: list[torch.Tensor | None] = [None]*len(given)
-    for place, tensor in enumerate(given):
-        index = indices[place - 2] if place > 1 else None
-        if tensor is None or index in unread:
-            continue
+    copies: list[torch.Tensor | None] = []
+
+    def values_of(place: int, tensor: torch.Tensor, *, stays: bool = False):
         if moved and moved[place] is not None:
-            values = moved[place].numpy()
-        else:
-            rows = _rows(tensor, batch if tensor.ndim > 1 else torch.Size())
-            values = _handed(rows) if index in system.device_inputs else to_host(rows, statistics)
-            if tensor.ndim == 1:
-                values = values[0]
-            if not tensor.is_cpu and isinstance(values, np.ndarray):
-                copies[place] = torch.from_numpy(values)
-        if place == 0:
-            point.boundary = values
-        elif place == 1:
-            point.guess = values
-        elif tensor.ndim > 1:
+            return moved[place].numpy()
+        rows = _rows(tensor, batch if tensor.ndim > 1 else torch.Size())
+        values = _handed(rows) if stays else to_host(rows, statistics)
+        if tensor.ndim == 1:
+            values = values[0]
+        if not (stays or tensor.is_cpu or moved):
+            copies.extend([None]*(2 + len(tensors) - len(copies)))
+            copies[place] = torch.from_numpy(values)
+        return values
+
+    if boundary is not None:
+        point.boundary = values_of(0, boundary)
+    if guess is not None:
+        point.guess = values_of(1, guess)
+    for place, (index, tensor) in enumerate(zip(indices, tensors), 2):
+        values = values_of(place, tensor, stays=index in system.device_inputs)
+        if tensor.ndim > 1:
             varying[index] = values
         else:
             point.values[index] = values
@@ -352,7 +386,8 @@ class TransformedCall:
             outputs, stamp = self._values(tensors), self._stamp()
         if self._expected is None:
             self._expected = stamp
-        check_number(torch.tensor(stamp == self._expected, device=CPU), True)
+        if stamp != self._expected:
+            raise RuntimeError(_MADE_ANEW)
         return outputs
 
 
