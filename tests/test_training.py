@@ -204,3 +204,363 @@ def test_what_ranks_must_have_alike():
         trained(network, loss, solvers=[solver])
     history = trained(network, lambda samples: loss(samples)/COMM_WORLD.size, comm=COMM_WORLD, validate=lambda: 1.0 + 1e-16*COMM_WORLD.rank)
     assert COMM_WORLD.allgather(history.metric) == [history.metric]*COMM_WORLD.size
+
+
+# What a plain loop does with parameters, on any number of ranks
+
+class Phases:
+    """A network in which parameters are frozen, shared, left unused by some batches, and join later."""
+
+    def __init__(self, comm):
+        torch.manual_seed(3)
+        self.comm, self.batches = comm, 0
+        encoder, tied = torch.nn.Linear(3, 4).double(), torch.nn.Linear(4, 4).double()
+        self.network = torch.nn.ModuleDict({"encoder": encoder.requires_grad_(False), "tied": tied,
+                                            "sometimes": torch.nn.Linear(4, 4).double(),
+                                            "head": torch.nn.Linear(4, 2).double()})
+        self.network["again"] = tied
+        self.x, self.y = torch.randn(10, 3, dtype=torch.float64), torch.randn(10, 2, dtype=torch.float64)
+        self.optimiser = torch.optim.SGD(self.network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    def loss(self, samples):
+        """This rank's part; parameters change at other times than between epochs, too."""
+        self.batches += 1
+        if self.batches == 5:
+            self.network["tied"].requires_grad_(False)
+        if self.batches == 8:
+            self.network["tied"].requires_grad_(True)
+        state = torch.tanh(self.network["again"](torch.tanh(self.network["tied"](self.network["encoder"](self.x[samples])))))
+        if self.batches % 3 == 0 and self.comm.rank == self.comm.size - 1:
+            # By one rank only.
+            state = state + self.comm.size*torch.tanh(self.network["sometimes"](state))
+        if "late" in self.network:
+            state = state + self.network["late"](state)
+        return ((self.network["head"](state) - self.y[samples])**2).mean()/self.comm.size
+
+    def validate(self):
+        epoch = self.batches//3
+        if epoch == 2:
+            self.network["encoder"].requires_grad_(True)
+        if epoch == 3:
+            self.network["late"] = torch.nn.Linear(4, 4).double()
+            for parameter in self.network["late"].parameters():
+                torch.nn.init.ones_(parameter)
+            self.optimiser.add_param_group({"params": list(self.network["late"].parameters()), "lr": 0.05})
+        if epoch == 4:
+            self.network["encoder"].requires_grad_(False)
+        return 1.0
+
+    def train(self):
+        train(self.network, self.loss, self.validate, optimiser=self.optimiser, refinement=FIXED, solvers=[], samples=10, batch_size=4,
+              epochs=6, seed=7, comm=self.comm, progress=False)
+        return self.state()
+
+    def state(self):
+        weights = [parameter.detach() for parameter in self.network.parameters()]
+        averages = [self.optimiser.state.get(parameter, {}).get("momentum_buffer") for parameter in self.network.parameters()]
+        return weights, averages
+
+
+class Parts(Phases):
+    """The sum of what ranks compute, by one."""
+
+    class Rank:
+        def __init__(self, rank, size):
+            self.rank, self.size = rank, size
+
+    def plain(self, ranks):
+        order = torch.Generator().manual_seed(7)
+        for _ in range(6):
+            for samples in torch.randperm(10, generator=order).split(4):
+                self.optimiser.zero_grad()
+                batches, total = self.batches, 0.0
+                for rank in range(ranks):
+                    self.batches, self.comm = batches, self.Rank(rank, ranks)
+                    total = total + self.loss(samples)
+                total.backward()
+                self.optimiser.step()
+            self.validate()
+        return self.state()
+
+
+@pytest.mark.parallel([1, 2, 3])
+def test_what_is_trained_at_a_batch_is_what_a_plain_loop_trains():
+    (weights, averages), (expected, expected_averages) = Phases(COMM_WORLD).train(), Parts(COMM_SELF).plain(COMM_WORLD.size)
+    for one, other in zip(weights, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+    assert [one is None for one in averages] == [other is None for other in expected_averages]
+    for one, other in zip(averages, expected_averages):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parallel([2, 3])
+def test_ranks_that_freeze_other_parameters_are_an_error_on_all():
+    phases = Phases(COMM_WORLD)
+
+    def validate():
+        if COMM_WORLD.rank == 0:
+            phases.network["head"].requires_grad_(False)
+        return 1.0
+
+    phases.validate = validate
+    with pytest.raises(ValueError, match="parameters that are trained must be the same on all ranks"):
+        phases.train()
+
+
+def test_a_group_of_others_parameters_that_is_added_later_is_refused():
+    network, loss = regression()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def validate():
+        optimiser.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))]})
+        return 1.0
+
+    with pytest.raises(ValueError, match="parameters that are not the network's"):
+        trained(network, loss, optimiser, validate=validate)
+
+
+# What is not finite
+
+def snapshot(network, optimiser):
+    return copy.deepcopy([network.state_dict(), optimiser.state_dict()])
+
+
+def assert_same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for parts in zip(one, other):
+            assert_same(*parts)
+    else:
+        assert one == other
+
+
+def wrong_loss(network):
+    return np.nan*network.layers[0][0].weight.sum()
+
+
+def wrong_number(network):
+    return torch.tensor(np.inf)
+
+
+def wrong_gradient(network):
+    return torch.sqrt((0*network.layers[0][0].weight).abs().sum())
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("wrong, words", [(wrong_loss, "the loss of samples .* is nan"), (wrong_number, "the loss of samples .* is inf"),
+                                          (wrong_gradient, "the gradient by 'layers.0.0.weight' .* is not finite")])
+@pytest.mark.parametrize("make", [lambda parameters: torch.optim.Adam(parameters, lr=1e-2),
+                                  lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, foreach=True)])
+def test_what_is_not_finite_moves_nothing(wrong, words, make):
+    """Of one rank's part, too; whatever the validation makes of it."""
+    network, loss = regression()
+    optimiser, before, calls = make(network.parameters()), [], []
+
+    def spoiled(samples):
+        calls.append(samples)
+        before[:] = snapshot(network, optimiser)
+        part = loss(samples)/COMM_WORLD.size
+        return part + wrong(network) if len(calls) == 5 and COMM_WORLD.rank == COMM_WORLD.size - 1 else part
+
+    with pytest.raises(ValueError, match=words):
+        trained(network, spoiled, optimiser, comm=COMM_WORLD, validate=lambda: min(1.0, 2.0))
+    assert len(calls) == 5
+    assert_same(snapshot(network, optimiser), before)
+
+
+def test_large_gradients_are_finite_ones():
+    """Their sum is not."""
+    network, _ = regression()
+    network.float()
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    trained(network, lambda samples: sum(1e38*(parameter - parameter.detach()).sum() for parameter in network.parameters()),
+            torch.optim.SGD(network.parameters(), lr=1e-38), epochs=1, batch_size=10)
+    for one, other in zip(network.parameters(), before):
+        torch.testing.assert_close(one.detach(), other - 1)
+
+
+def test_weights_that_the_last_step_has_spoiled_are_an_error():
+    network, loss = regression()
+    network.float()
+    with pytest.raises(ValueError, match="'layers.0.0.weight' of the network is not finite after an epoch"):
+        trained(network, lambda samples: 1e30*sum(parameter.sum() for parameter in network.parameters()),
+                torch.optim.SGD(network.parameters(), lr=1e30), epochs=1, batch_size=10)
+
+
+# Optimisers and schedulers
+
+@pytest.mark.parametrize("options", [{}, {"max_iter": 3, "history_size": 2}])
+def test_a_closure_is_that_of_a_plain_loop(options):
+    network, loss = regression()
+    start = copy.deepcopy(network.state_dict())
+    optimiser, order = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe", **options), torch.Generator().manual_seed(7)
+    for _ in range(2):
+        for samples in torch.randperm(10, generator=order).split(4):
+            def closure(samples=samples):
+                optimiser.zero_grad()
+                value = loss(samples)
+                value.backward()
+                return value
+            optimiser.step(closure)
+    plain = copy.deepcopy(network.state_dict())
+    network.load_state_dict(start)
+    trained(network, loss, torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe", **options), seed=7, epochs=2)
+    assert_same(network.state_dict(), plain)
+
+
+def test_an_error_among_the_evaluations_of_a_step_leaves_all_as_it_was():
+    network, loss = regression()
+    optimiser, before, calls = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), [], []
+
+    def spoiled(samples):
+        if not calls or not torch.equal(calls[-1], samples):
+            before[:] = snapshot(network, optimiser)
+        calls.append(samples)
+        return loss(samples)*(np.nan if len(calls) == 40 else 1.0)
+
+    with pytest.raises(ValueError, match="is nan"):
+        trained(network, spoiled, optimiser, epochs=20)
+    assert torch.equal(calls[-1], calls[-2])  # in the middle of a step
+    assert_same(snapshot(network, optimiser), before)
+
+
+def test_schedulers_are_told_the_metric():
+    network, loss = regression()
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimiser, patience=0, factor=0.5)
+    metrics = [3.0, 2.0, 2.5, 1.0, 1.5]
+    trained(network, loss, optimiser, scheduler=scheduler, validate=iter(metrics).__next__, epochs=5)
+    other = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    expected = torch.optim.lr_scheduler.ReduceLROnPlateau(other, patience=0, factor=0.5)
+    for metric in metrics:
+        expected.step(metric)
+    assert optimiser.param_groups[0]["lr"] == other.param_groups[0]["lr"] < 0.1
+
+
+KINDS = torch.optim.lr_scheduler
+
+
+@pytest.mark.parametrize("make", [
+    lambda optimiser: KINDS.StepLR(optimiser, 2), lambda optimiser: KINDS.CosineAnnealingLR(optimiser, 5),
+    lambda optimiser: KINDS.OneCycleLR(optimiser, 0.1, total_steps=3),
+    lambda optimiser: KINDS.ChainedScheduler([KINDS.StepLR(optimiser, 2), KINDS.ExponentialLR(optimiser, 0.9)]),
+    lambda optimiser: KINDS.SequentialLR(optimiser, [KINDS.ConstantLR(optimiser), KINDS.ExponentialLR(optimiser, 0.9)], [2]),
+], ids=["StepLR", "CosineAnnealingLR", "OneCycleLR", "ChainedScheduler", "SequentialLR"])
+def test_schedulers_are_stepped_after_each_epoch(make):
+    network, loss = regression()
+    mine, other = (torch.optim.SGD(network.parameters(), lr=0.1) for _ in range(2))
+    trained(network, loss, mine, scheduler=make(mine))
+    scheduler = make(other)
+    for _ in range(3):
+        other.step()
+        scheduler.step()
+    assert mine.param_groups[0]["lr"] == other.param_groups[0]["lr"]
+
+
+# What is refused before any work
+
+def heat_solver(refinement):
+    V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
+    f, w, v = Function(V), TrialFunction(V), TestFunction(V)
+    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, f*v*dx, Function(V, name="u"))
+    solver = LinearVariationalSolver(problem, refinement=refinement, solver_parameters=CG)
+    return solver, SolverLayer(solver, [f])
+
+
+@pytest.mark.parametrize("options, error, words", [
+    ({"network": 3}, TypeError, "network must be a Module"), ({"loss": 1.0}, TypeError, "loss must be callable"),
+    ({"validate": 1.0}, TypeError, "validate must be callable"), ({"optimiser": "Adam"}, TypeError, "optimiser must be a Optimizer"),
+    ({"refinement": None}, TypeError, "refinement must be a Refinement"), ({"solvers": None}, TypeError, "solvers must be a list"),
+    ({"solvers": [3]}, TypeError, "solvers must be of prdp_fem's"), ({"epochs": 2.5}, (TypeError, ValueError), "epochs must be an integer"),
+    ({"epochs": True}, (TypeError, ValueError), "epochs must be an integer"), ({"scheduler": 3}, TypeError, "scheduler must be one of"),
+    ({"comm": 3}, TypeError, "comm must be a communicator"), ({"ensemble": COMM_SELF}, TypeError, "ensemble must be a firedrake.Ensemble"),
+])
+def test_arguments_of_other_kinds_are_refused(options, error, words):
+    network, loss = regression()
+    optimiser, calls = torch.optim.SGD(network.parameters(), lr=0.1), []
+    arguments = {"network": network, "loss": lambda samples: calls.append(0) or loss(samples), "validate": lambda: 1.0,
+                 "optimiser": optimiser, "refinement": FIXED, "solvers": [], "samples": 10, "batch_size": 4, "epochs": 1, "progress": False,
+                 **options}
+    before = snapshot(network, optimiser)
+    with pytest.raises(error, match=words):
+        train(arguments.pop("network"), arguments.pop("loss"), arguments.pop("validate"), **arguments)
+    assert not calls
+    assert_same(snapshot(network, optimiser), before)
+
+
+@pytest.mark.parametrize("returned, error, words", [
+    (1.0, TypeError, "loss must return a tensor with one real number, found 1.0"), (None, TypeError, "loss must return"),
+    (torch.ones(3), TypeError, r"found a tensor of shape \(3,\)"), (torch.tensor(1), TypeError, "torch.int64"),
+    (torch.tensor(1j), TypeError, "torch.complex64"), (torch.tensor(1.0), ValueError, "the loss depends on no parameter that is trained")])
+def test_losses_that_are_none_are_refused(returned, error, words):
+    network, _ = regression()
+    with pytest.raises(error, match=words):
+        trained(network, lambda samples: returned)
+
+
+@pytest.mark.parametrize("metric", [None, "1.0", "abc", 1j, torch.ones(2), [1.0]])
+def test_metrics_that_are_no_numbers_are_refused(metric):
+    network, loss = regression()
+    refinement = ProgressiveRefinement(IterationLadder())
+    with pytest.raises(ValueError, match="a metric must be a number"), pytest.warns(UserWarning, match="none of the solvers it knows"):
+        trained(network, loss, validate=lambda: metric, refinement=refinement)
+    assert not refinement.history
+
+
+def test_refinements_that_solvers_do_not_follow():
+    network, loss = regression()
+    given, other = (ProgressiveRefinement(IterationLadder(stop=5)) for _ in range(2))
+    (following, layer), (led, _), (free, _) = (heat_solver(refinement) for refinement in (given, other, None))
+    for solvers, error, words in [([led], ValueError, "the solver for 'u' follows another refinement"),
+                                  ([following, led], ValueError, "the solver for 'u' follows another refinement"),
+                                  ([free], ValueError, "no solver follows the refinement that train"),
+                                  ([layer], TypeError, "found a prdp_fem.torch.layer.SolverLayer: give its solver"),
+                                  (following, TypeError, "solvers must be a list")]:
+        with pytest.raises(error, match=words):
+            trained(network, loss, refinement=given, solvers=solvers)
+    assert not given.history
+    with pytest.warns(UserWarning, match="a refinement that none of the solvers it knows follows"):
+        trained(network, loss, refinement=given, epochs=1)
+    with pytest.warns(UserWarning, match="the solver for 'u' follows no refinement"):
+        trained(network, loss, refinement=given, solvers=[following, free], epochs=1)
+
+
+def test_optimisers_and_schedulers_that_cannot_do_their_work_are_refused():
+    network, loss = regression()
+    optimiser, tiny = (torch.optim.SGD(network.parameters(), lr=rate) for rate in (0.1, 1e-30))
+    kinds = torch.optim.lr_scheduler
+    for options, words in [({"optimiser": torch.optim.LBFGS(network.parameters())}, 'line_search_fn="strong_wolfe"'),
+                           ({"optimiser": optimiser, "scheduler": kinds.StepLR(tiny, 1)}, "scheduler is that of another optimiser"),
+                           ({"optimiser": tiny, "scheduler": kinds.ReduceLROnPlateau(tiny)}, "would never reduce learning rates of 1e-30"),
+                           ({"optimiser": optimiser, "scheduler": kinds.OneCycleLR(optimiser, 0.1, total_steps=2)},
+                            "OneCycleLR was made for 2 steps")]:
+        with pytest.raises(ValueError, match=words):
+            trained(network, loss, **options)
+
+
+@pytest.mark.parallel(2)
+def test_a_closure_on_ranks_that_share_unknowns_is_refused():
+    network, loss = regression()
+    with pytest.raises(ValueError, match="LBFGS compares values of the loss, of which each of 2 ranks has a part"):
+        trained(network, loss, torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), comm=COMM_WORLD)
+
+
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_networks_in_half_precision(dtype):
+    network, loss = regression()
+    network.to(dtype)
+    expected = copy.deepcopy(network)
+    x = torch.linspace(-1, 1, 30).view(10, 3).to(dtype)
+    trained(network, lambda samples: network(x[samples]).float().square().mean()/COMM_WORLD.size,
+            torch.optim.SGD(network.parameters(), lr=0.0), epochs=1, batch_size=10, comm=COMM_WORLD)
+    expected(x).float().square().mean().backward()
+    for one, other in zip(network.parameters(), expected.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0.05, atol=0.02)

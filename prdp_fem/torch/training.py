@@ -204,7 +204,7 @@ class _Steps:
         else:
             self._reduction.zero()
         part = self._loss(batch) if share else None
-        value = agree(self._comm, lambda: self._checked_part(part, batch), "losses").value
+        value = agree(self._comm, lambda: self._checked_part(part, batch, share), "losses").value
         if part is not None:
             (part if share == 1 else share*part).backward()
         if self._reduction is not None:
@@ -212,9 +212,9 @@ class _Steps:
         self._check_gradients(batch)
         return share*value
 
-    def _checked_part(self, part, batch: torch.Tensor) -> _Value:
+    def _checked_part(self, part, batch: torch.Tensor, share: float) -> _Value:
         self._check_parameters()
-        if part is None:
+        if not share:
             return _Value(0.0)
         if not isinstance(part, torch.Tensor) or part.numel() != 1 or not part.is_floating_point():
             what = (f"a tensor of shape {tuple(part.shape)} and {part.dtype}" if isinstance(part, torch.Tensor) else repr(part))
