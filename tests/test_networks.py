@@ -218,6 +218,82 @@ def test_a_graph_network_is_the_same_on_any_number_of_ranks():
     torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-13)
 
 
+# Types and devices
+
+def outcome(network, x, **autocast):
+    """What a network gives, and the derivatives of its square."""
+    with torch.autocast("cpu", **(autocast or {"enabled": False})):
+        y = network(x)
+    loss = y.double().square().sum()
+    return y, torch.cat([part.double().flatten() for part in
+                         torch.autograd.grad(loss, list(network.parameters()))])
+
+
+def networks():
+    n = len(graph()[1])
+    yield awake(graph_network(1, 1, width=8)), (1, n)
+    yield awake(graph_network(1, 1, width=8, features=torch.randn(2, n))), (1, n)
+    yield awake(ResNet(1, 1, (4, 3))), (1, 12)
+    yield awake(MLP(3, 2)), (3,)
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close_to_double(place, dtype):
+    network, shape = list(networks())[place]
+    x = torch.rand(4, *shape)
+    y, gradient = outcome(network, x)
+    network.float()
+    under_autocast = outcome(network, x.float(), dtype=dtype)
+    in_half = outcome(network.to(dtype), x.to(dtype))
+    for found, derivative in (under_autocast, in_half):
+        assert found.dtype == dtype
+        assert (found.double() - y).norm() < 0.05*y.norm()
+        assert (derivative - gradient).norm() < 0.1*gradient.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_differences_of_constant_states_vanish_in_half_precision(dtype):
+    means = graph_network().to(dtype).means
+    assert means(torch.ones(means.shape[1], 2, dtype=dtype)).abs().max() < 1e-6
+    assert graph_network().to(dtype).double().means.matrix_values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_another_default_type(dtype):
+    torch.set_default_dtype(dtype)
+    network = graph_network(1, 1)
+    assert network(torch.rand(1, len(graph()[1]))).dtype == dtype
+
+
+def test_a_network_is_made_on_the_default_device():
+    torch.set_default_device("meta")
+    try:
+        network = graph_network(features=torch.zeros(2, len(graph()[1])))
+        assert {part.device.type for part in [*network.parameters(), *network.buffers()]} == {"meta"}
+    finally:
+        torch.set_default_device(None)
+
+
+def test_gradients_of_graph_networks_by_sample():
+    network = awake(graph_network(1, 1))
+    x, parameters = torch.rand(3, 1, len(graph()[1])), dict(network.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for row, sample in enumerate(x):
+        expected = torch.autograd.grad(network(sample).square().sum(), list(parameters.values()))
+        for name, other in zip(parameters, expected):
+            torch.testing.assert_close(found[name][row], other, rtol=1e-10, atol=1e-12)
+
+
+def test_graph_networks_are_differentiable_twice():
+    network = awake(graph_network(1, 1, mesh=UnitSquareMesh(1, 1), activation=torch.nn.Tanh))
+    assert torch.autograd.gradgradcheck(network, torch.randn(1, 1, 4, requires_grad=True))
+
+
 # Refusals
 
 @pytest.mark.parametrize(("make", "message"), [
