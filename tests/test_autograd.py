@@ -288,6 +288,17 @@ def test_compiled_networks_are_those_that_are_not():
         torch.compile(network, backend="eager", fullgraph=True)(*diffusion.tensors())
 
 
+@pytest.mark.parallel(1)
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_graphs_that_would_do_without_the_solver_are_refused():
+    problem = HeatStep(4)
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG), [problem.u0])
+    tensor = samples(problem.u0, (2,))
+    for record in (torch.jit.trace, torch.export.export):
+        with pytest.raises(RuntimeError, match="a SolverLayer cannot be part of a graph that is traced or exported"):
+            record(layer, (tensor,))
+
+
 # Transforms
 
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])

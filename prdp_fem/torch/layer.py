@@ -200,7 +200,11 @@ class SolverLayer(torch.nn.Module):
         A layer is called as it is where torch compiles what it is part of. Threads take turns. Transforms of torch.func work (``vmap``,
         ``grad``, ``vjp``, ``jacrev``) but those in forward mode, and second derivatives.
         """
-        if torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if torch.jit.is_tracing() or (is_compiling and torch.compiler.is_exporting()):
+            raise RuntimeError("a SolverLayer cannot be part of a graph that is traced or exported: "
+                               "use torch.compile, which calls it as it is")
+        if is_compiling:
             torch._dynamo.graph_break(msg="a SolverLayer is not compiled, and splits the graph: leave fullgraph=True away")
             return _uncompiled()(self, tensors)
         return self._call(tensors)
