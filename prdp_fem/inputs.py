@@ -14,8 +14,8 @@ from pyadjoint.tape import stop_annotating
 from pyop2 import Global, MixedDat
 from ufl.algorithms.analysis import extract_coefficients, extract_type
 
-__all__ = ["Input", "coefficients_of", "deep_copy", "is_real", "is_real_space", "local_values", "name_of", "same_bits", "set_local_values",
-           "vector_like"]
+__all__ = ["Input", "coefficients_of", "deep_copy", "is_component", "is_real", "is_real_space",
+           "local_values", "name_of", "same_bits", "set_local_values", "vector_like"]
 
 
 def is_real(coefficient) -> bool:
@@ -26,6 +26,13 @@ def is_real(coefficient) -> bool:
 def is_real_space(space) -> bool:
     """Whether a function space is that of the numbers."""
     return space.ufl_element().family() == "Real"
+
+
+def is_component(coefficient) -> bool:
+    """Whether a coefficient is f.sub(i) of a vector-valued f, of which it views every d-th value."""
+    if isinstance(coefficient, Constant):
+        return False
+    return coefficient.function_space().component is not None
 
 
 def name_of(coefficient) -> str:
@@ -101,10 +108,9 @@ def deep_copy(coefficient):
     with stop_annotating():
         if isinstance(coefficient, Constant):
             return Constant(np.array(coefficient.dat.data_ro).reshape(coefficient.ufl_shape), name=coefficient.name)
-        space = coefficient.function_space()
-        if space.component is not None:
-            # f.sub(i) of a vector-valued f views every d-th value: its copy has a space of its own.
-            copied = Function(space.collapse())
+        if is_component(coefficient):
+            # Its copy has a space of its own.
+            copied = Function(coefficient.function_space().collapse())
             set_local_values(copied, local_values(coefficient))
         else:
             copied = coefficient.copy(deepcopy=True)
