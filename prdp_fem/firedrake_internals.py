@@ -11,7 +11,9 @@ from firedrake.adjoint_utils.blocks.solving import extract_subfunction
 from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, maybe_disk_checkpoint
 from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler, get_assembler
 from firedrake.interpolation import Interpolator
+from firedrake.matrix import MatrixBase
 from firedrake.petsc import PETSc
+from petsctools import flatten_parameters
 from pyadjoint import AdjFloat
 from pyop2 import op2
 from pyop2.types.mat import MatBlock
@@ -20,11 +22,12 @@ from tsfc.ufl_utils import compute_form_data
 from prdp_fem.memory import Memory
 from prdp_fem.nested import SELF_CONTAINED
 
-__all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "SolverContext",
+__all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "Predecessor", "SolverContext",
            "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
            "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
-           "extract_subfunction", "forget_set_up", "has_block_variable", "has_schedule", "has_taped_number", "is_lost",
-           "maybe_disk_checkpoint", "operators", "pin_quadrature", "problem_of"]
+           "extract_subfunction", "has_block_variable", "has_schedule", "has_taped_number", "is_lost",
+           "maybe_disk_checkpoint", "operators", "options_in_place", "pin_quadrature", "problem_of",
+           "share_transfers"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -80,6 +83,16 @@ class SolverContext:
             yield
 
 
+@contextmanager
+def options_in_place(solver):
+    """What is there while a solver's constructor has PETSc objects read options; nothing of it is kept."""
+    # Once there are hooks, Firedrake takes no others; and those that are kept would be all of a solve's.
+    hooks = dmhooks.add_hooks(solver.snes.getDM(), solver, appctx=solver._ctx,
+                              save="setup_hooks" in vars(solver))
+    with solver.inserted_options(), hooks:
+        yield
+
+
 def applies_boundary_first(solver) -> bool:
     """Whether a solver is to be given a guess with the boundary values; False for ``pre_apply_bcs=False``."""
     return solver._ctx.pre_apply_bcs
@@ -96,13 +109,72 @@ def problem_of(solver):
 
 
 def constructor_arguments(solver) -> dict:
-    """The keyword arguments that a solver was made with; its ``ad_block_tag`` among them."""
-    return {**solver._ad_kwargs, "ad_block_tag": solver.ad_block_tag}
+    """The keyword arguments that a solver was made with, completed by what Firedrake has chosen.
+
+    That is the ``options_prefix``, by which all that is inside a preconditioner looks up its
+    options, and the ``mat_type`` of a solver that was made for assembled matrices.
+    """
+    arguments = {**solver._ad_kwargs, "ad_block_tag": solver.ad_block_tag,
+                 "options_prefix": solver.options_prefix}
+    problem = problem_of(solver)
+    matrices = {"mat_type": problem.J, "pmat_type": problem.Jp}
+    mat_types = {name: matrix.mat_type for name, matrix in matrices.items()
+                 if isinstance(matrix, MatrixBase)}
+    if mat_types:
+        given = flatten_parameters(arguments.get("solver_parameters") or {})
+        arguments["solver_parameters"] = {**given, **mat_types}
+    return arguments
 
 
-def forget_set_up(solver) -> None:
-    """Have a solver, that is to be initialised again, set up its DMs at the next solve as a new one does."""
-    vars(solver).pop("setup_hooks", None)
+def share_transfers(solver, other) -> None:
+    """Have another solver transfer fields between meshes by what one was given for it."""
+    other._ctx._transfer_manager = solver._ctx._transfer_manager
+
+
+class Predecessor:
+    """What a solver has been before it is initialised again.
+
+    Parameters
+    ----------
+    solver : firedrake.NonlinearVariationalSolver
+
+    Attributes
+    ----------
+    is_set_up : bool
+        Whether it has begun to solve, so that its SNES, KSP and preconditioner are set up for
+        operators, and perhaps meshes, of its own.
+    has_passed_on : bool
+        Whether its SNES belongs to the solver that was initialised again.
+    """
+
+    # What petsctools keeps of the options, those of the command line and Python objects among them.
+    _OF_OPTIONS = ("parameters", "to_delete", "appmngr", "_used_options")
+
+    def __init__(self, solver):
+        self._type, self._attributes = type(solver), dict(vars(solver))
+        # Firedrake has it since the first solve, and sets up DMs by it from then on.
+        self.is_set_up = vars(solver).pop("setup_hooks", None) is not None
+        self.has_passed_on = False
+
+    @property
+    def snes(self) -> PETSc.SNES:
+        """Its SNES."""
+        return self._attributes["snes"]
+
+    def pass_on(self, solver) -> None:
+        """Give a solver that is initialised again SNES, options and transfers for its new ones."""
+        self.has_passed_on = True
+        # The new options are no longer used, which petsctools would report.
+        solver._used_options.update(solver.to_delete)
+        kept = ("snes", *self._OF_OPTIONS)
+        vars(solver).update({name: self._attributes[name] for name in kept})
+        solver._ctx._transfer_manager = self._attributes["_ctx"]._transfer_manager
+
+    def restore(self, solver) -> None:
+        """Have a solver be again what it has been, but for its preconditioner."""
+        solver.__class__ = self._type
+        vars(solver).clear()
+        vars(solver).update(self._attributes)
 
 
 class Callbacks:

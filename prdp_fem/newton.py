@@ -7,7 +7,7 @@ from firedrake.petsc import PETSc
 from prdp_fem.ladders import NewtonSteps, Setting
 from prdp_fem.refined_ksp import RefinedKSP, reason_names, reset
 
-__all__ = ["Newton"]
+__all__ = ["Newton", "reset_with_linear_solver"]
 
 # Those that make each step by a linear solve.
 _WITH_LINEAR_SOLVES = frozenset({"newtonls", "newtontr", "newtontrdc", "newtonal", "ksponly"})
@@ -21,6 +21,18 @@ _REMEDIES = {
     "DIVERGED_FUNCTION_NANORINF": "look for NaN or infinity in the controls, coefficients and the guess",
     "DIVERGED_DTOL": "the steps lead away from a solution: try a better guess or a line search (snes_linesearch_type bt)",
 }
+
+
+def reset_with_linear_solver(snes: PETSc.SNES) -> None:
+    """Have a SNES, its KSP and its preconditioner set up anew at the next solve.
+
+    Inside the solver's context. What was set on SNES and KSP stays.
+    """
+    snes.reset()
+    # Its DM, which all solvers of a function space share, would restrict its solution to coarser
+    # meshes whenever multigrid is set up, and there is none until the next solve.
+    snes.setDM(snes.getDM())
+    reset(snes.getKSP())
 
 
 class Newton:
@@ -55,8 +67,7 @@ class Newton:
 
     def reset(self) -> None:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
-        self.snes.reset()
-        reset(self.snes.getKSP())
+        reset_with_linear_solver(self.snes)
 
     def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
         """Solve from what is in x.

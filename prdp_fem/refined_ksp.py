@@ -8,7 +8,7 @@ from mpi4py import MPI
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
 
-__all__ = ["RefinedKSP", "reason_names", "renew_preconditioner", "reset", "set_up"]
+__all__ = ["RefinedKSP", "SetByHand", "reason_names", "renew_preconditioner", "reset", "set_up"]
 
 _NEVER = 1e300
 # PETSC_ERR_SUP
@@ -39,14 +39,23 @@ def renew_preconditioner(ksp: PETSc.KSP) -> None:
     operators = ksp.getOperators()
     _exchange_preconditioner(ksp)
     ksp.setOperators(*operators)
-    ksp.setFromOptions()
 
 
 def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
+    last = ksp.getPC()
     pc = PETSc.PC().create(ksp.comm)
-    pc.setOptionsPrefix(ksp.getPC().getOptionsPrefix())
-    pc.setDM(ksp.getPC().getDM())
+    pc.setOptionsPrefix(last.getOptionsPrefix())
+    pc.setDM(last.getDM())
     ksp.setPC(pc)
+    # Not the KSP, on which more may have been set by hand.
+    pc.setFromOptions()
+    if pc.getType() == last.getType():
+        return
+    # The type was set by hand, and so was the object of Python that is one.
+    if last.getType() == PETSc.PC.Type.PYTHON:
+        ksp.setPC(last)
+    else:
+        pc.setType(last.getType())
 
 
 def reset(ksp: PETSc.KSP) -> None:
@@ -55,7 +64,35 @@ def reset(ksp: PETSc.KSP) -> None:
     if ksp.getPC().getType() not in nested.SELF_CONTAINED:
         # What is inside is not made anew by itself.
         _exchange_preconditioner(ksp)
-        ksp.setFromOptions()
+
+
+class SetByHand:
+    """What was set on a KSP by hand, to be set on others of the same options.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+    by_options : PETSc.KSP
+        One on which nothing else was set than the same options say.
+    """
+
+    def __init__(self, ksp: PETSc.KSP, by_options: PETSc.KSP):
+        pcs = ksp.getPC(), by_options.getPC()
+        self._type, self._pc_type = (None if one.getType() == other.getType() else one.getType()
+                                     for one, other in ((ksp, by_options), pcs))
+        if self._pc_type == PETSc.PC.Type.PYTHON:
+            self._pc_type = None  # the object of Python that it is belongs to one KSP
+        tolerances = ksp.getTolerances(), by_options.getTolerances()
+        self._tolerances = None if tolerances[0] == tolerances[1] else tolerances[0]
+
+    def put_on(self, ksp: PETSc.KSP) -> None:
+        """Set it on another KSP that is not set up."""
+        if self._type is not None:
+            ksp.setType(self._type)
+        if self._pc_type is not None:
+            ksp.getPC().setType(self._pc_type)
+        if self._tolerances is not None:
+            ksp.setTolerances(*self._tolerances)
 
 
 def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:

@@ -5,27 +5,39 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import firedrake
-import ufl
 from firedrake import LinearVariationalProblem, NonlinearVariationalProblem
 from firedrake.petsc import PETSc
 from firedrake.utils import complex_mode
 from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
+from prdp_fem.assembled import AssembledForm
 from prdp_fem.citation import cite
 from prdp_fem.context import coefficients_in, over_copies, users_code
 from prdp_fem.device import AUTO, HOST, Device, find_device
 from prdp_fem.differentiation import Implicit, Unrolled, differentiation_of
-from prdp_fem.firedrake_internals import Callbacks, assemble_directly, constructor_arguments, forget_set_up, operators, problem_of
+from prdp_fem.firedrake_internals import (
+    Callbacks,
+    Predecessor,
+    assemble_directly,
+    constructor_arguments,
+    operators,
+    options_in_place,
+    problem_of,
+    share_transfers,
+)
 from prdp_fem.forms import Forms, LinearForms, NonlinearForms
-from prdp_fem.inputs import coefficients_of, deep_copy, local_values, set_local_values, vector_like
+from prdp_fem.inputs import local_values, set_local_values, vector_like
 from prdp_fem.ladders import Setting
 from prdp_fem.linear import LinearSystem
 from prdp_fem.memory import Memory, is_copied, memory_of
+from prdp_fem.nested import SELF_CONTAINED
+from prdp_fem.newton import reset_with_linear_solver
 from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.options import refinement_from_options
 from prdp_fem.persistence import options_of, refuse_persistent
 from prdp_fem.point import Point
+from prdp_fem.refined_ksp import SetByHand
 from prdp_fem.refinement import Refinement
 from prdp_fem.statistics import Statistics
 from prdp_fem.system import System
@@ -46,8 +58,10 @@ class RefinedSolver:
     _problem_type: type
     # Firedrake calls these with the state at hand, and what they change is part of the problem.
     _refused_callbacks: dict[str, str]
-    # The SNES that a solver had before it came under control.
-    _adopted_snes: PETSc.SNES | None = None
+    # What a solver has been before it came under control, while it is initialised again.
+    _predecessor: Predecessor | None = None
+    # What was set on its KSP by hand then.
+    _set_by_hand: SetByHand | None = None
 
     def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
                  differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = False, ksp_prefix: str | None = None,
@@ -72,10 +86,8 @@ class RefinedSolver:
         # Linear solvers, of derivatives, have states of their own, which are none of this problem.
         kwargs["appctx"] = {**over_copies(appctx, forms.copy_of), "state": forms.solution}
         super().__init__(forms.problem, **kwargs)
-        if self._adopted_snes is not None:
-            self.snes = self._adopted_snes
-            self.snes.reset()  # it has vectors of its own, like those of its last solve
-            Callbacks(self, Memory()).attach()
+        if self._predecessor is not None:
+            self._take_over(self._predecessor)
         assemble_directly(self)
         self.problem = problem
         self.warm_start = bool(warm_start)
@@ -89,6 +101,9 @@ class RefinedSolver:
             if is_adjoint:
                 options["nullspace"], options["transpose_nullspace"] = kwargs.get("transpose_nullspace"), kwargs.get("nullspace")
             solver = firedrake.LinearVariationalSolver(problem, **options)
+            share_transfers(self, solver)
+            if self._set_by_hand is not None:
+                self._set_by_hand.put_on(solver.snes.getKSP())
             assemble_directly(solver)
             return solver
 
@@ -97,6 +112,24 @@ class RefinedSolver:
             self.system.serve_users_code(named, problem.u)
         self.refinement = refinement
         self.system.collect_garbage()
+
+    def _take_over(self, predecessor: Predecessor) -> None:
+        """Go on with the SNES of the solver that there was, and with what was set on it by hand."""
+        by_options, ksp = self.snes.getKSP(), predecessor.snes.getKSP()
+        if predecessor.is_set_up:
+            pc_type = ksp.getPC().getType()
+            keeps_all = pc_type in SELF_CONTAINED or pc_type == PETSc.PC.Type.PYTHON
+            if pc_type != by_options.getPC().getType() and not keeps_all:
+                raise ValueError(f"the solver's pc_type {pc_type} was set by hand, and what is inside it "
+                                 "would be lost with what the last solve has left there: put the "
+                                 "solver under control before it solves, or have solver_parameters "
+                                 f"say pc_type {pc_type}")
+        if not predecessor.snes.getUseEW():  # which changes tolerances as it goes on
+            self._set_by_hand = SetByHand(ksp, by_options)
+        predecessor.pass_on(self)
+        if predecessor.is_set_up:
+            _reset(self)
+        Callbacks(self, Memory()).attach()
 
     @staticmethod
     @abstractmethod
@@ -117,10 +150,8 @@ class RefinedSolver:
 
     @refinement.setter
     def refinement(self, refinement: Refinement | None) -> None:
+        _check_type(refinement)
         if refinement is not None:
-            if not isinstance(refinement, Refinement):
-                raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
-                                f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
             self.system.check_setting(refinement.setting)
             cite()
         self._refinement = refinement
@@ -405,8 +436,39 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
         return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory)
 
 
+def _check_type(refinement) -> None:
+    if not isinstance(refinement, (Refinement, type(None))):
+        raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
+                        f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
+
+
 class _LinearSolver(firedrake.LinearSolver, LinearVariationalSolver):
-    """Firedrake's solver of assembled systems, once it is under control: its ``solve(x, b)`` calls that of the other class."""
+    """Firedrake's solver of assembled systems, under control: it solves by the other class."""
+
+    # Of A, and of P where that is another one.
+    _assembled: list[AssembledForm]
+
+    def solve(self, x: firedrake.Function, b: firedrake.Cofunction) -> None:
+        """Solve A x = b, with A as it was assembled last.
+
+        Parameters
+        ----------
+        x : Function
+        b : Cofunction
+
+        Raises
+        ------
+        ValueError
+            Where A was changed otherwise than by assembling its form, or coefficients since then.
+        firedrake.exceptions.ConvergenceError
+            As :meth:`RefinedSolver.solve`.
+        """
+        for assembled in self._assembled:
+            assembled.follow()
+        if annotate_tape():
+            for assembled in self._assembled:
+                assembled.record()
+        super().solve(x, b)
 
 
 _CONTROLLED = {firedrake.LinearVariationalSolver: LinearVariationalSolver, firedrake.NonlinearVariationalSolver: NonlinearVariationalSolver,
@@ -419,6 +481,14 @@ def control(solver, refinement: Refinement | None, **options):
     The solver stays the object that it is, with its SNES and KSP and what was set on them by hand, but becomes one of this package: its
     solves, and all that its blocks on the tape do from now on (replay, adjoint, tangent linear, Hessian), follow the refinement, start from
     zero and do not depend on what was solved before. Solves that are on a tape already stay as they were.
+
+    Inside the preconditioner is what the options say that the solver was made with. What was changed
+    there by hand stays where the solver has not solved yet; after a solve, preconditioners that have
+    parts are made anew from the options.
+
+    A LinearSolver solves with its matrices as they were assembled last, so that
+    ``assemble(a, bcs=bcs, tensor=A)`` between solves is seen, and is differentiated by the coefficients
+    of their forms, at the values that they had then.
 
     Parameters
     ----------
@@ -436,7 +506,8 @@ def control(solver, refinement: Refinement | None, **options):
     Raises
     ------
     TypeError, ValueError
-        For another object, and for what the solvers of this package refuse. The solver is left as it was.
+        For another object, for a matrix that is not what its form gives, and for what the solvers of
+        this package refuse. The solver is left as it was.
 
     Examples
     --------
@@ -453,36 +524,43 @@ def control(solver, refinement: Refinement | None, **options):
     if type(solver) not in _CONTROLLED:
         raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
                         f"{type(solver).__module__}.{type(solver).__qualname__}")
-    before, arguments = dict(vars(solver)), constructor_arguments(solver)
-    is_assembled = isinstance(solver, firedrake.LinearSolver)
-    problem = _assembled_problem(solver.A, solver.P, solver.x, solver.b) if is_assembled else problem_of(solver)
-    original_type, solver.__class__ = type(solver), _CONTROLLED[type(solver)]
+    _check_type(refinement)
+    arguments, assembled = {**constructor_arguments(solver), **options}, []
+    if isinstance(solver, firedrake.LinearSolver):
+        problem, assembled = _assembled_problem(solver, arguments)
+    else:
+        problem = problem_of(solver)
+    predecessor = Predecessor(solver)
+    solver.__class__ = _CONTROLLED[type(solver)]
     try:
-        solver._adopted_snes = solver.snes
-        forget_set_up(solver)
-        refined_type = NonlinearVariationalSolver if isinstance(solver, NonlinearVariationalSolver) else LinearVariationalSolver
-        refined_type.__init__(solver, problem, refinement=refinement, **{**arguments, **options})
+        solver._predecessor, solver._assembled = predecessor, assembled
+        is_nonlinear = isinstance(solver, NonlinearVariationalSolver)
+        refined_type = NonlinearVariationalSolver if is_nonlinear else LinearVariationalSolver
+        refined_type.__init__(solver, problem, refinement=refinement, **arguments)
     except BaseException:
-        solver.__class__ = original_type
-        vars(solver).clear()
-        vars(solver).update(before)
+        predecessor.restore(solver)
+        if predecessor.has_passed_on:
+            _reset(solver)
         raise
+    del solver._predecessor
     return solver
 
 
-def _assembled_problem(A, P, x: firedrake.Function, b: firedrake.Cofunction) -> LinearVariationalProblem:
-    """The problem that an assembled system states, with the values that its operators were assembled with."""
-    forms = []
-    for matrix in (A, P):
-        if not isinstance(matrix.a, ufl.Form):
-            raise TypeError("the LinearSolver was made for a matrix without a form, which cannot be differentiated: assemble a form")
-        frozen = {coefficient: deep_copy(coefficient) for coefficient in coefficients_of(matrix.a)}
-        forms.append(ufl.replace(matrix.a, frozen))
-        if not isinstance(matrix, firedrake.matrix.ImplicitMatrix):
-            difference = firedrake.assemble(forms[-1], bcs=matrix.bcs, mat_type=matrix.mat_type).petscmat
-            difference.axpy(-1.0, matrix.petscmat)
-            if difference.norm() > 1e-12*matrix.petscmat.norm():
-                raise ValueError("the coefficients of the LinearSolver's matrix have changed since it was assembled: assemble it again, "
-                                 "and make the solver anew")
-    return LinearVariationalProblem(forms[0], b, x, bcs=A.bcs, aP=None if P is A else forms[1],
-                                    form_compiler_parameters=A.form_compiler_parameters)
+def _reset(solver) -> None:
+    """Have SNES, KSP and preconditioner set up anew at the next solve, for the operators of then."""
+    with options_in_place(solver):
+        reset_with_linear_solver(solver.snes)
+
+
+def _assembled_problem(solver: firedrake.LinearSolver, arguments: dict) -> tuple:
+    """The problem that an assembled system states, and the forms of its matrices."""
+    A, P = solver.A, solver.P
+    parameters = A.form_compiler_parameters
+    kinds = ("nullspace", "transpose_nullspace", "near_nullspace")
+    null_spaces = [name for name in kinds if arguments.get(name) is not None]
+    assembled = [AssembledForm(matrix, A.bcs, parameters, null_spaces)
+                 for matrix in ([A] if P is A else [A, P])]
+    problem = LinearVariationalProblem(assembled[0].form, solver.b, solver.x, bcs=A.bcs,
+                                       aP=None if P is A else assembled[1].form,
+                                       form_compiler_parameters=parameters)
+    return problem, assembled

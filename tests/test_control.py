@@ -207,6 +207,35 @@ def test_values_that_a_schedule_has_let_go_of_are_noticed():
         reduced.derivative()
 
 
+def test_solves_that_are_on_the_tape_already_stay_as_they_were():
+    mesh, found = UnitSquareMesh(6, 6), []
+    refinement = FixedRefinement(Iterations(3))
+    for comes_under_control in (True, False):
+        with set_working_tape(Tape()):
+            problem = HeatStep(mesh=mesh, boundary=1.0)
+            controls = [Control(problem.u0), Control(problem.kappa)]
+            starts = [control.control.copy(deepcopy=True) for control in controls]
+            solver = LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED})
+            solver.solve()
+            problem.u0.assign(problem.u)
+            if comes_under_control:
+                prdp_fem.control(solver, refinement)
+            else:
+                solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED},
+                                                          refinement=refinement)
+            solver.solve()
+            reduced = ReducedFunctional(assemble(problem.u**4*dx), controls)
+            with stop_annotating():
+                solver.statistics.reset()
+                for factor in (1.0, 1.3):
+                    value = reduced([Function(start.function_space()).assign(factor*start) for start in starts])
+                    found.append([value, *(whole(derivative.dat.data_ro) for derivative in reduced.derivative())])
+                assert solver.statistics.forward_iterations == solver.statistics.adjoint_iterations == 2*3
+    for one, other in zip(found[:2], found[2:]):
+        for values, expected in zip(one, other):
+            np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
+
+
 def test_what_cannot_be_controlled_is_refused_and_left_as_it_was():
     problem = HeatStep()
     with pytest.raises(TypeError, match="expected a Firedrake LinearVariationalSolver.*found a"):
