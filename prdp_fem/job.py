@@ -5,7 +5,8 @@ that calls ``MPI_Abort`` on each rank that raises, at once: when all raise the s
 appears, interleaved, and when one raises nothing says which it was. The hook here first lets ranks find out who else raises. They tell
 each other by messages on a communicator of their own, so that no receive of the program can take them, and wait for a short grace:
 
-* Where all ranks raise, rank 0 prints its traceback, and Python ends on all as it does without MPI, with exit status 1.
+* Where all ranks raise, rank 0 prints its traceback, and Python ends on all as it does without MPI, with exit status 1. Of an error
+  that says all in its message, a :class:`Refused`, it prints that and no traceback.
 * Where some raise, the lowest of them prints its traceback and ends the job by ``MPI_Abort``.
 
 ``import prdp_fem`` puts the hook in PyOP2's place. A ``sys.excepthook`` of the program's own is left alone. ``sys.exit`` reaches no
@@ -23,7 +24,7 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-__all__ = ["end_together"]
+__all__ = ["Refused", "end_together", "say_refusals"]
 
 # Seconds from a rank's exception until it ends the job, or leaves that to a lower rank which has raised later.
 _GRACE = 2.0
@@ -32,6 +33,25 @@ _LOWER_RANK_GRACE = 5*_GRACE
 _FINALISATION = 10
 # Short messages are sent whether or not they are received: a rank that waits in a collective call receives none.
 _MESSAGE_LENGTH = 500
+
+
+class Refused(OSError, ValueError):
+    """What is said, in one sentence, to who runs a program: what is wrong and what to do."""
+
+
+def say_refusals() -> None:
+    """Have no traceback printed in a serial run of a program that somebody has refused something, or has interrupted."""
+    if MPI.COMM_WORLD.size == 1:
+        sys.excepthook = functools.partial(_say, sys.excepthook)
+
+
+def _say(show: Callable, kind, value, trace) -> None:
+    if issubclass(kind, Refused):
+        print(value, file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        show(kind, value, trace)
 
 
 def end_together() -> None:
@@ -71,9 +91,11 @@ def _end(comm: MPI.Comm, show: Callable, kind, value, trace) -> None:
         messages = _messages_of_raising_ranks(comm, message)
         all_raised = len(messages) == comm.size
         if comm.rank == min(messages):
-            print(f"all {comm.size} ranks raised:" if all_raised else f"rank {comm.rank} of {comm.size} raised, and ends the job:",
-                  file=sys.stderr)
-            show(kind, value, trace)
+            if not all_raised:
+                print(f"rank {comm.rank} of {comm.size} raised, and ends the job:", file=sys.stderr)
+            elif not issubclass(kind, Refused):
+                print(f"all {comm.size} ranks raised:", file=sys.stderr)
+            _say(show, kind, value, trace)
             said = {message}
             for rank, other in sorted(messages.items()):
                 if other not in said:

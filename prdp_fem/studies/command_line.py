@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ from firedrake import Ensemble
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from prdp_fem.job import say_refusals
 from prdp_fem.parallel import from_first_rank
 from prdp_fem.studies.schedules import Schedule
 
 __all__ = ["Parser", "SOLVER_PREFIX", "command_line", "count"]
 
 SOLVER_PREFIX = "physics_"  # of PETSc's options for the solver that a study is about
+_SPACE = 2**18              # bytes that there must be for results
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,14 +34,21 @@ class Parser(argparse.ArgumentParser):
             super()._print_message(message, file)
 
     def parse(self) -> tuple[argparse.Namespace, list[str]]:
-        """What was read, and what is left for PETSc."""
+        """What was read, and what is left for PETSc.
+
+        What is wrong later on, see :class:`~prdp_fem.job.Refused`, is said without a traceback.
+        """
+        say_refusals()
+        for word in sys.argv[1:]:
+            if word.startswith("--") or word == "-h":
+                # PETSc has read the command line, too, and would say in the end that nobody has asked for this.
+                PETSc.Options().delValue(word)
         arguments, others = self.parse_known_args()
         if wrong := [option for option in others if f"-{option}" in self._option_string_actions]:
             self.error(f"{wrong[0]} would be an option of PETSc: write -{wrong[0]}")
         # Behind an option of PETSc a word may be its value, in front of all of them it is nothing.
         if unknown := [option for option in others if option.startswith("--") or not others[0].startswith("-")]:
             self.error(f"cannot make anything of {' '.join(unknown)}")
-        PETSc.Options().setValue("options_left", False)  # those of this parser are no mistakes
         return arguments, others
 
     def add_ensemble(self, what: str) -> None:
@@ -57,7 +67,8 @@ class Parser(argparse.ArgumentParser):
         """Where results are to be put, or an error."""
         def make():
             folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_SPACE))
         try:
             from_first_rank(MPI.COMM_WORLD, make)  # the rank that writes
         except OSError as error:
@@ -89,10 +100,11 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
         --quick, --full              a short run, or one for larger machines; QUICK=1 in the environment means --quick
         --epochs N                   instead of what the size says
         --output DIR                 where runs and figures are put
-        --resume                     take runs that are there already from their files
+        --resume                     take runs that are there already from their files; without, those of another set-up are kept as
+                                     other files, and those of the same are replaced
         --ensemble N                 deal samples out to N groups of ranks; the ranks of a group share a mesh
 
-    Options with a single dash are PETSc's, which reads them itself.
+    Options with a single dash are PETSc's, which reads them itself, and says in the end which of them nobody has asked for.
 
     Parameters
     ----------
