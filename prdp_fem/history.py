@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 from mpi4py import MPI
@@ -13,6 +14,10 @@ from prdp_fem.refinement import Refinement
 __all__ = ["Account", "History"]
 
 _COUNTS = ("solves", "adjoint_solves", "forward_iterations", "adjoint_iterations")
+
+
+def _is_amount(value, kind: type) -> bool:
+    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 @dataclass
@@ -42,6 +47,32 @@ class History:
     adjoint_iterations: list[int] = field(default_factory=list)
     solver_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def from_plain(cls, entries: dict[str, Any]) -> History:
+        """The history of which ``dataclasses.asdict`` has made entries, as JSON gives them back.
+
+        Raises
+        ------
+        ValueError
+            Where they are others, or not those of a training run.
+        """
+        lists = sorted({field.name for field in fields(cls)} - {"settings"})
+        if not isinstance(entries, dict) or sorted(entries) != sorted([*lists, "settings"]):
+            raise ValueError(f"a history has {', '.join(lists)} and settings")
+        for name in lists:
+            kind = float if name in ("metric", "seconds", "solver_seconds") else int
+            if not (isinstance(entries[name], list) and all(_is_amount(value, kind) for value in entries[name])):
+                raise ValueError(f"{name} must be a list of {'whole ' if kind is int else ''}numbers of at least 0")
+        if len({len(entries[name]) for name in lists}) > 1 or not entries["metric"]:
+            raise ValueError(f"{', '.join(lists)} must have one number for each outer iteration")
+        for name in lists:
+            if name not in ("metric", "level") and entries[name] != sorted(entries[name]):
+                raise ValueError(f"{name} must not fall, as it is counted from the start")
+        settings = entries["settings"]
+        if not (isinstance(settings, dict) and all(level.isdecimal() and isinstance(setting, str) for level, setting in settings.items())):
+            raise ValueError("settings must be texts by level")
+        return cls(**{**entries, "settings": {int(level): setting for level, setting in settings.items()}})  # JSON's keys are texts
 
     def __len__(self) -> int:
         return len(self.metric)

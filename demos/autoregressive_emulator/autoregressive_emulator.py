@@ -35,7 +35,7 @@ from mpi4py import MPI
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
-from prdp_fem.studies import Study, command_line, draw_training
+from prdp_fem.studies import Study, command_line, draw_training, save, triangle_mesh
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, SolverLayer, deal, to_torch, total, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
@@ -53,7 +53,7 @@ comm = ensemble.comm
 FINER = 2 if arguments.size == "full" else 0  # times that each triangle is divided into four
 SPEED = 0.06/2**FINER                         # of the fastest water, times the time step
 DIFFUSION = 1.6e-3/4**FINER                   # diffusivity, times the time step; both in lengths of the lake
-mesh = Mesh(str(Path(__file__).resolve().with_name("lake.msh")), comm=comm)  # made from lake.geo
+mesh = triangle_mesh(Path(__file__).resolve().with_name("lake.msh"), comm)  # made from lake.geo
 mesh = MeshHierarchy(mesh, FINER)[-1]
 V = FunctionSpace(mesh, "CG", 1)
 w, v = TrialFunction(V), TestFunction(V)
@@ -253,7 +253,7 @@ def draw_growth(path):
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.25)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_lake(path, run, title, stream):
@@ -282,13 +282,18 @@ def draw_lake(path, run, title, stream):
     for axes in panels.flat:
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.set_frame_on(False)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 cells, stream = field.cells, field.gather(to_torch(stream, copy=True)).numpy()  # collective
 schedule, run = study.representative(runs)
-if ensemble.global_comm.rank == 0:
+
+
+def draw():
     draw_training(runs, study.path("training"))
     draw_growth(study.path("growth"))
     draw_lake(study.path("lake"), run, schedule.title, stream)
+
+
+study.draw(draw)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

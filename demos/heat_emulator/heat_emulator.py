@@ -23,8 +23,8 @@ It prints what they have reached and what they cost, and draws it:
 
 Options with a single dash are PETSc's: -log_view, or -physics_ksp_type and whatever else configures the solver with prefix physics_.
 """
-import argparse
 import os
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
-from prdp_fem.studies import Study, command_line, draw_training
+from prdp_fem.parallel import from_first_rank
+from prdp_fem.studies import Study, command_line, draw_training, save, triangle_mesh
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, Partition, ResNet, SolverLayer, deal, to_torch, total, train
 
 # The command line
@@ -52,23 +53,12 @@ SOLVERS = {
 }
 
 
-
-def mesh_file(text):
-    path = Path(text)
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {text}")
-    with path.open("rb") as file:
-        if path.suffix != ".msh" or not file.readline().startswith(b"$MeshFormat"):
-            raise argparse.ArgumentTypeError(f"{text} is not a mesh of Gmsh; make one from a geometry with: gmsh -2 my.geo -o my.msh")
-    return path.resolve()
-
-
 def configure(parser):
     parser.add_argument("--domain", choices=("plate", "interval", "square", "cube"), default="plate",
                         help="a plate with insulated holes and a cold rim, on an unstructured mesh; or a domain in one, two or three "
                              "dimensions with a cold boundary, on a structured one (default: %(default)s)")
-    parser.add_argument("--mesh", type=mesh_file, metavar="FILE.msh",
-                        help="instead: a mesh of triangles; it is scaled to unit size, and all its boundary is insulated")
+    parser.add_argument("--mesh", type=Path, metavar="FILE.msh",
+                        help="instead: a mesh of triangles by Gmsh; it is scaled to unit size, and all its boundary is insulated")
     parser.add_argument("--solver", choices=SOLVERS, default="cg", help="cg and jacobi with Jacobi's preconditioner (default: %(default)s)")
     parser.add_argument("--network", choices=("mlp", "resnet", "graph"), default="mlp",
                         help="dense layers, convolutions on a structured mesh, or messages along the edges (default: %(default)s)")
@@ -92,19 +82,14 @@ domain = arguments.mesh.name if arguments.mesh else arguments.domain
 CELLS = {"interval": {"quick": 31, "default": 31, "full": 200}, "square": {"quick": 31, "default": 31, "full": 63},
          "cube": {"quick": 9, "default": 25, "full": 49}}
 
-if domain in CELLS:
+if domain in CELLS and not arguments.mesh:
     cells = CELLS[domain][arguments.size]
     make_mesh = {"interval": UnitIntervalMesh, "square": UnitSquareMesh, "cube": UnitCubeMesh}[domain]
     mesh = make_mesh(*[cells]*(list(CELLS).index(domain) + 1), comm=comm)
     cold = "on_boundary"
 else:
-    try:
-        mesh = Mesh(str(arguments.mesh or PLATE), comm=comm)
-    except (ValueError, PETSc.Error) as error:
-        raise ValueError(f"{domain} cannot be read as a plane mesh of straight triangles") from error
-    degree = mesh.coordinates.function_space().ufl_element().degree()
-    if mesh.ufl_cell().cellname != "triangle" or mesh.geometric_dimension != 2 or degree != 1:
-        raise ValueError(f"{domain} must be a plane mesh of straight triangles")
+    # A file that holds no such mesh ends the script here, in a sentence that says what is wrong with it.
+    mesh = triangle_mesh(arguments.mesh, comm) if arguments.mesh else triangle_mesh(PLATE, comm, marks=[RIM])
     corners = np.concatenate(comm.allgather(mesh.coordinates.dat.data_ro))
     size = np.ptp(corners, axis=0).max()
     mesh.coordinates.assign((mesh.coordinates - Constant(corners.min(axis=0)))/size)
@@ -292,7 +277,8 @@ study = Study(f"heat_{name}" + (f"_{arguments.network}" if arguments.network != 
               ladder=IterationLadder(start=2 if dimension == 3 else 1, step=LEVEL),
               setup={"domain": domain, "nodes": n, "solver": arguments.solver, "network": arguments.network, "training samples": TRAINING,
                      "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "width": WIDTH,
-                     "diffusivity times time step": DIFFUSION})
+                     "diffusivity times time step": DIFFUSION,
+                     **({"mesh": from_first_rank(comm, lambda: zlib.crc32(arguments.mesh.read_bytes()))} if arguments.mesh else {})})
 runs = study.run(train_one)
 
 # The result
@@ -330,13 +316,18 @@ def draw_fields(path, u2, reference, u0):
     if dimension > 1:
         for axes in panels:
             axes.set(aspect="equal", xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 cells = field.cells  # collective at first
 schedule, run = study.representative(runs)
-if ensemble.global_comm.rank == 0:
+
+
+def draw():
     draw_training(runs, study.path("training"))
     if (fields := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
         draw_fields(study.path("fields"), *(values.numpy() for values in fields))
+
+
+study.draw(draw)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

@@ -33,6 +33,7 @@ Options with a single dash are PETSc's: -log_view, or -physics_pc_type and whate
 M. Schaefer, S. Turek, Benchmark computations of laminar flow around a cylinder, in: Flow Simulation with High-Performance Computers II,
 Notes on Numerical Fluid Mechanics 52, Vieweg 1996, pages 547 to 566: test case 2D-2.
 """
+import io
 import os
 from functools import cached_property
 from pathlib import Path
@@ -46,8 +47,10 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
+from prdp_fem.job import Refused
 from prdp_fem.parallel import from_first_rank
-from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training
+from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, save, triangle_mesh
+from prdp_fem.studies.files import write
 from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, deal, from_torch, to_torch, total, train
 
 HERE = Path(__file__).resolve().parent
@@ -77,7 +80,7 @@ INFLOW, OUTFLOW, WALLS, CYLINDER = 1, 2, 3, 4
 VISCOSITY, DIAMETER, BENCHMARK = 1e-3, 0.1, 1.0
 TRAINING_SPEEDS = 0.8, 1.2
 
-mesh = Mesh(str(HERE/"cylinder.msh"), comm=comm)  # made from cylinder.geo
+mesh = triangle_mesh(HERE/"cylinder.msh", comm, marks=[INFLOW, OUTFLOW, WALLS, CYLINDER])  # made from cylinder.geo
 x, y = SpatialCoordinate(mesh)
 parabola = 6*y*(0.41 - y)/0.41**2
 
@@ -304,7 +307,6 @@ def make_reference():
 ALONE = 8 if quick else round(5*PERIOD/TIME_STEP)  # steps that solver and network go alone in the end
 MADE_WITH = np.array([n, VISCOSITY, TIME_STEP, BENCHMARK, *TRAINING_SPEEDS, REFERENCE_STEP, DEVELOPING, SETTLING, RECORDED, ALONE])
 path = arguments.reference or HERE/"output"/f"cylinder-{'quick' if quick else 'developed'}.npz"
-is_first = ensemble.global_comm.rank == 0
 
 
 def read_reference() -> dict | None:
@@ -314,8 +316,16 @@ def read_reference() -> dict | None:
     try:
         with np.load(path) as file:
             return dict(file)
-    except (OSError, ValueError, BadZipFile) as error:
-        raise ValueError(f"{path} does not hold a flow ({error}): remove it, or name another --reference") from None
+    except (OSError, EOFError, ValueError, BadZipFile) as error:
+        raise Refused(f"{path} does not hold a flow ({error}): remove it, or name another --reference") from None
+
+
+def write_reference(reference):
+    """Whole or not at all; returns it."""
+    file = io.BytesIO()
+    np.savez(file, **reference)
+    write(path, file.getvalue())
+    return reference
 
 
 reference = from_first_rank(ensemble.global_comm, read_reference)
@@ -323,14 +333,10 @@ if reference is None:
     PETSc.Sys.Print(f"making the reference flow, to be kept in {os.path.relpath(path)}")
     if ensemble.ensemble_rank == 0:
         reference = make_reference()
-    if is_first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path.with_suffix(".part.npz"), **reference)
-        path.with_suffix(".part.npz").replace(path)  # whole or not at all
-    reference = ensemble.global_comm.bcast(reference)
+    reference = from_first_rank(ensemble.global_comm, lambda: write_reference(reference))
 if not np.array_equal(reference.get("made with"), MADE_WITH):
-    raise ValueError(f"{path} holds a flow on another mesh, or with other parameters than this script has: remove it, or name another "
-                     "--reference")
+    raise Refused(f"{path} holds a flow on another mesh, or with other parameters than this script has: remove it, or name another "
+                  "--reference")
 
 # The data
 # --------
@@ -491,7 +497,7 @@ def draw_forces(path):
         axes.grid(alpha=0.25)
     panels[1].set_xlabel("time")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=1, fontsize="small", frameon=False)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def vorticity(whole):
@@ -512,7 +518,7 @@ def draw_flow(path, fields):
     figure.colorbar(colours, ax=panels, shrink=0.6, label="vorticity")
     for axes in (first, *panels):
         axes.set(aspect="equal", xticks=[], yticks=[])
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 schedule, chosen = study.representative(runs)
@@ -521,8 +527,13 @@ shown = {f"reference, after {ALONE} steps of {TIME_STEP:g}": recordings[-1][1 + 
          f"coarse solver and network, {schedule.title}": chosen.extras["last state"]}
 shown = {title: vorticity(values) for title, values in shown.items()}
 cells = field.cells  # collective at first
-if ensemble.global_comm.rank == 0:
+
+
+def draw():
     draw_training(runs, study.path("training"))
     draw_forces(study.path("forces"))
     draw_flow(study.path("flow"), shown)
+
+
+study.draw(draw)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

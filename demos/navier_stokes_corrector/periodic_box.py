@@ -36,7 +36,7 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
-from prdp_fem.studies import Study, command_line, draw_training
+from prdp_fem.studies import Study, command_line, draw_training, save
 from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
 arguments = command_line(__file__, __doc__)
@@ -277,12 +277,17 @@ def draw_flow(path, velocities):
     right.yaxis.set_major_formatter(lambda error, _: f"{100*error:g} %")
     right.grid(alpha=0.25)
     right.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 schedule, run = study.representative(runs)
-if ensemble.global_comm.rank == 0:
+
+
+def draw():
     draw_training(runs, study.path("training"))
     if (velocities := shown.get(study.label(schedule, run.seed))) is not None:  # not where the run comes from a file
         draw_flow(study.path("flow"), velocities)
+
+
+study.draw(draw)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from prdp_fem import IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.history import Account, History
-from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training
+from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, save, triangle_mesh
 
 PLATE = Path(__file__).resolve().parent.parent/"heat_emulator"/"plate.msh"  # made by Gmsh from plate.geo
 RIM = 2                                                                     # its physical group "rim"
@@ -193,7 +193,7 @@ class Rods:
 @functools.cache
 def plate_meshes():
     """Ours, and a finer one."""
-    return MeshHierarchy(Mesh(str(PLATE), comm=comm), Plate.REFINED + 1)[-2:]
+    return MeshHierarchy(triangle_mesh(PLATE, comm, marks=[RIM]), Plate.REFINED + 1)[-2:]
 
 
 class Plate:
@@ -420,6 +420,8 @@ def lbfgs(inverse, notebook):
 # these are. CG on the plate needs 40 iterations to come across the mesh, and makes little progress before.
 
 problem = "plate" if arguments.problem == "field" else "rods"
+if problem == "plate":
+    plate_meshes()  # what is wrong with the file is said before the work
 LADDERS = {
     ("rods", "jacobi"): IterationLadder(start=110, step=110),
     ("rods", "steepest_descent"): IterationLadder(start=50, step=50),
@@ -501,17 +503,18 @@ def draw_costs(path):
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize="small")
         axes.grid(alpha=0.25)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-def draw_fields(path, fields):
-    """The true field, what was found, and how it differs. Each rank of a member has its part of the mesh."""
-    chosen = list(fields)
+def gathered(fields):
+    """Each rank of a member has its part of the mesh: nodes, triangles and the values of fields, from all of them."""
     space = fields["true"].function_space()
     points = space.mesh().coordinates.dat.data_ro_with_halos
-    parts = comm.gather((points, space.cell_node_map().values, [fields[name].dat.data_ro_with_halos for name in chosen]))
-    if comm.rank > 0:
-        return
+    return comm.gather((points, space.cell_node_map().values, [field.dat.data_ro_with_halos for field in fields.values()]))
+
+
+def draw_fields(path, chosen, parts):
+    """The true field, what was found, and how it differs."""
     first = np.cumsum([0] + [len(points) for points, _, _ in parts])
     x, y = np.concatenate([points for points, _, _ in parts]).T
     triangles = np.concatenate([start + cells for start, (_, cells, _) in zip(first, parts)])
@@ -525,16 +528,22 @@ def draw_fields(path, fields):
         colours = axes.tripcolor(x, y, triangles, field, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
         figure.colorbar(colours, ax=axes, shrink=0.9)
         axes.set(title=title, aspect="equal", xticks=[], yticks=[], facecolor="0.8")
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
-if ensemble.global_comm.rank == 0:
-    draw_training(runs, study.path("training"))
-    draw_costs(study.path("costs"))
 found = {}
 for schedule in (CONVERGED, PRDP):
     if (pair := fields.get(study.label(schedule, arguments.seeds[0]))) is not None:  # not where the run comes from a file
         found["true"], found[schedule.title] = pair
-if found and ensemble.ensemble_rank == 0:
-    draw_fields(study.path("fields"), found)
+parts = gathered(found) if found else None
+
+
+def draw():
+    draw_training(runs, study.path("training"))
+    draw_costs(study.path("costs"))
+    if found:
+        draw_fields(study.path("fields"), list(found), parts)
+
+
+study.draw(draw)
 PETSc.Sys.Print(f"\nruns and figures are in {os.path.relpath(arguments.output)}")

@@ -41,7 +41,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from prdp_fem import FixedRefinement, Iterations, LinearVariationalSolver
+from prdp_fem.parallel import from_first_rank
+from prdp_fem.studies import save, triangle_mesh
 from prdp_fem.studies.command_line import Parser, count
+from prdp_fem.studies.files import put_aside, write
 from prdp_fem.torch import SolverLayer, deal, to_torch
 
 # The command line
@@ -150,7 +153,7 @@ def conduction(name, equation, source, conductivity, control, cold, functionals=
 Q = FunctionSpace(UnitIntervalMesh(8 if arguments.quick else 12, comm=comm), "DG", 0)
 source = Function(Q, name="source").interpolate(1 + 2*random_field(Q))
 conductivity = Function(Q, name="conductivity").interpolate(exp(2*random_field(Q)))
-Q = FunctionSpace(Mesh(str(PLATE), comm=comm), "DG", 0)
+Q = FunctionSpace(triangle_mesh(PLATE, comm, marks=[RIM]), "DG", 0)
 plate_conductivity = Function(Q, name="conductivity").interpolate(exp(2*random_field(Q)))
 
 problems = [
@@ -333,11 +336,13 @@ def draw(path):
         axes.set_xlabel("iterations $K$", fontsize=12)
     figure.supylabel("relative error", fontsize=12)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=12)
-    figure.savefig(path, dpi=150)
+    save(figure, path, dpi=150)
 
 
-if ensemble.global_comm.rank == 0:
-    draw(arguments.output/"suboptimality.png")
+def write_results(path):
+    """What an earlier run has left there is kept."""
+    if path.exists():
+        put_aside(path)
     versions = {name: version(name) for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")}
     everything = {
         "arguments": {**vars(arguments), "output": arguments.output.name},
@@ -347,5 +352,13 @@ if ensemble.global_comm.rank == 0:
         "difference_from_central_difference": checks,
         "results": results,
     }
-    (arguments.output/"results.json").write_text(json.dumps(everything, indent=1) + "\n")
+    write(path, json.dumps(everything, indent=1) + "\n")
+
+
+def write_all():
+    write_results(arguments.output/"results.json")
+    draw(arguments.output/"suboptimality.png")
+
+
+from_first_rank(ensemble.global_comm, write_all)
 PETSc.Sys.Print(f"\nresults.json and suboptimality.png are in {os.path.relpath(arguments.output)}, after {seconds:.0f} seconds")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from prdp_fem.studies.figures import draw_study
+from prdp_fem.studies.files import write
 from prdp_fem.studies.runs import Run, Runs
 from prdp_fem.studies.savings import Savings, best_constant, savings
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
@@ -41,7 +42,10 @@ def read_runs(folder: Path) -> dict[str, Runs]:
         setup = setups.setdefault(run.study, run.setup)
         if run.setup != setup:
             raise ValueError(f"the runs of {run.study} in {folder} have different set-ups: {run.setup} and {setup}")
-        studies.setdefault(run.study, {}).setdefault(Schedule.from_text(run.schedule), {})[run.seed] = run
+        by_seed = studies.setdefault(run.study, {}).setdefault(Schedule.from_text(run.schedule), {})
+        if run.seed in by_seed:
+            raise ValueError(f"{folder} has two runs of {run.study} under {run.schedule} with seed {run.seed}: remove one")
+        by_seed[run.seed] = run
     return studies
 
 
@@ -71,7 +75,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
         Where the report names a study without runs, or its marks are not in pairs.
     """
     studies = read_runs(folder)
-    text = report.read_text()
+    text = report.read_text(encoding="utf-8")
     marks = [len(re.findall(pattern, text)) for pattern in (r"<!-- (?:summary|study )", "<!-- end -->")]
     if len(blocks := list(_BLOCK.finditer(text))) != marks[0] or marks[0] != marks[1]:
         raise ValueError(f"{report} has {marks[0]} blocks that begin (<!-- summary --> or <!-- study NAME: TITLE -->), {marks[1]} that end "
@@ -81,7 +85,6 @@ def write_report(folder: Path, report: Path) -> list[str]:
         raise ValueError(f"there are no runs of {', '.join(missing)} in {folder}: make reproduce makes them")
 
     figures = report.with_suffix("")
-    figures.mkdir(exist_ok=True)
 
     def block(match):
         if (name := match["name"]) is not None:
@@ -90,7 +93,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
             content = _summary({title: studies[named] for named, title in titles.items()})
         return f"<!-- {match[1]} -->\n{content}\n<!-- end -->"
 
-    report.write_text(_BLOCK.sub(block, text))
+    write(report, _BLOCK.sub(block, text))
     return [name for name in studies if name not in titles]
 
 
@@ -116,11 +119,15 @@ def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
     return Savings(*np.median(saved, axis=0)) if saved else None
 
 
+def _machine(run: Run) -> str:
+    ranks = run.machine.get("ranks", 1)
+    return f"{run.machine.get('processor', 'an unknown processor')}, {ranks} rank{'s' if ranks > 1 else ''}"
+
+
 def _section(name: str, runs: Runs, figures: Path) -> str:
     some = next(iter(next(iter(runs.values())).values()))
     setup = ", ".join(f"{key}: {value}" for key, value in some.setup.items())
-    machines = sorted({f"{run.machine['processor']}, {run.machine['ranks']} rank{'s' if run.machine['ranks'] > 1 else ''}"
-                       for by_seed in runs.values() for run in by_seed.values()})
+    machines = sorted({_machine(run) for by_seed in runs.values() for run in by_seed.values()})
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     draw_study(runs, figures/f"{name}.png")
     parts = [f"*{setup}. Seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}.*",
@@ -142,13 +149,16 @@ def main() -> None:
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("report", type=Path, help="Markdown file")
     arguments = parser.parse_args()
-    for path in (arguments.runs, arguments.report):
-        if not path.exists():
-            parser.error(f"there is no {path}")
+    if not arguments.runs.is_dir():
+        parser.error(f"there is no folder {arguments.runs}")
     try:
         unplaced = write_report(arguments.runs, arguments.report)
-    except ValueError as error:
+    except UnicodeDecodeError:
+        parser.error(f"{arguments.report} is not text")
+    except ValueError as error:  # a Refused is one, too
         parser.error(str(error))
+    except OSError as error:
+        parser.error(f"{error.filename} cannot be read: {error.strerror}")
     if unplaced:
         print(f"no place in {arguments.report} for {', '.join(unplaced)}")
 

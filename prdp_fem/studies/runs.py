@@ -3,9 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +14,8 @@ import numpy as np
 from firedrake import Ensemble
 
 from prdp_fem.history import History
+from prdp_fem.job import Refused
+from prdp_fem.studies.files import write
 from prdp_fem.studies.schedules import Schedule
 
 __all__ = ["Run", "Runs", "machine"]
@@ -91,17 +91,8 @@ class Run:
         return f"{study}-{schedule.name.replace(':', '-')}-seed{seed}.json"
 
     def write(self, path: Path) -> None:
-        """Put the run into a file, whole or not at all."""
-        text = json.dumps(asdict(self), separators=(",", ":")) + "\n"
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
+        """Put the run into a file, see :func:`prdp_fem.studies.files.write`."""
+        write(path, json.dumps(asdict(self), separators=(",", ":")) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -109,16 +100,35 @@ class Run:
 
         Raises
         ------
-        ValueError
-            Where the file holds something else.
+        Refused
+            Where the file cannot be read, or holds something else.
         """
         try:
-            entries = json.loads(path.read_text())
-            history = History(**entries.pop("history"))
-            history.settings = {int(level): setting for level, setting in history.settings.items()}  # JSON's keys are strings
-            return cls(history=history, **entries)
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} does not hold a run of a study ({error}): remove it, and run again") from None
+            return cls._from_plain(json.loads(path.read_bytes()))
+        except OSError as error:
+            raise Refused(f"{path} cannot be read ({error.strerror})") from None
+        except (ValueError, RecursionError) as error:
+            raise Refused(f"{path} does not hold a run of a study ({error})") from None
+
+    @classmethod
+    def _from_plain(cls, entries) -> Run:
+        """The run of which ``write`` has made JSON; a ValueError where it was none."""
+        kinds = {"study": str, "schedule": str, "seed": int, "history": dict, "setup": dict, "extras": dict, "machine": dict}
+        if not isinstance(entries, dict) or entries.keys() != kinds.keys():
+            raise ValueError(f"a run has {', '.join(kinds)}")
+        if wrong := [name for name, kind in kinds.items() if type(entries[name]) is not kind]:
+            raise ValueError(f"{wrong[0]} cannot be {str(entries[wrong[0]])[:40]!r}")
+        Schedule.from_text(entries["schedule"])
+        run = cls(**{**entries, "history": History.from_plain(entries["history"])})
+        errors, labels = run.extras.get("errors", run.history.metric), run.extras.get("labels", {})
+        if not (isinstance(errors, list) and len(errors) == len(run.history) and all(isinstance(error, (int, float)) for error in errors)):
+            raise ValueError("errors must be numbers, one for each outer iteration")
+        if not (isinstance(labels, dict) and all(isinstance(label, str) for label in labels.values())):
+            raise ValueError("labels must be texts by name")
+        for name, kind in (("processor", str), ("ranks", int), ("members", int)):
+            if type(run.machine.get(name, kind())) is not kind:
+                raise ValueError(f"{name} of the machine cannot be {str(run.machine[name])[:40]!r}")
+        return run
 
 
 Runs = Mapping[Schedule, Mapping[int, Run]]  # by schedule and seed

@@ -45,13 +45,18 @@ def savings(run: Run, converged: Run) -> Savings:
     at_last_level = run.history.iterations_per_solve[-1]*solves
     same = all(run.machine.get(key, 1) == converged.machine.get(key, 1) for key in ("processor", "ranks", "members"))
     return Savings(
-        excess=run.error/converged.error - 1,
-        iterations=1 - run.iterations/converged.iterations,
-        progressive=(at_last_level - run.iterations)/converged.iterations,
-        incomplete=1 - at_last_level/converged.iterations,
-        solver_seconds=1 - run.solver_seconds/converged.solver_seconds if same else np.nan,
-        seconds=1 - run.seconds/converged.seconds if same else np.nan,
+        excess=_ratio(run.error, converged.error) - 1,
+        iterations=1 - _ratio(run.iterations, converged.iterations),
+        progressive=_ratio(at_last_level - run.iterations, converged.iterations),
+        incomplete=1 - _ratio(at_last_level, converged.iterations),
+        solver_seconds=1 - _ratio(run.solver_seconds, converged.solver_seconds) if same else np.nan,
+        seconds=1 - _ratio(run.seconds, converged.seconds) if same else np.nan,
     )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """NaN where the whole is nothing, such as seconds that were too few to be noted."""
+    return part/whole if whole else np.nan
 
 
 def best_constant(runs: Runs) -> Schedule | None:

@@ -2,7 +2,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from prdp_fem.history import History
+from prdp_fem.job import Refused
 from prdp_fem.ladders import Iterations, Setting, Tolerance
 from prdp_fem.parallel import from_first_rank
 from prdp_fem.refinement import Refinement
 from prdp_fem.studies.command_line import SOLVER_PREFIX
+from prdp_fem.studies.files import alone, put_aside, say, stamp
 from prdp_fem.studies.runs import LAST_EPOCHS, Run, Runs, machine
 from prdp_fem.studies.schedules import PRDP, Schedule
 from prdp_fem.studies.tables import plain_table
@@ -54,8 +59,7 @@ class Study:
         study = Study("bridge", arguments, ladder=IterationLadder(start=1, step=1), setup={"nodes": 512})
         runs = study.run(train_one)
         study.print_table(runs)
-        if MPI.COMM_WORLD.rank == 0:
-            draw_training(runs, study.path("training"))
+        study.draw(lambda: draw_training(runs, study.path("training")))
     """
 
     def __init__(self, name: str, arguments: argparse.Namespace, *, ladder: Sequence[Setting], converged: Setting = RESIDUAL,
@@ -85,30 +89,97 @@ class Study:
 
         Raises
         ------
-        ValueError
-            Where a run that is to be resumed was made with another set-up.
+        Refused
+            Where a run that is to be resumed was made with another set-up, or is none; where another process runs the same study into the
+            same folder; in the end, where a run cannot be put into its file.
         """
-        paths = {(schedule, seed): self.output/Run.file_name(self.name, schedule, seed)
-                 for schedule in self.schedules for seed in self.seeds}
-        kept = {}
-        if self.resume:
-            # By the rank that has written them: others may have other file systems.
-            kept = from_first_rank(COMM, lambda: {key: Run.read(path) for key, path in paths.items() if path.is_file()})
-            for key, run in kept.items():
-                self._check_setup(run, paths[key])
         runs: dict[Schedule, dict[int, Run]] = {schedule: {} for schedule in self.schedules}
-        for seed in self.seeds:
-            for schedule in self.schedules:
-                run = kept.get((schedule, seed))
-                if run is None:
-                    refinement = schedule.refinement(ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM)
-                    history, extras = train(seed, refinement, self.label(schedule, seed))
-                    run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(self.ensemble))
-                    if COMM.rank == 0:
-                        run.write(paths[schedule, seed])
-                    self._check_options()
-                runs[schedule][seed] = run
+        trained = {}
+        # Files are read and written by one rank: others may have other file systems.
+        with contextlib.ExitStack() as held:
+            from_first_rank(COMM, lambda: held.enter_context(alone(self.output/f".{self.name}.lock")))
+            kept = from_first_rank(COMM, self._there)
+            for seed in self.seeds:
+                for schedule in self.schedules:
+                    run = kept.get((schedule, seed))
+                    if run is None:
+                        refinement = schedule.refinement(ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM)
+                        history, extras = train(seed, refinement, self.label(schedule, seed))
+                        run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(self.ensemble))
+                        trained[schedule, seed] = run
+                        if problem := from_first_rank(COMM, lambda: self._write(trained)):
+                            PETSc.Sys.Print(f"{problem}: it will be tried again")
+                        self._check_options()
+                    runs[schedule][seed] = run
+            problem = from_first_rank(COMM, lambda: self._write(trained))  # again, for the folder may have gone since
+        if problem:
+            self.print_table(runs)
+            raise Refused(f"{problem}: what is left of it is the table above")
         return runs
+
+    def _there(self) -> dict[tuple[Schedule, int], Run]:
+        """Runs that are taken from their files. Of others that are there it is said what will become of them."""
+        taken = {}
+        self._replaceable, self._own = {}, {}
+        for schedule, seed in itertools.product(self.schedules, self.seeds):
+            path = self._file(schedule, seed)
+            if not os.path.lexists(path):
+                continue
+            try:
+                run = Run.read(path)
+            except Refused as error:
+                if self.resume:
+                    raise Refused(f"{error}: remove it, choose another --output, or leave --resume away to run again") from None
+                say(f"{error}, and will be kept under another name")
+                continue
+            differing = self._differing(run, schedule, seed)
+            if self.resume and differing:
+                raise Refused(f"{path} was made with another set-up ({differing}): choose another --output, or leave --resume away to "
+                              "run again")
+            if self.resume:
+                taken[schedule, seed] = run
+            elif differing:
+                say(f"{path} is there already, of another set-up ({differing}), and will be kept under another name")
+            else:
+                say(f"{path} is there already, of the same set-up, and will be replaced")
+                self._replaceable[path] = stamp(path)
+        return taken
+
+    def _write(self, trained: dict[tuple[Schedule, int], Run]) -> str | None:
+        """Put runs into their files, where they are not in them already. What somebody else has put there is kept.
+
+        Returns what has kept a run from being written.
+        """
+        problem = None
+        for (schedule, seed), run in trained.items():
+            path = self._file(schedule, seed)
+            there = stamp(path)
+            if there is not None and there == self._own.get(path):
+                continue
+            try:
+                if os.path.lexists(path) and there != self._replaceable.get(path):
+                    put_aside(path)
+                run.write(path)
+                self._own[path] = stamp(path)
+            except Refused as error:
+                problem = str(error)
+        return problem
+
+    def _file(self, schedule: Schedule, seed: int) -> Path:
+        return self.output/Run.file_name(self.name, schedule, seed)
+
+    def draw(self, draw: Callable[[], None]) -> None:
+        """Have the first rank draw figures, by a function without arguments that does not communicate.
+
+        Raises
+        ------
+        Refused
+            Where they cannot be put into their files, on all ranks.
+        """
+        try:
+            from_first_rank(COMM, draw)
+        except Refused as error:
+            raise Refused(f"{error}: with --resume, runs are taken from their files, and figures are drawn again") from None
 
     def label(self, schedule: Schedule, seed: int) -> str:
         """What progress bars call a run."""
@@ -129,12 +200,12 @@ class Study:
         if unused := [option for option in options if not PETSc.Options().used(option[1:])]:
             PETSc.Sys.Print(f"the solver did not look at {', '.join(unused)}: is it spelt right?")
 
-    def _check_setup(self, run: Run, path: Path) -> None:
-        differing = [f"{key}: {run.setup.get(key)} there, {self.setup.get(key)} here"
-                     for key in sorted(run.setup.keys() | self.setup.keys()) if run.setup.get(key) != self.setup.get(key)]
-        if differing:
-            raise ValueError(f"{path} was made with another set-up ({'; '.join(differing)}): choose another --output, or leave --resume "
-                             "away to run again")
+    def _differing(self, run: Run, schedule: Schedule, seed: int) -> str:
+        """What tells a run from the one of this study, empty where nothing does."""
+        there = {"study": run.study, "schedule": run.schedule, "seed": run.seed, **run.setup}
+        here = {"study": self.name, "schedule": schedule.name, "seed": seed, **self.setup}
+        return "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here"
+                         for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key))
 
     def print_table(self, runs: Runs) -> None:
         """What the runs have reached and what they cost, as text on rank 0."""
