@@ -1,6 +1,7 @@
 """Studies: schedules by name, runs in files, savings, tables, figures and reports."""
 import argparse
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -314,6 +315,25 @@ def test_a_command_line_is_read(tmp_path):
     result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True)
     assert result.returncode == 0 and "seeds=[1, 2]" in result.stdout and "size='quick'" in result.stdout
     assert (tmp_path/"output").is_dir()
+
+
+LEFT = "WARNING! There are options you set that were not used!"
+
+
+@pytest.mark.parametrize(("options", "left"), [
+    (["--quick", "--seed", "1", "2", "--schedules", "prdp", "4", "--epochs=3"], []),
+    (["--help"], []), (["-h"], []), (["--nonsense"], []), (["--epochs", "0"], []), (["--sched", "4"], []),
+    (["--quick", "-log_view", ":log.txt"], []),
+    (["--quick", "-physics_ksp_tipe", "cg", "--seed", "2", "-prdp_monitor"], ["-physics_ksp_tipe value: cg", "-prdp_monitor"]),
+    (["-options_left", "no", "-physics_ksp_tipe", "cg"], []),
+])
+def test_petsc_says_at_the_end_which_of_its_own_options_nobody_has_asked_for(tmp_path, options, left):
+    script = tmp_path/"demo.py"
+    script.write_text(SCRIPT)
+    environment = {name: value for name, value in os.environ.items() if name != "FIREDRAKE_DISABLE_OPTIONS_LEFT"}
+    result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert (LEFT in result.stdout) is bool(left) and result.stdout.count("Option left:") == len(left)
+    assert all(f"Option left: name:{option}" in result.stdout for option in left)
 
 
 def test_a_study_may_judge_by_other_errors_than_the_refinement_is_told():

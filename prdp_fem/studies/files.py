@@ -48,7 +48,8 @@ def write(path: Path, content: str | bytes) -> None:
                 os.unlink(name)
             raise
     except OSError as error:
-        raise Refused(f"{path} cannot be written: {error.strerror}") from None
+        is_folder = path.parent.is_dir() or not os.path.lexists(path.parent)
+        raise Refused(f"{path} cannot be written: {error.strerror if is_folder else f'{path.parent} is not a folder'}") from None
 
 
 def save(figure: Figure, path: Path, *, dpi: float = 110) -> None:
@@ -101,11 +102,13 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             if _is_at(file, path):
-                path.unlink()
+                with contextlib.suppress(OSError):  # a file that no process locks is in nobody's way
+                    path.unlink()
 
 
 def _locked(path: Path) -> IO[str]:
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,8 +26,8 @@ __all__ = ["triangle_mesh"]
 _POINT, _LINE, _TRIANGLE = 15, 1, 2
 _NODES = {_POINT: 1, _LINE: 2, _TRIANGLE: 3}
 _OTHERS = {3: "quadrangles", 4: "tetrahedra", 5: "hexahedra", 6: "prisms", 7: "pyramids", 8: "curved lines", 9: "curved triangles"}
-# Lengths below this, relative to those beside them, are none.
-_SMALL = 1e-10
+# Heights below this, relative to lengths, are none.
+_SMALL = 1e-8
 
 
 def triangle_mesh(path: Path, comm: MPI.Comm, *, marks: Collection[int] = ()) -> MeshGeometry:
@@ -113,6 +113,8 @@ class _Parts:
         x = (self.points - low)[:, :2]/size
         self._check_nodes(x)
         self._check_triangles(x)
+        if len(wrong := self.marks[abs(self.marks) >= 2**31]):
+            raise ValueError(f"a part of its boundary is in physical group {wrong[0]}, which is none")
         if missing := sorted(set(marks) - set(self.marks.tolist())):
             raise ValueError(f"no part of its boundary is in physical group {missing[0]}")
 
@@ -127,13 +129,13 @@ class _Parts:
             raise ValueError(f"nodes {self.tags[first[group.ravel()[second]]]} and {self.tags[second]} are at one point")
 
     def _check_triangles(self, x: np.ndarray) -> None:
-        """Each has an area, they lie side by side, and lines are edges of theirs."""
+        """None is flat, they lie side by side, and lines are edges of theirs."""
         corners = x[self.triangles]
         sides = np.roll(corners, -1, axis=1) - corners
         longest = (sides**2).sum(axis=-1).max(axis=1)
         areas = sides[:, 0, 0]*sides[:, 1, 1] - sides[:, 0, 1]*sides[:, 1, 0]
         if len(flat := np.flatnonzero(~(abs(areas) > _SMALL*longest))):
-            raise ValueError(f"the triangle of {self._named(self.triangles[flat[0]])} has no area")
+            raise ValueError(f"the triangle of {self._named(self.triangles[flat[0]])} is flat")
         ordered, counts = np.unique(np.sort(self.triangles, axis=1), axis=0, return_counts=True)
         if (counts > 1).any():
             raise ValueError(f"the triangle of {self._named(ordered[np.argmax(counts)])} is there {counts.max()} times")
@@ -183,7 +185,7 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
     header, _, rest = sections["MeshFormat"].partition(b"\n")
     words = header.decode(errors="replace").split()
     if len(words) != 3 or words[0] not in ("2.2", "4.1") or words[1] not in ("0", "1") or words[2] not in ("4", "8"):
-        raise ValueError(f"its format is {' '.join(words)[:40]!r}, where 2.2 and 4.1 can be read: have Gmsh write it again")
+        raise ValueError(f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: have Gmsh write it again")
     order = ""
     if words[1] == "1":
         order = {b"\x01\0\0\0": "<", b"\0\0\0\x01": ">"}.get(rest[:4], "")
