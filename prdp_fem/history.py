@@ -16,8 +16,8 @@ __all__ = ["Account", "History"]
 _COUNTS = ("solves", "adjoint_solves", "forward_iterations", "adjoint_iterations")
 
 
-def _is_amount(value, kind: type) -> bool:
-    return isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool) and 0 <= value < 2**63
+def _is_amount(value, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and 0 <= value < 2**63
 
 
 @dataclass
@@ -61,18 +61,23 @@ class History:
         if not isinstance(entries, dict) or sorted(entries) != sorted([*lists, "settings"]):
             raise ValueError(f"a history has {', '.join(lists)} and settings")
         for name in lists:
-            kind = float if name in ("metric", "seconds", "solver_seconds") else int
-            if not (isinstance(entries[name], list) and all(_is_amount(value, kind) for value in entries[name])):
-                raise ValueError(f"{name} must be a list of {'whole ' if kind is int else ''}numbers of at least 0")
+            is_real = name in ("metric", "seconds", "solver_seconds")
+            kinds = (int, float) if is_real else (int,)
+            values = entries[name]
+            if type(values) is not list or not all(_is_amount(value, kinds) for value in values):
+                raise ValueError(f"{name} must be a list of {'' if is_real else 'whole '}numbers of at "
+                                 "least 0")
         if len({len(entries[name]) for name in lists}) > 1 or not entries["metric"]:
             raise ValueError(f"{', '.join(lists)} must have one number for each outer iteration")
         for name in lists:
             if name not in ("metric", "level") and entries[name] != sorted(entries[name]):
                 raise ValueError(f"{name} must not fall, as it is counted from the start")
         settings = entries["settings"]
-        if not (isinstance(settings, dict) and all(level.isdecimal() and isinstance(setting, str) for level, setting in settings.items())):
+        if type(settings) is not dict or not all(level.isdecimal() and type(setting) is str
+                                                 for level, setting in settings.items()):
             raise ValueError("settings must be texts by level")
-        return cls(**{**entries, "settings": {int(level): setting for level, setting in settings.items()}})  # JSON's keys are texts
+        settings = {int(level): setting for level, setting in settings.items()}  # JSON's keys are texts
+        return cls(**{**entries, "settings": settings})
 
     def __len__(self) -> int:
         return len(self.metric)

@@ -5,8 +5,8 @@ that calls ``MPI_Abort`` on each rank that raises, at once: when all raise the s
 appears, interleaved, and when one raises nothing says which it was. The hook here first lets ranks find out who else raises. They tell
 each other by messages on a communicator of their own, so that no receive of the program can take them, and wait for a short grace:
 
-* Where all ranks raise, rank 0 prints its traceback, and Python ends on all as it does without MPI, with exit status 1. Of an error
-  that says all in its message, a :class:`Refused`, it prints that and no traceback.
+* Where all ranks raise, rank 0 prints its traceback, and Python ends on all as it does without MPI, with exit status 1.
+  Of an error that says all in its message, a :class:`Refused`, it prints that and no traceback.
 * Where some raise, the lowest of them prints its traceback and ends the job by ``MPI_Abort``.
 
 ``import prdp_fem`` puts the hook in PyOP2's place. A ``sys.excepthook`` of the program's own is left alone. ``sys.exit`` reaches no
@@ -40,7 +40,7 @@ class Refused(OSError, ValueError):
 
 
 def say_refusals() -> None:
-    """Have no traceback printed in a serial run of a program that somebody has refused something, or has interrupted."""
+    """Have a serial run end without a traceback where it refuses something, or is interrupted."""
     if MPI.COMM_WORLD.size == 1:
         sys.excepthook = functools.partial(_say, sys.excepthook)
 

@@ -324,15 +324,19 @@ LEFT = "WARNING! There are options you set that were not used!"
     (["--quick", "--seed", "1", "2", "--schedules", "prdp", "4", "--epochs=3"], []),
     (["--help"], []), (["-h"], []), (["--nonsense"], []), (["--epochs", "0"], []), (["--sched", "4"], []),
     (["--quick", "-log_view", ":log.txt"], []),
-    (["--quick", "-physics_ksp_tipe", "cg", "--seed", "2", "-prdp_monitor"], ["-physics_ksp_tipe value: cg", "-prdp_monitor"]),
+    (["--quick", "-physics_ksp_tipe", "cg", "--seed", "2", "-prdp_monitor"],
+     ["-physics_ksp_tipe value: cg", "-prdp_monitor"]),
     (["-options_left", "no", "-physics_ksp_tipe", "cg"], []),
 ])
 def test_petsc_says_at_the_end_which_of_its_own_options_nobody_has_asked_for(tmp_path, options, left):
     script = tmp_path/"demo.py"
     script.write_text(SCRIPT)
-    environment = {name: value for name, value in os.environ.items() if name != "FIREDRAKE_DISABLE_OPTIONS_LEFT"}
-    result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert (LEFT in result.stdout) is bool(left) and result.stdout.count("Option left:") == len(left)
+    environment = {name: value for name, value in os.environ.items()
+                   if name != "FIREDRAKE_DISABLE_OPTIONS_LEFT"}
+    result = subprocess.run([sys.executable, script, *options], capture_output=True, text=True,
+                            env=environment, cwd=tmp_path)
+    assert (LEFT in result.stdout) is bool(left)
+    assert result.stdout.count("Option left:") == len(left)
     assert all(f"Option left: name:{option}" in result.stdout for option in left)
 
 

@@ -58,7 +58,8 @@ def configure(parser):
                         help="a plate with insulated holes and a cold rim, on an unstructured mesh; or a domain in one, two or three "
                              "dimensions with a cold boundary, on a structured one (default: %(default)s)")
     parser.add_argument("--mesh", type=Path, metavar="FILE.msh",
-                        help="instead: a mesh of triangles by Gmsh; it is scaled to unit size, and all its boundary is insulated")
+                        help="instead: a mesh of triangles by Gmsh; it is scaled to unit size, and "
+                             "all its boundary is insulated")
     parser.add_argument("--solver", choices=SOLVERS, default="cg", help="cg and jacobi with Jacobi's preconditioner (default: %(default)s)")
     parser.add_argument("--network", choices=("mlp", "resnet", "graph"), default="mlp",
                         help="dense layers, convolutions on a structured mesh, or messages along the edges (default: %(default)s)")
@@ -88,8 +89,8 @@ if domain in CELLS and not arguments.mesh:
     mesh = make_mesh(*[cells]*(list(CELLS).index(domain) + 1), comm=comm)
     cold = "on_boundary"
 else:
-    # A file that holds no such mesh ends the script here, in a sentence that says what is wrong with it.
-    mesh = triangle_mesh(arguments.mesh, comm) if arguments.mesh else triangle_mesh(PLATE, comm, marks=[RIM])
+    # A file that holds no such mesh ends the script here, with a sentence.
+    mesh = triangle_mesh(arguments.mesh or PLATE, comm, marks=[] if arguments.mesh else [RIM])
     corners = np.concatenate(comm.allgather(mesh.coordinates.dat.data_ro))
     size = np.ptp(corners, axis=0).max()
     mesh.coordinates.assign((mesh.coordinates - Constant(corners.min(axis=0)))/size)
@@ -273,12 +274,15 @@ PETSc.Sys.Print(f"{domain}: {n} nodes on {comm.size} rank{'s' if comm.size > 1 e
                 f"{f', {ensemble.ensemble_size} times' if ensemble.ensemble_size > 1 else ''}; "
                 f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs")
 name = ("mesh_" if arguments.mesh else "") + f"{Path(domain).stem}_{arguments.solver}"
+# Another mesh can have the same name, and as many nodes.
+described = {}
+if arguments.mesh:
+    described["mesh"] = from_first_rank(comm, lambda: zlib.crc32(arguments.mesh.read_bytes()))
 study = Study(f"heat_{name}" + (f"_{arguments.network}" if arguments.network != "mlp" else ""), arguments,
               ladder=IterationLadder(start=2 if dimension == 3 else 1, step=LEVEL),
               setup={"domain": domain, "nodes": n, "solver": arguments.solver, "network": arguments.network, "training samples": TRAINING,
                      "validation samples": VALIDATION, "epochs": EPOCHS, "batch": BATCH, "learning rate": LEARNING_RATE, "width": WIDTH,
-                     "diffusivity times time step": DIFFUSION,
-                     **({"mesh": from_first_rank(comm, lambda: zlib.crc32(arguments.mesh.read_bytes()))} if arguments.mesh else {})})
+                     "diffusivity times time step": DIFFUSION, **described})
 runs = study.run(train_one)
 
 # The result

@@ -49,8 +49,8 @@ from matplotlib.figure import Figure
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.job import Refused
 from prdp_fem.parallel import from_first_rank
-from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, save, triangle_mesh
-from prdp_fem.studies.files import write
+from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, triangle_mesh
+from prdp_fem.studies.files import save, write
 from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, deal, from_torch, to_torch, total, train
 
 HERE = Path(__file__).resolve().parent
@@ -80,7 +80,8 @@ INFLOW, OUTFLOW, WALLS, CYLINDER = 1, 2, 3, 4
 VISCOSITY, DIAMETER, BENCHMARK = 1e-3, 0.1, 1.0
 TRAINING_SPEEDS = 0.8, 1.2
 
-mesh = triangle_mesh(HERE/"cylinder.msh", comm, marks=[INFLOW, OUTFLOW, WALLS, CYLINDER])  # made from cylinder.geo
+# Made from cylinder.geo.
+mesh = triangle_mesh(HERE/"cylinder.msh", comm, marks=[INFLOW, OUTFLOW, WALLS, CYLINDER])
 x, y = SpatialCoordinate(mesh)
 parabola = 6*y*(0.41 - y)/0.41**2
 
@@ -317,7 +318,8 @@ def read_reference() -> dict | None:
         with np.load(path) as file:
             return dict(file)
     except (OSError, EOFError, ValueError, BadZipFile) as error:
-        raise Refused(f"{path} does not hold a flow ({error}): remove it, or name another --reference") from None
+        raise Refused(f"{path} does not hold a flow ({error}): remove it, or name another "
+                      "--reference") from None
 
 
 def write_reference(reference):
@@ -334,9 +336,11 @@ if reference is None:
     if ensemble.ensemble_rank == 0:
         reference = make_reference()
     reference = from_first_rank(ensemble.global_comm, lambda: write_reference(reference))
-if not np.array_equal(reference.get("made with"), MADE_WITH):
-    raise Refused(f"{path} holds a flow on another mesh, or with other parameters than this script has: remove it, or name another "
-                  "--reference")
+expected = {"made with", "coarse"} | {f"{what} {speed}" for what in ("states", "forces")
+                                      for speed in (BENCHMARK, *TRAINING_SPEEDS)}
+if reference.keys() != expected or not np.array_equal(reference["made with"], MADE_WITH):
+    raise Refused(f"{path} holds a flow on another mesh, or with other parameters than this script "
+                  "has: remove it, or name another --reference")
 
 # The data
 # --------

@@ -41,7 +41,8 @@ from tqdm import tqdm
 
 from prdp_fem import IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.history import Account, History
-from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, save, triangle_mesh
+from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, triangle_mesh
+from prdp_fem.studies.files import save
 
 PLATE = Path(__file__).resolve().parent.parent/"heat_emulator"/"plate.msh"  # made by Gmsh from plate.geo
 RIM = 2                                                                     # its physical group "rim"
@@ -507,10 +508,11 @@ def draw_costs(path):
 
 
 def gathered(fields):
-    """Each rank of a member has its part of the mesh: nodes, triangles and the values of fields, from all of them."""
+    """Nodes, triangles and values of fields; each rank of a member has its part of the mesh."""
     space = fields["true"].function_space()
     points = space.mesh().coordinates.dat.data_ro_with_halos
-    return comm.gather((points, space.cell_node_map().values, [field.dat.data_ro_with_halos for field in fields.values()]))
+    values = [field.dat.data_ro_with_halos for field in fields.values()]
+    return comm.gather((points, space.cell_node_map().values, values))
 
 
 def draw_fields(path, chosen, parts):

@@ -12,4 +12,5 @@ from prdp_fem.studies.runs import Run
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 from prdp_fem.studies.study import Study
 
-__all__ = ["CONVERGED", "PRDP", "Run", "Schedule", "Study", "command_line", "draw_training", "save", "triangle_mesh"]
+__all__ = ["CONVERGED", "PRDP", "Run", "Schedule", "Study", "command_line", "draw_training", "save",
+           "triangle_mesh"]

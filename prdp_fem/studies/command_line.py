@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         say_refusals()
         for word in sys.argv[1:]:
             if word.startswith("--") or word == "-h":
-                # PETSc has read the command line, too, and would say in the end that nobody has asked for this.
+                # PETSc has read it, too, and would say in the end that nobody has asked for it.
                 PETSc.Options().delValue(word)
         arguments, others = self.parse_known_args()
         if wrong := [option for option in others if f"-{option}" in self._option_string_actions]:
@@ -100,11 +100,13 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
         --quick, --full              a short run, or one for larger machines; QUICK=1 in the environment means --quick
         --epochs N                   instead of what the size says
         --output DIR                 where runs and figures are put
-        --resume                     take runs that are there already from their files; without, those of another set-up are kept as
-                                     other files, and those of the same are replaced
+        --resume                     take runs that are there already from their files; without,
+                                     those of another set-up are kept under other names, and those of
+                                     the same are replaced
         --ensemble N                 deal samples out to N groups of ranks; the ranks of a group share a mesh
 
-    Options with a single dash are PETSc's, which reads them itself, and says in the end which of them nobody has asked for.
+    Options with a single dash are PETSc's, which reads them itself, and says in the end which of
+    them nobody has asked for.
 
     Parameters
     ----------

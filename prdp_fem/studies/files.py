@@ -1,4 +1,8 @@
-"""Files of results: each is whole or not there, none is replaced without a word, and of each study one process at a time writes them."""
+"""Files of results.
+
+Each is whole or not there, none is replaced without a word, and one process at a time writes those of
+a study.
+"""
 from __future__ import annotations
 
 import contextlib
@@ -48,12 +52,16 @@ def write(path: Path, content: str | bytes) -> None:
                 os.unlink(name)
             raise
     except OSError as error:
-        is_folder = path.parent.is_dir() or not os.path.lexists(path.parent)
-        raise Refused(f"{path} cannot be written: {error.strerror if is_folder else f'{path.parent} is not a folder'}") from None
+        is_file = path.parent.exists() and not path.parent.is_dir()
+        problem = f"{path.parent} is not a folder" if is_file else error.strerror
+        raise Refused(f"{path} cannot be written: {problem}") from None
 
 
 def save(figure: Figure, path: Path, *, dpi: float = 110) -> None:
-    """Draw a figure into a PNG file, see :func:`write`; where it takes the place of another one, say so."""
+    """Draw a figure into a PNG file, see :func:`write`.
+
+    Where it takes the place of another one, this says so.
+    """
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=dpi)
     is_other = path.is_file() and path.read_bytes() != picture.getvalue()
@@ -63,18 +71,21 @@ def save(figure: Figure, path: Path, *, dpi: float = 110) -> None:
 
 
 def put_aside(path: Path) -> None:
-    """Give what is in the place of a file another name, with the first number that is free, and say so."""
+    """Give what is in the place of a file a name with the first number that is free, and say so."""
     kept = next(kept for number in itertools.count(1)
                 if not os.path.lexists(kept := path.with_name(f"{path.name}.{number}")))
     try:
         path.rename(kept)
     except OSError as error:
-        raise Refused(f"{path} is there already, and cannot be renamed: {error.strerror}") from None
+        raise Refused(f"{path} is there, and cannot be renamed: {error.strerror}") from None
     say(f"{path} was there already, and is kept as {kept.name}")
 
 
 def stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from another one in its place, and from itself when it has been written to; None where there is none."""
+    """What tells a file from another one in its place, and from itself before it was written to.
+
+    None where there is none.
+    """
     try:
         found = path.stat()
     except OSError:
@@ -84,9 +95,10 @@ def stamp(path: Path) -> tuple[int, ...] | None:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Hold a lock: a file, which is there meanwhile. The operating system gives back the lock of a process that dies.
+    """Hold a lock: a file, which is there meanwhile.
 
-    Where the file system has no locks, this says so and goes on.
+    The operating system gives back the lock of a process that dies. Where the file system has no
+    locks, this says so and goes on.
 
     Raises
     ------
@@ -95,14 +107,17 @@ def alone(path: Path) -> Iterator[None]:
     """
     try:
         file = _locked(path)
+    except Refused:
+        raise
     except OSError as error:
-        raise Refused(str(error) if isinstance(error, Refused) else f"{path} cannot be written: {error.strerror}") from None
+        raise Refused(f"{path} cannot be written: {error.strerror}") from None
     with file:
         try:
             yield
         finally:
             if _is_at(file, path):
-                with contextlib.suppress(OSError):  # a file that no process locks is in nobody's way
+                # A file that no process locks is in nobody's way.
+                with contextlib.suppress(OSError):
                     path.unlink()
 
 
@@ -114,10 +129,11 @@ def _locked(path: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Refused(f"another run ({file.read()}) puts the same results into {path.parent}: wait for its end, or choose another "
-                          "--output") from None
+            raise Refused(f"another run ({file.read()}) puts the same results into {path.parent}: wait "
+                          "for its end, or choose another --output") from None
         except OSError as error:
-            say(f"{path.parent} has no locks ({error.strerror}): nothing else must put the same results into it meanwhile")
+            say(f"{path.parent} has no locks ({error.strerror}): no other run must put the same "
+                "results into it")
         if _is_at(file, path):
             break
         file.close()  # who had it before has just removed it

@@ -1,8 +1,9 @@
 """Plane meshes of triangles from files of Gmsh.
 
-A damaged file, and a mesh that no problem can be solved on, is refused in a sentence that names the file and what is wrong with it. PETSc's
-reader takes numbers of nodes, and how many there are of anything, as the file has them, and a wrong one ends the process. So the file is
-read here, and what PETSc is given are arrays that have been checked.
+A damaged file, and a mesh that no problem can be solved on, is refused in a sentence that names the
+file and what is wrong with it. PETSc's reader takes numbers of nodes, and how many there are of
+anything, as the file has them, and a wrong one ends the process. So the file is read here, and what
+PETSc is given are arrays that have been checked.
 """
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ from prdp_fem.parallel import from_first_rank
 
 __all__ = ["triangle_mesh"]
 
-# Gmsh's numbers of elements that a plane mesh of straight triangles may have, and how many nodes each has.
+# Gmsh's numbers of elements that a plane mesh of straight triangles may have, and how many nodes
+# each of them has.
 _POINT, _LINE, _TRIANGLE = 15, 1, 2
 _NODES = {_POINT: 1, _LINE: 2, _TRIANGLE: 3}
-_OTHERS = {3: "quadrangles", 4: "tetrahedra", 5: "hexahedra", 6: "prisms", 7: "pyramids", 8: "curved lines", 9: "curved triangles"}
+_OTHERS = {3: "quadrangles", 4: "tetrahedra", 5: "hexahedra", 6: "prisms", 7: "pyramids",
+           8: "curved lines", 9: "curved triangles"}
 # Heights below this, relative to lengths, are none.
 _SMALL = 1e-8
 
@@ -50,7 +53,8 @@ def triangle_mesh(path: Path, comm: MPI.Comm, *, marks: Collection[int] = ()) ->
     Raises
     ------
     Refused
-        Where the file cannot be read, or does not hold a plane mesh of straight triangles that a problem can be solved on.
+        Where the file cannot be read, or does not hold a plane mesh of straight triangles that a
+        problem can be solved on.
     """
     def read():
         nonlocal parts
@@ -64,7 +68,8 @@ def triangle_mesh(path: Path, comm: MPI.Comm, *, marks: Collection[int] = ()) ->
 
     parts = None  # on other ranks
     from_first_rank(comm, read)
-    plex = plex_from_cell_list(2, parts and parts.triangles, parts and parts.points[:, :2], comm, name="plane")
+    triangles, points = (parts.triangles, parts.points[:, :2]) if parts else (None, None)
+    plex = plex_from_cell_list(2, triangles, points, comm, name="plane")
     plex.createLabel("Face Sets")
     if parts:
         first_vertex, _ = plex.getDepthStratum(0)
@@ -101,7 +106,8 @@ class _Parts:
         if not len(self.triangles):
             raise ValueError("it has no triangles")
         if len(wrong := np.flatnonzero(~np.isfinite(self.points).all(axis=1))):
-            raise ValueError(f"node {self.tags[wrong[0]]} is at {tuple(self.points[wrong[0]].tolist())}")
+            point = tuple(self.points[wrong[0]].tolist())
+            raise ValueError(f"node {self.tags[wrong[0]]} is at {point}")
         low, high = self.points.min(axis=0), self.points.max(axis=0)
         size = (high/2 - low/2).max()*2
         if low.tolist() == high.tolist():
@@ -114,7 +120,8 @@ class _Parts:
         self._check_nodes(x)
         self._check_triangles(x)
         if len(wrong := self.marks[abs(self.marks) >= 2**31]):
-            raise ValueError(f"a part of its boundary is in physical group {wrong[0]}, which is none")
+            raise ValueError("a part of its boundary is in physical group "
+                             f"{wrong[0]}, which is none")
         if missing := sorted(set(marks) - set(self.marks.tolist())):
             raise ValueError(f"no part of its boundary is in physical group {missing[0]}")
 
@@ -125,8 +132,9 @@ class _Parts:
             raise ValueError(f"node {self.tags[np.argmin(used)]} belongs to no triangle")
         _, first, group = np.unique(x.round(12), axis=0, return_index=True, return_inverse=True)
         if len(first) < len(x):
-            second = np.flatnonzero(first[group.ravel()] != np.arange(len(x)))[0]
-            raise ValueError(f"nodes {self.tags[first[group.ravel()[second]]]} and {self.tags[second]} are at one point")
+            first = first[group.ravel()]
+            second = np.flatnonzero(first != np.arange(len(x)))[0]
+            raise ValueError(f"{self._named([first[second], second])} are at one point")
 
     def _check_triangles(self, x: np.ndarray) -> None:
         """None is flat, they lie side by side, and lines are edges of theirs."""
@@ -138,21 +146,27 @@ class _Parts:
             raise ValueError(f"the triangle of {self._named(self.triangles[flat[0]])} is flat")
         ordered, counts = np.unique(np.sort(self.triangles, axis=1), axis=0, return_counts=True)
         if (counts > 1).any():
-            raise ValueError(f"the triangle of {self._named(ordered[np.argmax(counts)])} is there {counts.max()} times")
-        # An edge seen from its node of the lower number: a triangle lies on its left or on its right.
+            doubled = self._named(ordered[np.argmax(counts)])
+            raise ValueError(f"the triangle of {doubled} is there {counts.max()} times")
+        # An edge seen from its node of the lower number: a triangle lies on its left or right.
         starts, ends = self.triangles, np.roll(self.triangles, -1, axis=1)
         on_left = (starts < ends) == (areas > 0)[:, None]
-        edges, which = np.unique(np.sort(np.stack([starts, ends], axis=-1).reshape(-1, 2), axis=1), axis=0, return_inverse=True)
-        left, right = (np.bincount(which.ravel()[side.ravel()], minlength=len(edges)) for side in (on_left, ~on_left))
-        if (left + right).max() > 2:
-            edge = np.argmax(left + right)
-            raise ValueError(f"the edge of {self._named(edges[edge])} belongs to {left[edge] + right[edge]} triangles")
-        if max(left.max(), right.max()) > 1:
-            raise ValueError(f"the two triangles at the edge of {self._named(edges[np.argmax(np.maximum(left, right))])} overlap")
+        pairs = np.sort(np.stack([starts, ends], axis=-1).reshape(-1, 2), axis=1)
+        edges, which = np.unique(pairs, axis=0, return_inverse=True)
+        left, right = (np.bincount(which.ravel()[side.ravel()], minlength=len(edges))
+                       for side in (on_left, ~on_left))
+        both, larger = left + right, np.maximum(left, right)
+        if both.max() > 2:
+            crowded = self._named(edges[np.argmax(both)])
+            raise ValueError(f"the edge of {crowded} belongs to {both.max()} triangles")
+        if larger.max() > 1:
+            folded = self._named(edges[np.argmax(larger)])
+            raise ValueError(f"the two triangles at the edge of {folded} overlap")
         known = set(map(tuple, edges.tolist()))
         for line in np.sort(self.lines, axis=1).tolist():
             if tuple(line) not in known:
-                raise ValueError(f"the line between {self._named(line)} is not an edge of a triangle")
+                raise ValueError(f"the line between {self._named(line)} is not an edge of a "
+                                 "triangle")
 
     def _named(self, nodes) -> str:
         *others, last = (str(self.tags[node]) for node in nodes)
@@ -162,7 +176,8 @@ class _Parts:
 def _sections(content: bytes) -> dict[str, bytes]:
     """What stands between $Name and $EndName, by the name."""
     if not content.startswith(b"$MeshFormat"):
-        raise ValueError("it is empty" if not content else "it does not begin with $MeshFormat, as files of Gmsh do")
+        raise ValueError("it does not begin with $MeshFormat, as files of Gmsh do" if content
+                         else "it is empty")
     found: dict[str, bytes] = {}
     position = 0
     begin = re.compile(rb"\s*\$([A-Za-z]+)[^\S\n]*\n")
@@ -184,15 +199,17 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
     """What the sections of a file hold."""
     header, _, rest = sections["MeshFormat"].partition(b"\n")
     words = header.decode(errors="replace").split()
-    if len(words) != 3 or words[0] not in ("2.2", "4.1") or words[1] not in ("0", "1") or words[2] not in ("4", "8"):
-        raise ValueError(f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: have Gmsh write it again")
+    if not re.fullmatch("(2.2|4.1) [01] [48]", " ".join(words)):
+        raise ValueError(f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: have "
+                         "Gmsh write it again")
     order = ""
     if words[1] == "1":
         order = {b"\x01\0\0\0": "<", b"\0\0\0\x01": ">"}.get(rest[:4], "")
         if not order:
             raise ValueError("it is said to be binary, and does not begin as binary files do")
     if "Periodic" in sections:
-        raise ValueError("parts of its boundary are identified with each other ($Periodic), as no demo expects it")
+        raise ValueError("parts of its boundary are identified with each other ($Periodic), which no "
+                         "demo expects")
     if missing := [name for name in ("Nodes", "Elements") if name not in sections]:
         raise ValueError(f"it has no ${missing[0]}")
     is_old = words[0] == "2.2"
@@ -217,21 +234,25 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
         groups = _groups(found)
         found.end()
     count, found = numbers("Elements")
-    elements = list(_old_elements(count, found, bool(order)) if is_old else _elements(found, groups))
+    elements = list(_old_elements(count, found, bool(order)) if is_old
+                    else _elements(found, groups))
     found.end()
     by_kind = {kind: [] for kind in _NODES}
     for kind, nodes, mark in elements:
         if missing := [node for node in nodes if node not in index]:
             raise ValueError(f"an element has node {missing[0]}, which is not there")
         by_kind[kind].append(([index[node] for node in nodes], mark))
-    lines, triangles = (np.array([nodes for nodes, _ in by_kind[kind]], dtype=int).reshape(-1, _NODES[kind]) for kind in (_LINE, _TRIANGLE))
+    lines, triangles = (
+        np.array([nodes for nodes, _ in by_kind[kind]], dtype=int).reshape(-1, _NODES[kind])
+        for kind in (_LINE, _TRIANGLE))
     marks = np.array([mark for _, mark in by_kind[_LINE]], dtype=int)
     return _Parts(np.array(tags), np.array(points).reshape(-1, 3), lines, triangles, marks)
 
 
 def _number_of_nodes(kind: int) -> int:
     if kind not in _NODES:
-        raise ValueError(f"it has {_OTHERS.get(kind, f'elements of kind {kind}')}, where straight triangles are expected")
+        name = _OTHERS.get(kind, f"elements of kind {kind}")
+        raise ValueError(f"it has {name}, where straight triangles are expected")
     return _NODES[kind]
 
 
@@ -258,7 +279,10 @@ def _nodes(found: _Numbers) -> tuple[list[int], list[list[float]]]:
 
 
 def _groups(found: _Numbers) -> dict[tuple[int, int], int]:
-    """The first physical group of each part of the geometry, by its dimension and number; 0 where it has none."""
+    """The first physical group of each part of the geometry, by its dimension and number.
+
+    It is 0 where there is none.
+    """
     first = {}
     for dimension, count in enumerate(found.counts(4)):
         for _ in range(count):
@@ -271,7 +295,8 @@ def _groups(found: _Numbers) -> dict[tuple[int, int], int]:
     return first
 
 
-def _old_elements(count: int, found: _Numbers, is_binary: bool) -> Iterator[tuple[int, list[int], int]]:
+def _old_elements(count: int, found: _Numbers,
+                  is_binary: bool) -> Iterator[tuple[int, list[int], int]]:
     """Kind, nodes and physical group of elements, format 2.2."""
     while count > 0:
         if is_binary:
@@ -280,25 +305,28 @@ def _old_elements(count: int, found: _Numbers, is_binary: bool) -> Iterator[tupl
             (_, kind, groups), size = found.whole(3), 1
         nodes = _number_of_nodes(kind)
         if not 1 <= size <= count or groups < 0:
-            raise ValueError("$Elements has elements with a number of groups, or blocks of them, that cannot be")
+            raise ValueError("in $Elements is a number of groups, or of elements, that cannot be")
         for _ in range(size):
             row = found.whole(is_binary + groups + nodes)[is_binary:]
             yield kind, row[groups:], row[0] if groups else 0
         count -= size
 
 
-def _elements(found: _Numbers, groups: dict[tuple[int, int], int] | None) -> Iterator[tuple[int, list[int], int]]:
+def _elements(found: _Numbers, groups: dict[tuple[int, int], int] | None
+              ) -> Iterator[tuple[int, list[int], int]]:
     """The same, format 4.1."""
     blocks, count, _, _ = found.counts(4)
     for _ in range(blocks):
         dimension, entity, kind = found.whole(3)
         nodes = _number_of_nodes(kind)
         if groups is not None and (dimension, entity) not in groups:
-            raise ValueError(f"elements belong to entity {entity} of dimension {dimension}, which is not there")
+            raise ValueError(f"elements belong to entity {entity} of dimension {dimension}, which is "
+                             "not there")
         size, = found.counts()
         count -= size
+        group = 0 if groups is None else groups[dimension, entity]
         for _ in range(size):
-            yield kind, found.whole(1 + nodes, wide=True)[1:], 0 if groups is None else groups[dimension, entity]
+            yield kind, found.whole(1 + nodes, wide=True)[1:], group
     if count != 0:
         raise ValueError("$Elements holds another number of elements than it says")
 
@@ -314,7 +342,8 @@ class _Numbers:
     order : str
         Of bytes in a binary file, ``"<"`` or ``">"``; empty for text.
     wide : int
-        How many bytes a number has in a binary file that counts something, or names a node or an element.
+        How many bytes a number has in a binary file that counts something, or names a node or an
+        element.
     """
 
     def __init__(self, name: str, content: bytes, order: str = "", wide: int = 4):
@@ -361,4 +390,5 @@ class _Numbers:
         with contextlib.suppress(ValueError):
             if b"_" not in word and (abs(number := kind(word)) < 2**63 or kind is float):
                 return number
-        raise ValueError(f"{word.decode(errors='replace')[:20]!r} in ${self._name} is not a {'whole ' if kind is int else ''}number")
+        expected = "whole number" if kind is int else "number"
+        raise ValueError(f"{word.decode(errors='replace')[:20]!r} in ${self._name} is not a {expected}")

@@ -44,7 +44,8 @@ def read_runs(folder: Path) -> dict[str, Runs]:
             raise ValueError(f"the runs of {run.study} in {folder} have different set-ups: {run.setup} and {setup}")
         by_seed = studies.setdefault(run.study, {}).setdefault(Schedule.from_text(run.schedule), {})
         if run.seed in by_seed:
-            raise ValueError(f"{folder} has two runs of {run.study} under {run.schedule} with seed {run.seed}: remove one")
+            raise ValueError(f"{folder} has two runs of {run.study} under {run.schedule} with seed "
+                             f"{run.seed}: remove one")
         by_seed[run.seed] = run
     return studies
 
@@ -120,8 +121,8 @@ def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
 
 
 def _machine(run: Run) -> str:
-    ranks = run.machine.get("ranks", 1)
-    return f"{run.machine.get('processor', 'an unknown processor')}, {ranks} rank{'s' if ranks > 1 else ''}"
+    processor, ranks = run.machine.get("processor", "an unknown processor"), run.machine.get("ranks", 1)
+    return f"{processor}, {ranks} rank{'s' if ranks > 1 else ''}"
 
 
 def _section(name: str, runs: Runs, figures: Path) -> str:

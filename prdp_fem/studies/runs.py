@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -92,7 +93,9 @@ class Run:
 
     def write(self, path: Path) -> None:
         """Put the run into a file, see :func:`prdp_fem.studies.files.write`."""
-        write(path, json.dumps(asdict(self), separators=(",", ":")) + "\n")
+        entries = json.loads(json.dumps(asdict(self)))  # as they are read again
+        entries["checksum"] = _checksum(entries)
+        write(path, json.dumps(entries, separators=(",", ":")) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -113,22 +116,33 @@ class Run:
     @classmethod
     def _from_plain(cls, entries) -> Run:
         """The run of which ``write`` has made JSON; a ValueError where it was none."""
-        kinds = {"study": str, "schedule": str, "seed": int, "history": dict, "setup": dict, "extras": dict, "machine": dict}
-        if not isinstance(entries, dict) or entries.keys() != kinds.keys():
+        kinds = {"study": str, "schedule": str, "seed": int, "history": dict, "setup": dict,
+                 "extras": dict, "machine": dict}
+        if type(entries) is not dict or entries.keys() - {"checksum"} != kinds.keys():
             raise ValueError(f"a run has {', '.join(kinds)}")
+        # Files of earlier versions have none.
+        if entries.pop("checksum", checksum := _checksum(entries)) != checksum:
+            raise ValueError("its history or extras have been changed since it was written")
         if wrong := [name for name, kind in kinds.items() if type(entries[name]) is not kind]:
             raise ValueError(f"{wrong[0]} cannot be {str(entries[wrong[0]])[:40]!r}")
         Schedule.from_text(entries["schedule"])
         run = cls(**{**entries, "history": History.from_plain(entries["history"])})
-        errors, labels = run.extras.get("errors", run.history.metric), run.extras.get("labels", {})
-        if not (isinstance(errors, list) and len(errors) == len(run.history) and all(isinstance(error, (int, float)) for error in errors)):
+        errors = run.extras.get("errors", run.history.metric)
+        if (type(errors) is not list or len(errors) != len(run.history)
+                or not all(type(error) in (int, float) for error in errors)):
             raise ValueError("errors must be numbers, one for each outer iteration")
-        if not (isinstance(labels, dict) and all(isinstance(label, str) for label in labels.values())):
+        labels = run.extras.get("labels", {})
+        if type(labels) is not dict or not all(type(label) is str for label in labels.values()):
             raise ValueError("labels must be texts by name")
         for name, kind in (("processor", str), ("ranks", int), ("members", int)):
             if type(run.machine.get(name, kind())) is not kind:
                 raise ValueError(f"{name} of the machine cannot be {str(run.machine[name])[:40]!r}")
         return run
+
+
+def _checksum(entries: dict[str, Any]) -> int:
+    """Of what a run has found, to which nobody has anything to add."""
+    return zlib.crc32(json.dumps([entries["history"], entries["extras"]]).encode())
 
 
 Runs = Mapping[Schedule, Mapping[int, Run]]  # by schedule and seed

@@ -90,35 +90,42 @@ class Study:
         Raises
         ------
         Refused
-            Where a run that is to be resumed was made with another set-up, or is none; where another process runs the same study into the
-            same folder; in the end, where a run cannot be put into its file.
+            Where a run that is to be resumed was made with another set-up, or is none; where
+            another process runs the same study into the same folder; in the end, where a run
+            cannot be put into its file.
         """
         runs: dict[Schedule, dict[int, Run]] = {schedule: {} for schedule in self.schedules}
         trained = {}
         # Files are read and written by one rank: others may have other file systems.
         with contextlib.ExitStack() as held:
-            from_first_rank(COMM, lambda: held.enter_context(alone(self.output/f".{self.name}.lock")))
+            lock = alone(self.output/f".{self.name}.lock")
+            from_first_rank(COMM, lambda: held.enter_context(lock))
             kept = from_first_rank(COMM, self._there)
-            for seed in self.seeds:
-                for schedule in self.schedules:
-                    run = kept.get((schedule, seed))
-                    if run is None:
-                        refinement = schedule.refinement(ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM)
-                        history, extras = train(seed, refinement, self.label(schedule, seed))
-                        run = Run(self.name, schedule.name, seed, history, self.setup, extras, machine(self.ensemble))
-                        trained[schedule, seed] = run
-                        if problem := from_first_rank(COMM, lambda: self._write(trained)):
-                            PETSc.Sys.Print(f"{problem}: it will be tried again")
-                        self._check_options()
-                    runs[schedule][seed] = run
-            problem = from_first_rank(COMM, lambda: self._write(trained))  # again, for the folder may have gone since
+            for seed, schedule in itertools.product(self.seeds, self.schedules):
+                run = kept.get((schedule, seed))
+                if run is None:
+                    refinement = schedule.refinement(ladder=self.ladder, converged=self.converged,
+                                                     constant=self.constant, comm=COMM)
+                    history, extras = train(seed, refinement, self.label(schedule, seed))
+                    run = Run(self.name, schedule.name, seed, history, self.setup, extras,
+                              machine(self.ensemble))
+                    trained[schedule, seed] = run
+                    if problem := from_first_rank(COMM, lambda: self._write(trained)):
+                        PETSc.Sys.Print(f"{problem}: it will be tried again")
+                    self._check_options()
+                runs[schedule][seed] = run
+            # Again, for the folder may have gone since.
+            problem = from_first_rank(COMM, lambda: self._write(trained))
         if problem:
             self.print_table(runs)
             raise Refused(f"{problem}: what is left of it is the table above")
         return runs
 
     def _there(self) -> dict[tuple[Schedule, int], Run]:
-        """Runs that are taken from their files. Of others that are there it is said what will become of them."""
+        """Runs that are taken from their files.
+
+        Of others that are there it is said what will become of them.
+        """
         taken = {}
         self._replaceable, self._own = {}, {}
         for schedule, seed in itertools.product(self.schedules, self.seeds):
@@ -129,26 +136,28 @@ class Study:
                 run = Run.read(path)
             except Refused as error:
                 if self.resume:
-                    raise Refused(f"{error}: remove it, choose another --output, or leave --resume away to run again") from None
+                    raise Refused(f"{error}: remove it, choose another --output, or leave --resume "
+                                  "away to run again") from None
                 say(f"{error}, and will be kept under another name")
                 continue
             differing = self._differing(run, schedule, seed)
             if self.resume and differing:
-                raise Refused(f"{path} was made with another set-up ({differing}): choose another --output, or leave --resume away to "
-                              "run again")
+                raise Refused(f"{path} was made with another set-up ({differing}): choose another "
+                              "--output, or leave --resume away to run again")
             if self.resume:
                 taken[schedule, seed] = run
             elif differing:
-                say(f"{path} is there already, of another set-up ({differing}), and will be kept under another name")
+                say(f"{path} is there already, of another set-up ({differing}), and will be kept "
+                    "under another name")
             else:
                 say(f"{path} is there already, of the same set-up, and will be replaced")
                 self._replaceable[path] = stamp(path)
         return taken
 
     def _write(self, trained: dict[tuple[Schedule, int], Run]) -> str | None:
-        """Put runs into their files, where they are not in them already. What somebody else has put there is kept.
+        """Put runs into their files, where they are not in them already.
 
-        Returns what has kept a run from being written.
+        What somebody else has put there is kept. Returns what has kept a run from being written.
         """
         problem = None
         for (schedule, seed), run in trained.items():
@@ -169,7 +178,7 @@ class Study:
         return self.output/Run.file_name(self.name, schedule, seed)
 
     def draw(self, draw: Callable[[], None]) -> None:
-        """Have the first rank draw figures, by a function without arguments that does not communicate.
+        """Have the first rank draw figures, by a function that does not communicate.
 
         Raises
         ------
@@ -179,7 +188,8 @@ class Study:
         try:
             from_first_rank(COMM, draw)
         except Refused as error:
-            raise Refused(f"{error}: with --resume, runs are taken from their files, and figures are drawn again") from None
+            raise Refused(f"{error}: with --resume, runs are taken from their files, and figures are "
+                          "drawn again") from None
 
     def label(self, schedule: Schedule, seed: int) -> str:
         """What progress bars call a run."""
@@ -204,8 +214,9 @@ class Study:
         """What tells a run from the one of this study, empty where nothing does."""
         there = {"study": run.study, "schedule": run.schedule, "seed": run.seed, **run.setup}
         here = {"study": self.name, "schedule": schedule.name, "seed": seed, **self.setup}
+        keys = sorted(there.keys() | here.keys())
         return "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here"
-                         for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key))
+                         for key in keys if there.get(key) != here.get(key))
 
     def print_table(self, runs: Runs) -> None:
         """What the runs have reached and what they cost, as text on rank 0."""
