@@ -322,13 +322,14 @@ LEFT = "WARNING! There are options you set that were not used!"
 
 @pytest.mark.parametrize(("options", "left"), [
     (["--quick", "--seed", "1", "2", "--schedules", "prdp", "4", "--epochs=3"], []),
-    (["--help"], []), (["-h"], []), (["--nonsense"], []), (["--epochs", "0"], []), (["--sched", "4"], []),
+    (["--help"], []), (["-h"], []), (["--nonsense"], []), (["--epochs", "0"], []),
+    (["--sched", "4"], []),
     (["--quick", "-log_view", ":log.txt"], []),
     (["--quick", "-physics_ksp_tipe", "cg", "--seed", "2", "-prdp_monitor"],
      ["-physics_ksp_tipe value: cg", "-prdp_monitor"]),
     (["-options_left", "no", "-physics_ksp_tipe", "cg"], []),
 ])
-def test_petsc_says_at_the_end_which_of_its_own_options_nobody_has_asked_for(tmp_path, options, left):
+def test_petsc_says_in_the_end_which_of_its_options_nobody_has_asked_for(tmp_path, options, left):
     script = tmp_path/"demo.py"
     script.write_text(SCRIPT)
     environment = {name: value for name, value in os.environ.items()
