@@ -1,32 +1,48 @@
 """What ``prdp-fem doctor`` looks at: whether an installation works, and what it has."""
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 
 import firedrake
 import mpi4py.MPI
 import numpy as np
+import petsctools
 from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
 from firedrake.petsc import PETSc
 from pyop2.configuration import configuration
 
 from prdp_fem.device import DEVICES, HOST, failure, is_built_for
+from prdp_fem.parallel import from_first_rank
 from prdp_fem.solvers import LinearVariationalSolver
+from prdp_fem_installation.imports import Import
+from prdp_fem_installation.openblas import candidates, processor
 
 __all__ = ["examine"]
 
 # How far derivatives may be from differences, relative: those of a quadratic functional are exact to rounding.
 _AGREEMENT = 1e-6
+# Bytes: a cache line and the largest registers; what PETSc aligns to unasked; a number, at whose
+# multiples the rows of an array begin.
+_CACHE_LINE, _USUAL_ALIGNMENT, _NUMBER = 64, 16, 8
 _WANTED = {"OMP_NUM_THREADS": "PETSc and Firedrake run slower with more than 1",
            "SCOTCH_PTHREAD_NUMBER": "with more than 1, meshes are partitioned otherwise at each run"}
 
 
-def examine() -> bool:
+def examine(failed: Sequence[Import] = ()) -> bool:
     """Print what there is, and whether it works. Collective.
+
+    Parameters
+    ----------
+    failed : sequence of Import
+        Modules that could not be imported on this rank, none of them needed here. They are not tried again.
 
     Returns
     -------
@@ -36,24 +52,24 @@ def examine() -> bool:
     comm = firedrake.COMM_WORLD
     PETSc.Sys.Print(f"prdp_fem {version('prdp-fem')} with Python {platform.python_version()} on {comm.size} rank(s)")
     fine = True
-    for mark, text in _findings():
+    for mark, text in _findings(comm, failed):
         PETSc.Sys.Print(f"  {mark:8s}{text}")
         fine = fine and mark != "FAILED"
     PETSc.Sys.Print("Everything needed works." if fine else "Something does not work: see FAILED above.")
     return fine
 
 
-def _findings() -> Iterator[tuple[str, str]]:
+def _findings(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
     """Marks, and what they are of."""
     yield "ok", f"Firedrake {version('firedrake')}, petsc4py {version('petsc4py')}, PETSc {'.'.join(map(str, PETSc.Sys.getVersion()))}"
     vendor, number = mpi4py.MPI.get_vendor()
     yield "ok", f"{vendor} {'.'.join(map(str, number))}"
-    try:
+    unusable = _said_once(comm, [(found.mark, str(found)) for found in failed])
+    yield from unusable
+    if not any("torch" in text.split()[0] for _, text in unusable):
         torch = importlib.import_module("torch")
-        importlib.import_module("prdp_fem.torch")
         yield "ok", f"torch {torch.__version__}" + (", with a CUDA or HIP device" if torch.cuda.is_available() else "")
-    except ImportError as error:
-        yield "-", f"no SolverLayer: {error}"
+    yield from _said_once(comm, list(_of_blas()))
     folder = configuration["cache_dir"]
     writable = os.access(folder if os.path.isdir(folder) else os.path.dirname(folder), os.W_OK)
     yield ("ok", f"compiled kernels are kept in {folder}") if writable else (
@@ -61,6 +77,12 @@ def _findings() -> Iterator[tuple[str, str]]:
     for name, why in _WANTED.items():
         if os.environ.get(name) != "1":
             yield "warning", f"{name} is not 1: {why}"
+    damaged = from_first_rank(comm, _damaged_kernels)
+    if damaged:
+        yield "FAILED", (f"{len(damaged)} compiled kernels are damaged, such as {damaged[0]}: remove "
+                         "them, or all by firedrake-clean, and they are compiled again")
+        yield "-", "nothing is solved, as a damaged kernel can end the process"
+        return
     yield _tried("solves on the host, and their derivatives", lambda: _solve(HOST))
     for device in filter(is_built_for, DEVICES.values()):
         # What is missing on one rank is used by none, as solves are collective.
@@ -72,6 +94,122 @@ def _findings() -> Iterator[tuple[str, str]]:
     others = [device.name for device in DEVICES.values() if not is_built_for(device)]
     if others:
         yield "-", f"no {', '.join(others)}: this PETSc was built without; docs/gpu.md says how to build one"
+
+
+def _said_once(comm, findings: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """What ranks have found: all that rank 0 has, and what others have that it has not."""
+    everywhere = comm.allgather(findings)
+    said = list(everywhere[0])
+    for rank, others in enumerate(everywhere[1:], start=1):
+        said += [(mark, f"{text} (on rank {rank})") for mark, text in others if (mark, text) not in everywhere[0]]
+    return said
+
+
+def _of_blas() -> Iterator[tuple[str, str]]:
+    """Which kernels the BLAS of PETSc has, and what they mean for the bits of sums."""
+    core = _corename(ctypes.CDLL(PETSc.__spec__.origin))
+    name = f"OpenBLAS with kernels for {core}" if core else "a BLAS other than OpenBLAS"
+    better = candidates(core, *processor()) if core else []
+    if better:
+        yield "warning", (f"OpenBLAS takes this processor for a {core}, and does without much of what "
+                          "it has: activate the environment that install.sh makes, or set "
+                          f"OPENBLAS_CORETYPE={better[0]}")
+    alignment = int(petsctools.get_petscconf_h().get("MEMALIGN", _USUAL_ALIGNMENT))
+    memory = f"PETSc's memory is aligned to {alignment} bytes"
+    if not _sums_differ(_NUMBER):
+        yield "ok", f"{name}, whose sums do not depend on where an array lies in memory; {memory}"
+    elif not _sums_differ(alignment):
+        yield "ok", (f"{name}, whose sums depend on where an array lies in memory; {memory}, "
+                     "where they are the same each time")
+    else:
+        yield "warning", (f"{name}, whose sums depend on where an array lies in memory; {memory}, "
+                          "which is too little: equal inputs can give results that differ in the "
+                          "last bits; set OPENBLAS_CORETYPE, or build PETSc "
+                          f"--with-memalign={_CACHE_LINE}")
+
+
+def _corename(library: ctypes.CDLL) -> str | None:
+    """What the OpenBLAS that a library is linked with calls its kernels; None for another BLAS."""
+    for suffix in ("", "64_", "_64"):
+        try:
+            function = getattr(library, f"openblas_get_corename{suffix}")
+        except AttributeError:
+            continue
+        function.restype = ctypes.c_char_p
+        return function().decode()
+    return None
+
+
+def _sums_differ(step: int) -> bool:
+    """Whether PETSc's sums of the same numbers differ with their place, in steps of so many bytes."""
+    generator = np.random.default_rng(1)
+    for size in (100, 1001):
+        x, y = generator.standard_normal((2, size))
+        found = set()
+        for offset in range(0, _CACHE_LINE, step):
+            with _placed(x, offset) as first, _placed(y, 0) as second, _placed(y, offset) as third:
+                found |= {(first.dot(other), first.norm()) for other in (second, third)}
+        if len(found) > 1:
+            return True
+    return False
+
+
+@contextmanager
+def _placed(values: np.ndarray, offset: int) -> Iterator[PETSc.Vec]:
+    """A vector of these values, so many bytes after the beginning of a cache line."""
+    room = np.zeros(values.nbytes + 2*_CACHE_LINE, dtype=np.uint8)
+    start = -room.ctypes.data % _CACHE_LINE + offset
+    array = room[start:start + values.nbytes].view(values.dtype)
+    array[:] = values
+    vector = PETSc.Vec().createWithArray(array, comm=PETSc.COMM_SELF)
+    try:
+        yield vector
+    finally:
+        vector.destroy()
+
+
+def _damaged_kernels() -> list[str]:
+    """Compiled kernels in the caches that are empty or end too early, as where the disk was full."""
+    caches = {configuration["cache_dir"]}
+    if "FIREDRAKE_TSFC_KERNEL_CACHE_DIR" in os.environ:
+        caches.add(os.environ["FIREDRAKE_TSFC_KERNEL_CACHE_DIR"])
+    damaged = []
+    for cache in sorted(caches):
+        for path in Path(cache).glob("??/*"):
+            try:
+                is_whole = _WHOLE.get(path.suffix)
+                if is_whole is not None and not is_whole(path):
+                    damaged.append(str(path))
+            except FileNotFoundError:
+                pass  # removed meanwhile
+    return sorted(damaged)
+
+
+def _is_whole_library(path: Path) -> bool:
+    """Whether a shared library has its last part, which in ELF is the table of sections."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+        if head[:4] != b"\x7fELF":
+            # Of another format, as other systems have: nothing is known but that it is not empty.
+            return bool(head.strip(b"\0"))
+        if len(head) < 64 or head[4] != 2:
+            return len(head) == 64
+        order = "<" if head[5] == 1 else ">"
+        offset, = struct.unpack_from(f"{order}Q", head, 40)
+        size, count = struct.unpack_from(f"{order}HH", head, 58)
+        return os.fstat(file.fileno()).st_size >= offset + size*count
+
+
+def _is_whole_pickle(path: Path) -> bool:
+    """Whether a pickle has its end: a full stop."""
+    with open(path, "rb") as file:
+        if file.read(1) != b"\x80":
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"."
+
+
+_WHOLE = {".so": _is_whole_library, ".pickle": _is_whole_pickle}
 
 
 def _tried(what: str, check: Callable[[], str]) -> tuple[str, str]:
