@@ -1,4 +1,6 @@
 """Progressively refined differentiable physics for Firedrake and PETSc."""
+# First, as it says what is wrong with Firedrake.
+import prdp_fem.release  # noqa: F401  # isort: split
 from prdp_fem.differentiation import Implicit, Unrolled
 from prdp_fem.job import end_together
 from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, NewtonSteps, Setting, Tolerance, ToleranceLadder
