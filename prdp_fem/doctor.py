@@ -22,7 +22,7 @@ from pyop2.configuration import configuration
 from prdp_fem.device import DEVICES, HOST, failure, is_built_for
 from prdp_fem.parallel import from_first_rank
 from prdp_fem.solvers import LinearVariationalSolver
-from prdp_fem_installation.imports import Import
+from prdp_fem_installation.imports import Import, look
 from prdp_fem_installation.openblas import candidates, processor
 
 __all__ = ["examine"]
@@ -36,13 +36,14 @@ _WANTED = {"OMP_NUM_THREADS": "PETSc and Firedrake run slower with more than 1",
            "SCOTCH_PTHREAD_NUMBER": "with more than 1, meshes are partitioned otherwise at each run"}
 
 
-def examine(failed: Sequence[Import] = ()) -> bool:
+def examine(failed: Sequence[Import] | None = None) -> bool:
     """Print what there is, and whether it works. Collective.
 
     Parameters
     ----------
-    failed : sequence of Import
-        Modules that could not be imported on this rank, none of them needed here. They are not tried again.
+    failed : sequence of Import, optional
+        Modules that could not be imported on this rank, none of them needed here, which are not
+        tried again. By default all are tried.
 
     Returns
     -------
@@ -50,6 +51,8 @@ def examine(failed: Sequence[Import] = ()) -> bool:
         Whether nothing has failed.
     """
     comm = firedrake.COMM_WORLD
+    if failed is None:
+        failed = [found for found in look() if found.error]
     PETSc.Sys.Print(f"prdp_fem {version('prdp-fem')} with Python {platform.python_version()} on {comm.size} rank(s)")
     fine = True
     for mark, text in _findings(comm, failed):

@@ -86,7 +86,7 @@ def _attempt(module: str) -> Import:
 
 def look() -> list[Import]:
     """Import all here, and say what came of it. What kills the process can't be said."""
-    return [_attempt(module) for module in _MODULES]
+    return _causes([_attempt(module) for module in _MODULES])
 
 
 def look_apart() -> list[Import]:
@@ -113,4 +113,10 @@ def look_apart() -> list[Import]:
             lines = [line.strip() for line in said.decode(errors="replace").splitlines()]
             last = next((line for line in reversed(lines) if line.strip("-* ")), "it said nothing")
             found.append(Import(left.pop(0), f"it ends the process ({how}): {last}"))
-    return found
+    return _causes(found)
+
+
+def _causes(found: list[Import]) -> list[Import]:
+    """Without the bridge to torch, where torch is what is missing."""
+    failed = {one.module for one in found if one.error}
+    return [one for one in found if one.module != "prdp_fem.torch" or "torch" not in failed]

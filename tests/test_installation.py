@@ -95,6 +95,16 @@ def test_the_doctor_survives_a_broken_import_and_says_which(tmp_path, name, sour
     assert ("ok      h5py" in result.stdout) == is_needed
 
 
+def test_an_installation_without_torch_is_fine():
+    script = (
+        "import sys; sys.modules['torch'] = None\nfrom prdp_fem import doctor\n"
+        "doctor._solve = lambda device: 'not tried'\nprint(doctor.examine())"
+    )
+    result = run(script)
+    assert "  -       torch is not installed\n" in result.stdout
+    assert result.stdout.strip().endswith("True"), result.stdout
+
+
 def test_ranks_end_where_one_cannot_import(tmp_path):
     folder = module(
         tmp_path,
