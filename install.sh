@@ -82,7 +82,8 @@ note() { printf 'install.sh: %s\n' "$1"; }
 
 # family pid: that process, and all that it has started, and what they have.
 family() {
-    cat /proc/[0-9]*/stat 2>/dev/null | sed 's/(.*)//' | awk -v first="$1" '
+    # Some of them end meanwhile.
+    { cat /proc/[0-9]*/stat 2>/dev/null || true; } | sed 's/(.*)//' | awk -v first="$1" '
         { parent[$1] = $3 }
         END {
             if (first in parent) found[first]
@@ -143,10 +144,11 @@ trap 'interrupted 129' HUP
 # watch pid: end it where this script ends without a chance to, as by SIGKILL.
 watch() {
     trap '' INT TERM HUP
-    local this=$BASHPID
+    local this=$BASHPID parent
     while kill -0 "$1" 2>/dev/null; do
         # Another has become the parent of this process.
-        if [ "$(sed 's/.*) . \([0-9]*\) .*/\1/' "/proc/$this/stat" 2>/dev/null)" != $$ ]; then
+        parent=$(sed 's/.*) . \([0-9]*\) .*/\1/' "/proc/$this/stat" 2>/dev/null) || parent=$$
+        if [ "$parent" != $$ ]; then
             end "$1"
             return
         fi
@@ -154,11 +156,14 @@ watch() {
     done
 }
 
-# attempt "what (about how long)" log-name command...: progress on the terminal, output in the log;
-# returns the command's status.
+# attempt "what (about how long)" log-name command...: progress on the terminal, output in the log, the
+# command's status in $status. To be called where nothing is asked of it: where a shell function is a
+# condition, what fails inside does not end it.
+status=0
 attempt() {
-    local what=$1 log=$logs/$2.log start=$SECONDS status=0 shown=0 watcher=
+    local what=$1 log=$logs/$2.log start=$SECONDS shown=0 watcher=
     shift 2
+    status=0
     mkdir -p "$logs"
     printf '%s … log: %s\n' "$what" "$log"
     "$@" >"$log" 2>&1 </dev/null &
@@ -183,30 +188,31 @@ attempt() {
     fi
     if [ -t 1 ]; then printf '\r\033[K'; fi
     [ $status -ne 0 ] || printf '  done in %d s\n' $((SECONDS - start))
-    return $status
 }
 
 # run "what (about how long)" log-name command...: an attempt that has to succeed.
 run() {
-    attempt "$@" && return
+    attempt "$@"
+    [ $status -eq 0 ] || failed "$@"
+}
+
+failed() {
     tail -n 25 "$logs/$2.log" >&2
     fail "failed: $1. The whole log: $logs/$2.log. Running again continues here."
 }
 
 # change "what (about how long)" log-name command...: run what changes the environment. It is marked
-# until that is done, as pip takes for
-# installed what it was killed in the midst of.
+# until that is done, as pip takes for installed what it was killed in the midst of.
 change() {
     touch "$venv/.changing"
-    if attempt "$@"; then
-        # A new environment is not whole yet.
-        [ ! -e "$venv/.created" ] || rm "$venv/.changing"
-        return
+    attempt "$@"
+    # A new environment is not whole yet. In one that was, nothing is half-done where pip has not begun.
+    if [ -e "$venv/.created" ]; then
+        if [ $status -eq 0 ] || ! grep -q '^Installing collected packages' "$logs/$2.log"; then
+            rm "$venv/.changing"
+        fi
     fi
-    # Where pip has not begun, nothing is half-done.
-    grep -q '^Installing collected packages' "$logs/$2.log" || [ ! -e "$venv/.created" ] || rm -f "$venv/.changing"
-    tail -n 25 "$logs/$2.log" >&2
-    fail "failed: $1. The whole log: $logs/$2.log. Running again continues here."
+    [ $status -eq 0 ] || failed "$@"
 }
 
 pip() { "$venv/bin/python" -m pip "$@"; }
@@ -647,7 +653,9 @@ wheels() {
 # torch alone from an index of its own, which has not got all that torch needs at the versions here.
 torch_of_index() {
     touch "$venv/.changing"
-    attempt "torch from $TORCH_INDEX_URL (half a minute)" torch pip install --retries 1 --no-deps --index-url "$TORCH_INDEX_URL" torch ||
+    attempt "torch from $TORCH_INDEX_URL (half a minute)" torch \
+        pip install --retries 1 --no-deps --index-url "$TORCH_INDEX_URL" torch
+    [ $status -eq 0 ] ||
         note "there is no torch to be had from TORCH_INDEX_URL=$TORCH_INDEX_URL (see\
  $logs/torch.log): the one that pip finds elsewhere is taken, which can bring CUDA libraries along"
     rm "$venv/.changing"
@@ -674,8 +682,15 @@ venv() {
     if [ "$device" = cuda ]; then files+=("cuda-toolkit[$cuda_libraries]"); fi
     if [ -n "${TORCH_INDEX_URL:-}" ] && [[ ,$extras, == *,torch,* ]]; then torch_of_index; fi
     if [ -n "$existing" ]; then
-        # What is there stays as it is.
-        "$venv/bin/python" -m pip freeze --all 2>/dev/null | grep -E '^[A-Za-z0-9._-]+==' >"$venv/.versions" || true
+        # What that Firedrake runs with stays as it is. What pip builds with is the new environment's own.
+        PYTHONPATH=$pythonpath "$existing" -c '
+from importlib.metadata import distributions
+versions = {}
+for found in distributions():
+    versions.setdefault(found.metadata["Name"].lower().replace("_", "-"), found.version)
+for name in {"pip", "setuptools", "wheel", "prdp-fem"}:
+    versions.pop(name, None)
+print(*(f"{name}=={version}" for name, version in versions.items()), sep="\n")' >"$venv/.versions"
         export PIP_CONSTRAINT=$venv/.versions
     fi
     change "Firedrake, torch and prdp_fem into $venv (about 1 minute)" install pip install "${files[@]}" -e ".${extras:+[$extras]}"
