@@ -8,6 +8,7 @@ from functools import cache
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from prdp_fem.arguments import instance, shown
 from prdp_fem.parallel import agree
 
 __all__ = ["AUTO", "DEVICES", "HOST", "Device", "failure", "find_device", "is_built_for", "transfers", "usable_devices"]
@@ -120,7 +121,8 @@ def find_device(name: str, comm: MPI.Comm) -> Device | None:
     ValueError
         For an unknown name, and for a device that is not there; on all ranks, where it is on one.
     """
-    found = agree(comm, lambda: name if name == AUTO else _find(name), "devices", "give one device's name on all ranks")
+    instance("comm", comm, MPI.Comm, "a communicator of mpi4py's, such as mesh.comm")
+    found = agree(comm, lambda: _find(name), "devices", "give one device's name on all ranks")
     if found == AUTO:
         everywhere = set.intersection(*map(set, comm.allgather([device.name for device in usable_devices()])))
         return next((device for device in DEVICES.values() if device.name in everywhere), None)
@@ -128,10 +130,11 @@ def find_device(name: str, comm: MPI.Comm) -> Device | None:
 
 
 def _find(name: str) -> str:
-    if name == HOST:
+    if isinstance(name, str) and name in (HOST, AUTO):
         return name
-    if name not in DEVICES:
-        raise ValueError(f"device must be one of {AUTO}, {HOST}, {', '.join(DEVICES)}, found {name!r}")
+    if not isinstance(name, str) or name not in DEVICES:
+        raise ValueError(f"device must be one of {AUTO}, {HOST}, {', '.join(DEVICES)}, found "
+                         f"{shown(name)}")
     why = failure(DEVICES[name])
     if why is not None:
         raise ValueError(f"device {name!r} is not there: {why}")

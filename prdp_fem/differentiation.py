@@ -5,6 +5,9 @@ This module is pure Python: it knows neither PETSc nor Firedrake.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
+
+from prdp_fem.arguments import shown
 
 __all__ = ["Implicit", "Unrolled", "differentiation_of"]
 
@@ -38,11 +41,13 @@ class Unrolled:
     steps: str = "all"
 
     def __post_init__(self):
-        if self.checkpoints is not None and (isinstance(self.checkpoints, bool) or not isinstance(self.checkpoints, int)
+        if self.checkpoints is not None and (isinstance(self.checkpoints, bool)
+                                             or not isinstance(self.checkpoints, Integral)
                                              or self.checkpoints < 1):
-            raise ValueError(f"checkpoints must be an integer of at least 1, or None to keep all, found {self.checkpoints!r}")
-        if self.steps not in ("all", "last"):
-            raise ValueError(f"steps must be 'all' or 'last', found {self.steps!r}")
+            raise ValueError(f"checkpoints must be an integer of at least 1, or None to keep all, "
+                             f"found {shown(self.checkpoints)}")
+        if not isinstance(self.steps, str) or self.steps not in ("all", "last"):
+            raise ValueError(f"steps must be 'all' or 'last', found {shown(self.steps)}")
 
 
 _BY_NAME = {"implicit": Implicit, "unrolled": Unrolled}
@@ -61,4 +66,4 @@ def differentiation_of(value) -> Implicit | Unrolled:
     if isinstance(value, str) and value in _BY_NAME:
         return _BY_NAME[value]()
     raise ValueError(f"differentiation must be one of {', '.join(map(repr, _BY_NAME))}, or an object such as Unrolled(checkpoints=8), "
-                     f"found {value!r}")
+                     f"found {shown(value)}")

@@ -27,7 +27,7 @@ __all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "Predecessor",
            "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
            "extract_subfunction", "has_block_variable", "has_schedule", "has_taped_number", "is_lost",
            "maybe_disk_checkpoint", "operators", "options_in_place", "pin_quadrature", "problem_of",
-           "share_transfers"]
+           "share_transfers", "spaces_of_basis"]
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -101,6 +101,13 @@ def applies_boundary_first(solver) -> bool:
 def call_before_jacobian(solver, callback) -> None:
     """Have a function of the state called before each assembly of a solver's operators."""
     solver._ctx._pre_jacobian_callback = callback
+
+
+def spaces_of_basis(basis) -> list:
+    """The spaces that vectors of a VectorSpaceBasis are in, or a MixedVectorSpaceBasis is for."""
+    if hasattr(basis, "_bases"):
+        return [basis._function_space]
+    return [vector.function_space() for vector in basis._vecs]
 
 
 def problem_of(solver):

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from mpi4py import MPI
 
-from prdp_fem.refinement import Refinement
+from prdp_fem.arguments import instance, shown
+from prdp_fem.refinement import Refinement, checked_metric
+from prdp_fem.statistics import Statistics
 
 __all__ = ["Account", "History"]
 
@@ -99,8 +101,12 @@ class History:
 
     def record(self, metric: float, refinement: Refinement, account: Account) -> None:
         """Note an outer iteration; to be called before ``refinement.step(metric)``, on all ranks."""
+        instance("refinement", refinement, Refinement, "a Refinement")
+        instance("account", account, Account, "an Account")
+        metric = checked_metric(metric)
         self.settings[int(refinement.level)] = str(refinement.setting)
-        for name, value in {"metric": float(metric), "level": int(refinement.level), **account.spent()}.items():
+        for name, value in {"metric": metric, "level": int(refinement.level),
+                            **account.spent()}.items():
             getattr(self, name).append(value)
 
 
@@ -118,7 +124,10 @@ class Account:
     """
 
     def __init__(self, solvers: Iterable, comm: MPI.Comm = MPI.COMM_SELF, members: MPI.Comm = MPI.COMM_SELF):
-        self._statistics = [solver.statistics for solver in solvers]
+        for name, one in (("comm", comm), ("members", members)):
+            instance(name, one, MPI.Comm, "a communicator of mpi4py's, such as mesh.comm")
+        instance("solvers", solvers, Iterable, "a list of solvers of prdp_fem's")
+        self._statistics = [_statistics_of(solver) for solver in solvers]
         self._comm, self._members = comm, members
         self._opening = self._sums()
         self._start = time.perf_counter()
@@ -137,3 +146,11 @@ class Account:
         self._comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
         spent["solver_seconds"], spent["seconds"] = slowest.round(4).tolist()
         return spent
+
+
+def _statistics_of(solver) -> Statistics:
+    statistics = getattr(solver, "statistics", None)
+    if not isinstance(statistics, Statistics):
+        raise TypeError(f"solvers must be those of prdp_fem, which count what they do, found "
+                        f"{shown(solver)}")
+    return statistics

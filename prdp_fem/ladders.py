@@ -1,7 +1,8 @@
 """What the levels of a refinement mean: ladders of solver settings, from coarse to fine.
 
-A *setting* is anything with the three attributes of :class:`Setting`; a *ladder* is any sequence of settings. Level 0 is
-the coarsest. This module is pure Python: it knows neither PETSc nor Firedrake.
+A *setting* is anything with the three attributes of :class:`Setting`; a *ladder* is any sequence of
+settings, or of integers, which mean so many iterations. Level 0 is the coarsest. This module is
+pure Python: it knows neither PETSc nor Firedrake.
 """
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Protocol, runtime_checkable
+from numbers import Integral
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Setting", "Iterations", "Tolerance", "NewtonSteps", "IterationLadder", "ToleranceLadder", "NewtonLadder"]
+from prdp_fem.arguments import count, flag, fraction, shown
+
+__all__ = ["Setting", "Iterations", "Tolerance", "NewtonSteps", "IterationLadder",
+           "ToleranceLadder", "NewtonLadder", "checked_ladder",
+           "checked_setting", "in_numbers", "setting_of"]
 
 
 @runtime_checkable
@@ -42,28 +47,17 @@ class Setting(Protocol):
 
 # Ladders with more levels than this are those without an end.
 _ENDLESS = 10**9
-
-
-def _count(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
-    return int(value)
+# How many entries of a ladder of a user's own class are looked at before it is used.
+_LOOKED_AT = 1000
 
 
 def _counts(start: int, step: int, stop: int | None) -> range:
     """The counts of a ladder; without an end where ``stop`` is None."""
-    counts = range(_count("start", start), sys.maxsize if stop is None else _count("stop", stop) + 1, _count("step", step))
+    counts = range(count("start", start), sys.maxsize if stop is None else count("stop", stop) + 1,
+                   count("step", step))
     if not counts:
         raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
     return counts
-
-
-def _fraction(name: str, value, *, allow_zero: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name} must be a number, found {value!r}")
-    if not (0 < value < 1 or (allow_zero and value == 0)):
-        raise ValueError(f"{name} must lie in {'[0' if allow_zero else '(0'}, 1), found {value!r}")
-    return float(value)
 
 
 @dataclass(frozen=True)
@@ -82,8 +76,8 @@ class Iterations:
     rtol_floor: float = 1e-12
 
     def __post_init__(self):
-        _count("iterations", self.iterations)
-        _fraction("rtol_floor", self.rtol_floor, allow_zero=True)
+        count("iterations", self.iterations)
+        fraction("rtol_floor", self.rtol_floor, allow_zero=True)
 
     @property
     def rtol(self) -> float:
@@ -117,8 +111,8 @@ class Tolerance:
     max_it: int = 10_000
 
     def __post_init__(self):
-        _fraction("rtol", self.rtol)
-        _count("max_it", self.max_it)
+        fraction("rtol", self.rtol)
+        count("max_it", self.max_it)
 
     @property
     def budget(self) -> bool:
@@ -147,9 +141,12 @@ class NewtonSteps:
     linear: Setting | None = None
 
     def __post_init__(self):
-        _count("steps", self.steps)
+        count("steps", self.steps)
         if isinstance(self.linear, (NewtonSteps, type)) or not isinstance(self.linear, (Setting, type(None))):
-            raise TypeError(f"linear must be the setting of a linear solve, such as Iterations(20), or None, found {self.linear!r}")
+            raise TypeError(f"linear must be the setting of a linear solve, such as "
+                            f"Iterations(20), or None, found {shown(self.linear)}")
+        if self.linear is not None:
+            checked_setting(self.linear)
 
     @property
     def rtol(self) -> float | None:
@@ -166,6 +163,132 @@ class NewtonSteps:
     def __str__(self) -> str:
         text = f"{self.steps} Newton step{'s' if self.steps > 1 else ''}"
         return text if self.linear is None else f"{text} of {self.linear}"
+
+
+# Of the package's own settings, whose numbers were checked when they were made.
+_FROZEN = frozenset({Iterations, Tolerance})
+_SETTING = ("a setting must have the attributes rtol, max_it and budget, as Iterations(20) and "
+            "Tolerance(1e-6) have")
+
+
+def checked_setting(setting: Any) -> Setting:
+    """A setting, whose numbers are such that a solver can be told them.
+
+    Costs next to nothing for the package's own settings, which cannot change; those of a user's
+    class can at any time.
+
+    Raises
+    ------
+    TypeError
+        For what is no setting.
+    ValueError
+        For numbers that the package's own settings would refuse, too.
+    """
+    kind = type(setting)
+    if kind in _FROZEN:
+        return setting
+    if kind is NewtonSteps:
+        if setting.linear is not None:
+            checked_setting(setting.linear)
+        return setting
+    try:
+        rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
+    except AttributeError:
+        raise TypeError(f"{_SETTING}, found {shown(setting)}") from None
+    if isinstance(setting, type):
+        raise TypeError(f"{_SETTING}, found {shown(setting)}, a class: make an object of it")
+    if any(number is not None for number in (rtol, max_it, budget)):
+        try:
+            is_budget = flag("budget", budget)
+            fraction("rtol", rtol, allow_zero=is_budget)
+            count("max_it", max_it)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}, in the setting {shown(setting)}") from None
+    return setting
+
+
+def setting_of(entry: Any) -> Setting:
+    """What an entry of a ladder means: itself, or as many iterations as an integer says.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`checked_setting`, and for an integer below 1.
+    """
+    if type(entry) in _FROZEN:
+        return entry
+    if isinstance(entry, Integral) and not isinstance(entry, bool):
+        return Iterations(int(entry))
+    return checked_setting(entry)
+
+
+def in_numbers(setting: Setting) -> list:
+    """What a setting puts on solvers, in numbers that JSON takes.
+
+    They are rtol, max_it and budget, and Newton steps where it has them.
+    """
+    rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
+    numbers = [None, None, None] if max_it is None else [float(rtol), int(max_it), bool(budget)]
+    return [*numbers, int(setting.steps)] if isinstance(setting, NewtonSteps) else numbers
+
+
+def checked_ladder(ladder: Any, of: str = "a ladder") -> Sequence:
+    """A ladder, of which as many entries were looked at as can be.
+
+    Lists, tuples and ranges are copied, with :func:`setting_of` for each entry. A sequence of
+    another class stays the object that it is; its first thousand entries are looked at, since one
+    without an end cannot be read through.
+
+    Parameters
+    ----------
+    ladder : Sequence of Setting or int
+    of : str
+        What messages call it.
+
+    Raises
+    ------
+    TypeError
+        For what is no sequence, and for an entry that is no setting.
+    ValueError
+        For an empty ladder, for an entry whose numbers cannot be meant, and for one that is coarser
+        than the one before.
+    """
+    if type(ladder) in _SELF_CHECKED:
+        return ladder
+    if not isinstance(ladder, Sequence) or isinstance(ladder, (str, bytes, bytearray, memoryview)):
+        raise TypeError(f"{of} must be a sequence of settings, such as IterationLadder(start=1, "
+                        f"step=1), found {shown(ladder)}")
+    if len(ladder) == 0:
+        raise ValueError(f"{of} must have at least one level, found an empty one")
+    settings = tuple(_entry(ladder, level, of) for level in range(min(len(ladder), _LOOKED_AT)))
+    for level, (coarser, finer) in enumerate(zip(settings, settings[1:]), start=1):
+        if _is_coarser(finer, coarser):
+            raise ValueError(f"{of} goes from coarse to fine, found {shown(finer)} at level "
+                             f"{level} after {shown(coarser)}: turn the order round")
+    is_whole = len(settings) == len(ladder)
+    return settings if is_whole and isinstance(ladder, (list, tuple, range)) else ladder
+
+
+def _entry(ladder: Sequence, level: int, of: str) -> Setting:
+    try:
+        return setting_of(ladder[level])
+    except LookupError:
+        raise ValueError(f"level {level} of {of} is not there, though its length is {len(ladder)}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"level {level} of {of}: {error}") from None
+
+
+def _is_coarser(setting: Setting, other: Setting) -> bool:
+    """Whether one setting stops earlier than another, and in no respect later."""
+    rtol, max_it, budget, *steps = in_numbers(setting)
+    other_rtol, other_max_it, other_budget, *other_steps = in_numbers(other)
+    if budget is not other_budget or len(steps) != len(other_steps) or steps > other_steps:
+        return False
+    if (rtol, max_it) == (other_rtol, other_max_it):
+        return steps < other_steps
+    if budget is None:
+        return False
+    return max_it < other_max_it and rtol >= other_rtol if budget else rtol > other_rtol
 
 
 class IterationLadder(Sequence):
@@ -193,7 +316,7 @@ class IterationLadder(Sequence):
     def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, rtol_floor: float = 1e-12):
         self._counts = _counts(start, step, stop)
         self.start, self.step, self.stop = self._counts.start, self._counts.step, None if stop is None else int(stop)
-        self.rtol_floor = _fraction("rtol_floor", rtol_floor, allow_zero=True)
+        self.rtol_floor = fraction("rtol_floor", rtol_floor, allow_zero=True)
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -203,7 +326,7 @@ class IterationLadder(Sequence):
         if isinstance(counts, range):
             if self.stop is None and isinstance(level, slice) and level.stop is None:
                 raise ValueError(f"{self!r} has no end: give the slice one, as in ladder[:10]")
-            return [Iterations(count, self.rtol_floor) for count in counts]
+            return [Iterations(iterations, self.rtol_floor) for iterations in counts]
         return Iterations(counts, self.rtol_floor)
 
     def __contains__(self, setting) -> bool:
@@ -239,8 +362,8 @@ class ToleranceLadder(Sequence):
     """
 
     def __init__(self, start: float = 1e-1, factor: float = 0.1, stop: float = 1e-10, max_it: int = 10_000):
-        self.start, self.factor = _fraction("start", start), _fraction("factor", factor)
-        self.stop, self.max_it = _fraction("stop", stop), _count("max_it", max_it)
+        self.start, self.factor = fraction("start", start), fraction("factor", factor)
+        self.stop, self.max_it = fraction("stop", stop), count("max_it", max_it)
         if self.start < self.stop:
             raise ValueError(f"start must not be below stop, found start={start} and stop={stop}: the ladder would be empty")
         # Powers of the factor reach `stop` up to rounding: count them on a logarithmic scale, with room for it.
@@ -292,14 +415,15 @@ class NewtonLadder(Sequence):
     def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, linear: Setting | Sequence[Setting] | None = None):
         self._counts = _counts(start, step, stop)
         self.start, self.step, self.stop = self._counts.start, self._counts.step, None if stop is None else int(stop)
-        if isinstance(linear, Sequence) and not isinstance(linear, str):
+        if isinstance(linear, Sequence) and not isinstance(linear, (str, bytes)):
             if len(linear) == 0:
                 raise ValueError("the ladder of the linear solves is empty")
-            self._linear = linear
+            self.linear = self._linear = checked_ladder(linear, "the ladder of the linear solves")
         else:
-            self._linear = (linear,)
-        self.linear = linear
-        NewtonSteps(self.start, self._linear[0])  # refuses what is no setting
+            self.linear, self._linear = linear, (linear,)
+        looked_at = 1 if type(linear) in _SELF_CHECKED else min(len(self._linear), _LOOKED_AT)
+        for level in range(looked_at):
+            self._steps(self.start, level)  # refuses what is no setting of a linear solve
 
     def __len__(self) -> int:
         return max(len(self._counts), len(self._linear))
@@ -310,7 +434,12 @@ class NewtonLadder(Sequence):
             if level.stop is None and len(levels) > _ENDLESS:
                 raise ValueError(f"{self!r} has no end: give the slice one, as in ladder[:10]")
             return [self[index] for index in levels]
-        return NewtonSteps(self._counts[min(levels, len(self._counts) - 1)], self._linear[min(levels, len(self._linear) - 1)])
+        return self._steps(self._counts[min(levels, len(self._counts) - 1)],
+                           min(levels, len(self._linear) - 1))
+
+    def _steps(self, steps: int, level: int) -> NewtonSteps:
+        linear = self._linear[level]
+        return NewtonSteps(steps, linear if self._linear is not self.linear else setting_of(linear))
 
     def __repr__(self) -> str:
         linear = "" if self.linear is None else f", linear={self.linear!r}"
@@ -323,3 +452,7 @@ class NewtonLadder(Sequence):
 
     def __hash__(self) -> int:
         return hash(self._counts)
+
+
+# Ladders whose entries are right by construction.
+_SELF_CHECKED = frozenset({IterationLadder, ToleranceLadder, NewtonLadder})

@@ -2,16 +2,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 from firedrake import H1, Function, FunctionSpace, SpatialCoordinate, VectorFunctionSpace
+from firedrake.functionspaceimpl import WithGeometry
 from mpi4py import MPI
 from petsc4py import PETSc
+from pyadjoint.tape import stop_annotating
 
-__all__ = ["Nodes", "pairs_of", "unique_pairs"]
+from prdp_fem.arguments import instance, shown
+from prdp_fem.parallel import agree
+
+__all__ = ["Nodes", "checked_period", "pairs_of", "unique_pairs"]
 
 # Elements whose unknowns are values at points.
 _NODAL = ("Lagrange", "Q", "Discontinuous Lagrange", "DQ", "Kong-Mulder-Veldhuizen")
+
+
+# Of the period, by which coordinates on both sides of a periodic mesh's end may differ from it.
+_ROUNDING = 1e-6
 
 
 class Nodes:
@@ -38,12 +48,16 @@ class Nodes:
 
     Raises
     ------
+    TypeError
+        Where the space is none.
     ValueError
-        Where the space is mixed, where its unknowns are not values at points, where the mesh is periodic and no period is given, or where
-        ``period`` has not a number for each direction.
+        Where the space is mixed, where its unknowns are not values at points, where coordinates are
+        not finite, where the mesh is periodic and no period is given, where it has another period,
+        or where ``period`` has not a number for each direction.
     """
 
     def __init__(self, space: FunctionSpace, period: Sequence[float] | None = None):
+        instance("space", space, WithGeometry, "a FunctionSpace")
         if len(space) > 1:
             raise ValueError(f"{space} is mixed: take its parts one by one, and give the layer one output for each")
         dimension = space.mesh().geometric_dimension
@@ -51,18 +65,30 @@ class Nodes:
             raise ValueError(f"unknowns of {family} elements are not values at points: expected {', '.join(_NODAL)}")
         if period is None and space.mesh().coordinates.function_space().ufl_element() not in H1:
             raise ValueError(f"{space.mesh()} is periodic: name its period, so that its ends are taken for the same points")
-        if period is not None and len(period) != dimension:
-            raise ValueError(f"expected {dimension} periods, one for each direction, found {len(period)}")
+        period = checked_period(period, dimension)
         self.comm = space.mesh().comm
         self.components = space.block_size
         self._scalar = space if space.block_size == 1 else space.sub(0).collapse()
         points = VectorFunctionSpace(space.mesh(), self._scalar.ufl_element())
-        self.coordinates = Function(points).interpolate(SpatialCoordinate(space.mesh())).dat.data_ro.reshape(-1, dimension)
+        with stop_annotating():  # where nodes are is no part of what is differentiated
+            coordinates = Function(points).interpolate(SpatialCoordinate(space.mesh()))
+        self.coordinates = coordinates.dat.data_ro.reshape(-1, dimension)
+        agree(self.comm, self._check_coordinates, "coordinates")
+        if period is not None:
+            _check_period(space.mesh(), period)
         self.sizes = self.comm.allgather(len(self.coordinates))
         self.first = sum(self.sizes[:self.comm.rank])
 
     def __len__(self) -> int:
         return len(self.coordinates)
+
+    def _check_coordinates(self) -> None:
+        """Raise for what a damaged mesh has."""
+        wrong = np.flatnonzero(~np.isfinite(self.coordinates).all(axis=1))
+        if wrong.size:
+            raise ValueError(f"coordinates of nodes must be finite, found "
+                             f"{self.coordinates[wrong[0]].tolist()} and {wrong.size - 1} more: "
+                             "look for NaN or infinity in the coordinates of the mesh")
 
     def bounding_box(self) -> tuple[np.ndarray, np.ndarray]:
         """The mesh's lowest and highest coordinates; of a periodic one those of both of its ends. Collective."""
@@ -83,6 +109,61 @@ class Nodes:
             local = local[:, None] + np.arange(layers - 1)[:, None]*cell_nodes.offset
         numbers = self._scalar.dof_dset.lgmap.apply(local.ravel().astype(PETSc.IntType))
         return numbers.astype(np.int64).reshape(-1, cell_nodes.arity)
+
+
+def checked_period(period: Sequence[float] | None, dimension: int) -> list[float] | None:
+    """The extent of a periodic mesh in each direction.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where there is not a positive number, or infinity, for each.
+    """
+    if period is None:
+        return None
+    try:
+        lengths = None if isinstance(period, (str, bytes)) else list(period)
+    except TypeError:
+        lengths = None
+    if lengths is None:
+        raise TypeError(f"period must have a number for each direction, such as [1.0, inf], found "
+                        f"{shown(period)}")
+    if len(lengths) != dimension:
+        raise ValueError(f"expected {dimension} periods, one for each direction, found "
+                         f"{len(lengths)}")
+    for length in lengths:
+        if isinstance(length, bool) or not isinstance(length, Real) or not length > 0:
+            raise ValueError(f"a period must be a positive number, or infinite where a mesh is not "
+                             f"periodic, found {shown(length)}")
+    return [float(length) for length in lengths]
+
+
+def _check_period(mesh, period: Sequence[float]) -> None:
+    """Raise where the mesh has another period, on all ranks; collective.
+
+    Both sides of a periodic mesh's ends are the same nodes of a continuous space, which has the
+    coordinates of one. So coordinates in cells are either those of the nodes, or differ by the
+    period.
+    """
+    with stop_annotating():
+        coordinates = SpatialCoordinate(mesh)
+        at_nodes = Function(VectorFunctionSpace(mesh, "CG", 1)).interpolate(coordinates)
+        by_cell = at_nodes.function_space().broken_space()
+        jumps = np.abs(Function(by_cell).interpolate(at_nodes - coordinates).dat.data_ro)
+    jumps = jumps.reshape(-1, len(period))
+    finite = np.isfinite(period)
+    multiples = np.where(finite, np.rint(jumps/period), 0)
+    off = np.abs(jumps - multiples*np.where(finite, period, 0))
+    size = np.where(finite, period, np.abs(mesh.coordinates.dat.data_ro).max(initial=0))
+    found = np.stack([jumps.max(axis=0, initial=0), (off > _ROUNDING*size).max(axis=0, initial=0),
+                      multiples.max(axis=0, initial=0)])
+    mesh.comm.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
+    for direction, (largest, is_wrong, multiple) in enumerate(found.T):
+        if is_wrong or (finite[direction] and multiple != 1):
+            has = f"a period of {largest:g}" if largest > _ROUNDING*size[direction] else "no period"
+            raise ValueError(f"{mesh} has {has} in direction {direction}, found period "
+                             f"{period[direction]:g}: give its extent in "
+                             "directions in which it is periodic, and infinity in others")
 
 
 def pairs_of(cells: np.ndarray) -> np.ndarray:

@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from prdp_fem.ladders import Setting
+from prdp_fem.arguments import count, flag, shown
+from prdp_fem.ladders import Setting, checked_ladder, checked_setting, in_numbers, setting_of
 
-__all__ = ["Record", "Refinement", "ProgressiveRefinement", "FixedRefinement", "ScheduledRefinement"]
+__all__ = ["Record", "Refinement", "ProgressiveRefinement", "FixedRefinement",
+           "ScheduledRefinement", "checked_metric"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,35 @@ class Record:
     refined: bool
 
 
+class _Checked:
+    """An attribute whose values are checked whenever it is set.
+
+    Parameters
+    ----------
+    check : callable
+        From the object and a value to what is kept; raises for a value that cannot be meant.
+    """
+
+    def __init__(self, check: Callable[[Any, Any], Any]):
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance, owner: type | None = None):
+        return self if instance is None else vars(instance)[self._name]
+
+    def __set__(self, instance, value) -> None:
+        vars(instance)[self._name] = self._check(instance, value)
+
+
 class Refinement:
     """What all refinements share: a ladder, a level, and the record of the outer iterations.
 
     Parameters
     ----------
-    ladder : Sequence of Setting
-        The settings, coarsest first.
+    ladder : Sequence of Setting or int
+        The settings, coarsest first; an integer means so many iterations.
     ema_window : int
         Window of the exponential moving average of the metrics.
     level : int
@@ -61,24 +85,47 @@ class Refinement:
     ----------
     ladder : Sequence of Setting
     level : int
-        Where the refinement stands now.
+        Where the refinement stands now. It can be set, to a level that is on the ladder.
     history : list of Record
     monitors : list of callable
         Called with each new record.
     """
 
-    def __init__(self, ladder: Sequence[Setting], *, ema_window: int = 6, level: int = 0, comm=None):
-        self.ladder = _checked_ladder(ladder)
+    ladder = _Checked(lambda refinement, ladder: refinement._checked_ladder(ladder))
+    level = _Checked(lambda refinement, level: refinement._checked_level(level))
+    ema_window = _Checked(lambda refinement, window: count("ema_window", window))
+    comm = _Checked(lambda refinement, comm: _checked_communicator(comm))
+
+    def __init__(self, ladder: Sequence[Setting | int], *, ema_window: int = 6, level: int = 0,
+                 comm=None):
+        self.ladder = ladder
         self.comm = comm
         self.level = level
+        self.ema_window = ema_window
         self.history: list[Record] = []
         self.monitors: list[Callable[[Record], None]] = []
-        self._weight = 2/(_checked_window("ema_window", ema_window) + 1)
 
     @property
     def setting(self) -> Setting:
         """What the current level means: ``ladder[level]``."""
-        return self.ladder[self.level]
+        return setting_of(self.ladder[self.level])
+
+    def _checked_ladder(self, ladder) -> Sequence[Setting]:
+        ladder = checked_ladder(ladder)
+        if vars(self).get("level", 0) >= len(ladder):
+            raise ValueError(f"level {self.level} is not on the ladder {shown(ladder)}, which has "
+                             f"levels 0 to {len(ladder) - 1}: set the "
+                             "level first")
+        return ladder
+
+    def _checked_level(self, level) -> int:
+        ladder = self.ladder
+        if not _is_level(level, ladder):
+            raise ValueError(f"level must be one of 0 to {len(ladder) - 1}, which are on the "
+                             f"ladder {shown(ladder)}, found {shown(level)}")
+        # of a ladder of a user's own class perhaps the first time that it is looked at
+        setting_of(ladder[level])
+        return int(level)
 
     def step(self, metric: float) -> bool:
         """Record one outer iteration, and refine where the rule says so.
@@ -101,7 +148,8 @@ class Refinement:
         metric = self._agreed_metric(metric)
         if self.history:
             # Written so that the average of a constant is that constant, and that of a window of 1 is the metric, in every bit.
-            smoothed = metric + (1 - self._weight)*(self.history[-1].smoothed - metric)
+            weight = 2/(self.ema_window + 1)
+            smoothed = metric + (1 - weight)*(self.history[-1].smoothed - metric)
         else:
             smoothed = metric
         level, setting = self.level, self.setting
@@ -130,37 +178,103 @@ class Refinement:
         """The level after an outer iteration with this moving average, which is not in the history yet."""
         raise NotImplementedError
 
+    def _rule(self) -> dict[str, Any]:
+        """What an equal refinement has alike, beside its ladder, as plain numbers and lists."""
+        return {"refinement": type(self).__name__, "ema_window": self.ema_window}
+
+    def _levels(self, reached: set[int]) -> list[list]:
+        """Levels in numbers, each behind its own: the first hundred, and those that were reached."""
+        first = range(min(len(self.ladder), 100))
+        return [[level, *in_numbers(setting_of(self.ladder[level]))]
+                for level in sorted(reached.union(first))]
+
     def state_dict(self) -> dict[str, Any]:
-        """All that changes, as plain numbers and lists, so that ``torch.save``, JSON and pickle take it."""
+        """All that changes, and what it holds for, as plain numbers and lists.
+
+        ``torch.save``, pickle and strict JSON take it.
+        """
+        reached = {self.level, *(record.level for record in self.history)}
         return {
+            **self._rule(),
+            "ladder": self._levels(reached),
+            "levels": len(self.ladder),
             "level": self.level,
             "history": [[record.metric, record.smoothed, record.level, record.refined] for record in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state_dict`` of a refinement with the same ladder.
+        """Continue from a ``state_dict`` of a refinement with the same ladder and rule.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Where it is of another refinement, or was damaged: entries are missing, unknown or of
+            another kind, or levels are not on this ladder. Nothing is changed then.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"a state must be a dictionary, as state_dict() gives one, found "
+                            f"{shown(state)}")
+        expected = self.state_dict().keys()
+        if missing := expected - state.keys():
+            raise ValueError(f"the state of a {type(self).__name__} lacks {sorted(missing)}; found "
+                             f"{_names(state)}")
+        if unknown := state.keys() - expected:
+            raise ValueError(f"the state of a {type(self).__name__} has no {_names(unknown)}; it "
+                             f"has {_names(expected)}")
+        for name, value in self._checked_state(state).items():
+            setattr(self, name, value)
+
+    def _checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes that a state means, by name.
 
         Raises
         ------
         ValueError
-            Where entries are missing, or levels are not on this ladder. Nothing is changed then.
+            For a state of another refinement, or a damaged one.
         """
-        missing = self.state_dict().keys() - state.keys()
-        if missing:
-            raise ValueError(f"the state of a {type(self).__name__} lacks {sorted(missing)}; found {sorted(state)}")
+        remedy = "load it into a refinement with the ladder it was saved with"
+        for name, value in self._rule().items():
+            if not _is_equal(state[name], value):
+                raise ValueError(f"the state was saved with {name} {shown(state[name])}, and this "
+                                 f"refinement has {shown(value)}: load it "
+                                 "into one that was made as that which it was saved from")
+        if not isinstance(state["history"], (list, tuple)):
+            raise ValueError(f"the history of the state must be a list of records, found "
+                             f"{shown(state['history'])}")
         for record in state["history"]:
-            if len(record) != 4:
-                raise ValueError(f"a record in the history of the state must have metric, smoothed, level and refined, found {record!r}")
+            if not isinstance(record, (list, tuple)) or len(record) != 4:
+                raise ValueError("a record in the history of the state must have metric, smoothed, "
+                                 "level and refined, found "
+                                 f"{shown(record)}")
             for value in record[:2]:
                 checked_metric(value)
+            try:
+                flag("refined", record[3])
+            except TypeError as error:
+                raise ValueError(f"{error}, in a record in the history of the state") from None
         levels = [state["level"], *(level for _, _, level, _ in state["history"])]
         for level in levels:
-            if isinstance(level, bool) or not isinstance(level, Integral) or not 0 <= level < len(self.ladder):
-                raise ValueError(f"level {level!r} of the state is not on the ladder {self.ladder!r}, which has levels "
-                                 f"0 to {len(self.ladder) - 1}: load it into a refinement with the ladder it was saved with")
-        self.history = [Record(float(metric), float(smoothed), int(level), self.ladder[level], bool(refined))
-                        for metric, smoothed, level, refined in state["history"]]
-        self.level = int(state["level"])
+            if not _is_level(level, self.ladder):
+                raise ValueError(f"level {shown(level)} of the state is not on the ladder "
+                                 f"{shown(self.ladder)}, which has levels 0 to "
+                                 f"{len(self.ladder) - 1}: {remedy}")
+        mine, theirs = self._levels(set(map(int, levels))), state["ladder"]
+        if not _is_equal(theirs, mine):
+            if isinstance(theirs, (list, tuple)):
+                # The first that differs, since there may be a hundred.
+                different = [pair for pair in zip(theirs, mine) if not _is_equal(*pair)]
+                theirs, mine = different[0] if different else (theirs, mine)
+            raise ValueError("the state was saved with another ladder: of level, rtol, max_it, "
+                             "budget and Newton steps it has "
+                             f"{shown(theirs)}, and this one {shown(mine)}: {remedy}")
+        if not _is_equal(state["levels"], len(self.ladder)):
+            raise ValueError(f"the state was saved with a ladder of {shown(state['levels'])} "
+                             f"levels, and this one, {shown(self.ladder)}, "
+                             f"has {len(self.ladder)}: {remedy}")
+        history = [Record(float(metric), float(smoothed), int(level),
+                          setting_of(self.ladder[level]), bool(refined))
+                   for metric, smoothed, level, refined in state["history"]]
+        return {"level": int(state["level"]), "history": history}
 
 
 class ProgressiveRefinement(Refinement):
@@ -174,8 +288,9 @@ class ProgressiveRefinement(Refinement):
 
     Parameters
     ----------
-    ladder : Sequence of Setting
-        For example :class:`~prdp_fem.ladders.IterationLadder`.
+    ladder : Sequence of Setting or int
+        For example :class:`~prdp_fem.ladders.IterationLadder`, or ``[5, 10, 20]`` for so many
+        iterations.
     tau_step : float
         In (0, 1]: the ratio of moving averages above which training counts as plateaued. Higher waits longer.
     tau_stop : float
@@ -191,8 +306,11 @@ class ProgressiveRefinement(Refinement):
 
     Raises
     ------
+    TypeError
+        For what is no ladder.
     ValueError
-        For an empty ladder, thresholds outside (0, 1], windows below 1 or a checkpoint that is not positive.
+        For a ladder that is empty or does not go from coarse to fine, thresholds outside (0, 1],
+        windows below 1 or a checkpoint that is not positive.
 
     References
     ----------
@@ -200,15 +318,19 @@ class ProgressiveRefinement(Refinement):
     section 3.
     """
 
-    def __init__(self, ladder: Sequence[Setting], *, tau_step: float = 0.98, tau_stop: float = 0.9, ema_window: int = 6,
+    tau_step = _Checked(lambda refinement, ratio: _checked_threshold("tau_step", ratio))
+    tau_stop = _Checked(lambda refinement, ratio: _checked_threshold("tau_stop", ratio))
+    error_window = _Checked(lambda refinement, window: count("error_window", window))
+
+    def __init__(self, ladder: Sequence[Setting | int], *, tau_step: float = 0.98,
+                 tau_stop: float = 0.9, ema_window: int = 6,
                  error_window: int = 3, checkpoint: float = math.inf, comm=None):
         super().__init__(ladder, ema_window=ema_window, comm=comm)
-        self.tau_step = _checked_threshold("tau_step", tau_step)
-        self.tau_stop = _checked_threshold("tau_stop", tau_stop)
-        self.ema_window = int(ema_window)
-        self.error_window = _checked_window("error_window", error_window)
-        if isinstance(checkpoint, bool) or not isinstance(checkpoint, Real) or not checkpoint > 0:
-            raise ValueError(f"checkpoint must be a positive number or inf, found {checkpoint!r}")
+        self.tau_step, self.tau_stop = tau_step, tau_stop
+        self.error_window = error_window
+        if not _is_number(checkpoint) or not checkpoint > 0:
+            raise ValueError(f"checkpoint must be a positive number or inf, found "
+                             f"{shown(checkpoint)}")
         self.checkpoint = float(checkpoint)
 
     def _next_level(self, smoothed: float) -> int:
@@ -220,19 +342,27 @@ class ProgressiveRefinement(Refinement):
             return self.level
         gain = _ratio(smoothed, self.checkpoint)
         if gain < self.tau_stop or gain > 1:
+            level = self._checked_level(self.level + 1)  # before anything has changed
             self.checkpoint = smoothed
-            return self.level + 1
+            return level
         return self.level
 
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "checkpoint": self.checkpoint}
+    def _rule(self) -> dict[str, Any]:
+        return {**super()._rule(), "tau_step": self.tau_step, "tau_stop": self.tau_stop,
+                "error_window": self.error_window}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        checkpoint = state.get("checkpoint", math.inf)
-        if isinstance(checkpoint, bool) or not isinstance(checkpoint, Real) or not checkpoint >= 0:
-            raise ValueError(f"checkpoint must be a number of at least 0 or inf, found {checkpoint!r}")
-        super().load_state_dict(state)
-        self.checkpoint = float(checkpoint)
+    def state_dict(self) -> dict[str, Any]:
+        # JSON has no infinity.
+        return {**super().state_dict(),
+                "checkpoint": None if math.isinf(self.checkpoint) else self.checkpoint}
+
+    def _checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        checkpoint = math.inf if state["checkpoint"] is None else state["checkpoint"]
+        if not _is_number(checkpoint) or not checkpoint >= 0:
+            raise ValueError("checkpoint must be a number of at least 0 in a state, or None before "
+                             "the first plateau, found "
+                             f"{shown(checkpoint)}")
+        return {**super()._checked_state(state), "checkpoint": float(checkpoint)}
 
     def __repr__(self) -> str:
         return (f"ProgressiveRefinement({self.ladder!r}, tau_step={self.tau_step:g}, tau_stop={self.tau_stop:g}, "
@@ -251,13 +381,13 @@ class FixedRefinement(Refinement):
     """
 
     def __init__(self, setting: Setting, *, comm=None):
-        super().__init__((setting,), comm=comm)
+        super().__init__((checked_setting(setting),), comm=comm)
 
     def _next_level(self, smoothed: float) -> int:
         return self.level
 
     def __repr__(self) -> str:
-        return f"FixedRefinement({self.setting!r})"
+        return f"FixedRefinement({self.ladder[0]!r})"
 
 
 class ScheduledRefinement(Refinement):
@@ -274,15 +404,21 @@ class ScheduledRefinement(Refinement):
     """
 
     def __init__(self, ladder: Sequence[Setting], schedule: Mapping[int, int], *, comm=None):
-        ladder = _checked_ladder(ladder)
+        ladder = checked_ladder(ladder)
+        if not isinstance(schedule, Mapping):
+            raise TypeError(f"a schedule must be a dictionary from outer iterations to levels, "
+                            f"such as {{0: 0, 20: 3}}, found "
+                            f"{shown(schedule)}")
         for iteration, level in schedule.items():
             if any(isinstance(value, bool) or not isinstance(value, Integral) or value < 0 for value in (iteration, level)):
-                raise ValueError(f"a schedule maps outer iterations to levels, both integers from 0, found {iteration!r}: {level!r}")
+                raise ValueError("a schedule maps outer iterations to levels, both integers from "
+                                 f"0, found {shown(iteration)}: {shown(level)}")
         schedule = {int(iteration): int(schedule[iteration]) for iteration in sorted(schedule)}
         previous = 0
         for iteration, level in schedule.items():
             if level >= len(ladder):
-                raise ValueError(f"level {level} at outer iteration {iteration} is not on the ladder {ladder!r}, "
+                raise ValueError(f"level {level} at outer iteration {iteration} is not on the "
+                                 f"ladder {shown(ladder)}, "
                                  f"which has levels 0 to {len(ladder) - 1}")
             if level < previous:
                 raise ValueError(f"levels must not decrease, found {level} after {previous} at outer iteration {iteration}")
@@ -292,6 +428,10 @@ class ScheduledRefinement(Refinement):
 
     def _next_level(self, smoothed: float) -> int:
         return self.schedule.get(len(self.history) + 1, self.level)
+
+    def _rule(self) -> dict[str, Any]:
+        return {**super()._rule(), "schedule": [[iteration, level] for iteration,
+                                                level in self.schedule.items()]}
 
     def __repr__(self) -> str:
         return f"ScheduledRefinement({self.ladder!r}, {self.schedule!r})"
@@ -305,12 +445,22 @@ def _ratio(value: float, reference: float) -> float:
 
 
 def checked_metric(metric) -> float:
+    """A metric as a float.
+
+    Raises
+    ------
+    ValueError
+        Where it is no number, NaN, infinite or negative.
+    """
     try:
-        if isinstance(metric, (str, bytes)):
+        # of an array or a tensor of one number, or of NumPy's numbers
+        kind = getattr(metric, "dtype", "float")
+        is_real = any(name in str(kind) for name in ("float", "int"))
+        if not is_real or isinstance(metric, (bool, str, bytes, bytearray)):
             raise TypeError
         value = float(metric)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"a metric must be a number, found {metric!r}") from None
+    except Exception:  # of whatever class, since the number is looked for in an object of any
+        raise ValueError(f"a metric must be a number, found {shown(metric)}") from None
     if not math.isfinite(value):
         raise ValueError(f"a metric must be finite, found {value}: training has diverged, or the metric divides by zero")
     if value < 0:
@@ -319,25 +469,42 @@ def checked_metric(metric) -> float:
 
 
 def _checked_threshold(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], found {value!r}")
+    if not _is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], found {shown(value)}")
     return float(value)
 
 
-def _checked_window(name: str, value) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, found {value!r}")
-    return int(value)
+def _checked_communicator(comm):
+    """None, or what metrics can be sent by."""
+    if comm is not None and not (callable(getattr(comm, "bcast", None)) and hasattr(comm, "rank")):
+        raise TypeError(f"comm must be a communicator of mpi4py's, such as mesh.comm, or None, "
+                        f"found {shown(comm)}")
+    return comm
 
 
-def _checked_ladder(ladder) -> Sequence[Setting]:
-    if not isinstance(ladder, Sequence) or isinstance(ladder, str):
-        raise TypeError(f"a ladder must be a sequence of settings, such as IterationLadder(start=1, step=1), found {ladder!r}")
-    if len(ladder) == 0:
-        raise ValueError("a ladder must have at least one level, found an empty one")
-    # A ladder without an end cannot be read through: its first setting stands for all where the ladder makes them itself.
-    for setting in ladder if isinstance(ladder, (list, tuple)) else (ladder[0],):
-        if not isinstance(setting, Setting) or isinstance(setting, type):
-            raise TypeError("a setting must have the attributes rtol, max_it and budget, as Iterations(20) and Tolerance(1e-6) "
-                            f"have, found {setting!r}")
-    return ladder
+def _is_level(level, ladder: Sequence) -> bool:
+    is_integer = isinstance(level, Integral) and not isinstance(level, bool)
+    return is_integer and 0 <= level < len(ladder)
+
+
+def _is_number(value) -> bool:
+    """Whether it is a real number that a float can hold, or infinity or NaN."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
+def _is_equal(one, other) -> bool:
+    """Whether two things of plain numbers, strings and lists are equal; tuples are lists."""
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_is_equal, one, other))
+    plain = (Real, str, type(None))
+    return isinstance(one, plain) and isinstance(other, plain) and bool(one == other)
+
+
+def _names(keys) -> list[str]:
+    return sorted(map(str, keys))

@@ -28,24 +28,27 @@ from prdp_fem.firedrake_internals import (
 )
 from prdp_fem.forms import Forms, LinearForms, NonlinearForms
 from prdp_fem.inputs import local_values, set_local_values, vector_like
-from prdp_fem.ladders import Setting
+from prdp_fem.ladders import Setting, checked_setting
 from prdp_fem.linear import LinearSystem
 from prdp_fem.memory import Memory, is_copied, memory_of
 from prdp_fem.nested import SELF_CONTAINED
 from prdp_fem.newton import reset_with_linear_solver
 from prdp_fem.nonlinear import NonlinearSystem
+from prdp_fem.option_names import check_option_names
 from prdp_fem.options import refinement_from_options
+from prdp_fem.parallel import agree
 from prdp_fem.persistence import options_of, refuse_persistent
 from prdp_fem.point import Point
 from prdp_fem.refined_ksp import SetByHand
 from prdp_fem.refinement import Refinement
+from prdp_fem.solver_arguments import OWN, check_names, check_refinement, check_solver_arguments
 from prdp_fem.statistics import Statistics
 from prdp_fem.system import System
 from prdp_fem.tape import SolveBlock
 from prdp_fem.unrolled_linear import UnrolledLinearSystem
 from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 
-__all__ = ["LinearVariationalSolver", "NonlinearVariationalSolver", "RefinedSolver", "control", "refinement_from_options"]
+__all__ = ["RefinedSolver", "control", "refinement_from_options"]  # as that of the package
 
 # Preconditioners and nonlinear solvers that call Firedrake, for their own matrices or to get from mesh to mesh.
 _NAMED = {"pc_type": ("pc_type", "pc_composite_pcs"), "snes_type": ("snes_type", "snes_composite_sneses")}
@@ -71,6 +74,8 @@ class RefinedSolver:
                              "installation with real scalars")
         if not isinstance(problem, NonlinearVariationalProblem):
             raise TypeError(f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}")
+        check_solver_arguments(problem.u, type(self), refinement, warm_start, ksp_prefix, device,
+                               kwargs)
         self._differentiation = differentiation_of(differentiation)
         for name, remedy in self._refused_callbacks.items():
             if kwargs.get(name) is not None:
@@ -85,12 +90,16 @@ class RefinedSolver:
         self._callbacks = self._take_callbacks(kwargs)
         # Linear solvers, of derivatives, have states of their own, which are none of this problem.
         kwargs["appctx"] = {**over_copies(appctx, forms.copy_of), "state": forms.solution}
-        super().__init__(forms.problem, **kwargs)
+        try:
+            super().__init__(forms.problem, **kwargs)
+        except PETSc.Error as error:
+            raise ValueError(f"PETSc refuses the solver parameters for '{problem.u.name()}': "
+                             f"{str(error).splitlines()[-1].partition('] ')[2]}") from None
         if self._predecessor is not None:
             self._take_over(self._predecessor)
         assemble_directly(self)
         self.problem = problem
-        self.warm_start = bool(warm_start)
+        self.warm_start = warm_start
         self._ksp_prefix = ksp_prefix
 
         self._changes_pattern = kwargs.get("post_jacobian_callback") is not None
@@ -150,9 +159,9 @@ class RefinedSolver:
 
     @refinement.setter
     def refinement(self, refinement: Refinement | None) -> None:
-        _check_type(refinement)
+        check_refinement(refinement)
         if refinement is not None:
-            self.system.check_setting(refinement.setting)
+            self.system.check_setting(checked_setting(refinement.setting))
             cite()
         self._refinement = refinement
 
@@ -193,6 +202,7 @@ class RefinedSolver:
         """The device of a name; None for what PETSc's options say."""
         comm = self.problem.u.function_space().mesh().comm
         if name is None:
+            agree(comm, check_option_names, "options")
             default = self.parameters.get("prdp_device", PETSc.Options().getString("prdp_device", HOST))
             name = PETSc.Options(self.options_prefix).getString("prdp_device", default)
         device = find_device(name, comm)
@@ -225,7 +235,9 @@ class RefinedSolver:
     @property
     def setting(self) -> Setting | None:
         """What the next solve puts on the KSP."""
-        return None if self.refinement is None else self.refinement.setting
+        refinement = self._refinement
+        # Settings of a user's class can have changed since they were looked at.
+        return None if refinement is None else checked_setting(refinement.setting)
 
     def get_solution(self) -> firedrake.Function:
         """The user's solution Function."""
@@ -436,12 +448,6 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
         return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory)
 
 
-def _check_type(refinement) -> None:
-    if not isinstance(refinement, (Refinement, type(None))):
-        raise TypeError("refinement must be a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
-                        f"FixedRefinement(Iterations(20)) for a constant setting, found {refinement!r}")
-
-
 class _LinearSolver(firedrake.LinearSolver, LinearVariationalSolver):
     """Firedrake's solver of assembled systems, under control: it solves by the other class."""
 
@@ -513,6 +519,8 @@ def control(solver, refinement: Refinement | None, **options):
     --------
     >>> prdp_fem.control(solver, ProgressiveRefinement(IterationLadder(start=2)))  # doctest: +SKIP
     """
+    check_refinement(refinement)
+    check_names(options, OWN, "control()")
     if isinstance(solver, RefinedSolver):
         device = options.pop("device", None)
         for name, value in options.items():
@@ -524,7 +532,6 @@ def control(solver, refinement: Refinement | None, **options):
     if type(solver) not in _CONTROLLED:
         raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
                         f"{type(solver).__module__}.{type(solver).__qualname__}")
-    _check_type(refinement)
     arguments, assembled = {**constructor_arguments(solver), **options}, []
     if isinstance(solver, firedrake.LinearSolver):
         problem, assembled = _assembled_problem(solver, arguments)

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
+
+from prdp_fem.arguments import shown
 
 __all__ = ["Statistics"]
 
@@ -44,6 +47,13 @@ class Statistics:
     copies_to_host: int = 0
     bytes_to_device: int = 0
     bytes_to_host: int = 0
+
+    def __post_init__(self):
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real) or not value >= 0:
+                expected = "an integer" if kind is int else "a number"
+                raise ValueError(f"{field.name} must be {expected} of at least 0, found {shown(value)}")
 
     @property
     def iterations(self) -> int:

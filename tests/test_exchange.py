@@ -112,3 +112,14 @@ def test_bad_input_is_an_error_on_all_ranks():
             exchange(random(exchange.owned).requires_grad_(COMM_WORLD.rank == 0))
         with pytest.raises(ValueError, match="axes beside that of the nodes.* must be the same on all ranks"):
             exchange(random(exchange.owned, 2 + COMM_WORLD.rank))
+
+
+@pytest.mark.parametrize("wanted", [[0.5], ["0"], [[0]], [True], [2**32], [-1], None], ids=repr)
+def test_numbers_that_are_none_of_nodes_are_an_error_on_all_ranks(wanted):
+    """Also where one rank only has them; none becomes another number."""
+    is_last = COMM_WORLD.rank == COMM_WORLD.size - 1
+    sizes = SIZES[COMM_WORLD.size]
+    with pytest.raises((TypeError, ValueError), match="wanted must be|numbered from 0 to"):
+        Exchange(COMM_WORLD, sizes[COMM_WORLD.rank], wanted if is_last else [0])
+    with pytest.raises(ValueError, match="owned must be an integer of at least 0, found"):
+        Exchange(COMM_WORLD, 2.5 if is_last else 3, [0])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from firedrake import *
 
-from prdp_fem.torch import Gathering, to_torch
+from prdp_fem.torch import Gathering, Partition, to_torch
 
 torch.set_num_threads(1)
 
@@ -175,3 +175,55 @@ def test_cells_of_extruded_meshes_are_those_of_all_layers():
     assert gathering.grid == (7, 4) and gathering.cells.shape == (18, 4)
     assert np.allclose(np.ptp(corners, axis=1), [1/6, 1/3])                      # each is a cell,
     assert len(np.unique(corners.mean(axis=1).round(9), axis=0)) == 18           # and another one
+
+
+PERIODIC = {
+    "square": (lambda: PeriodicUnitSquareMesh(4, 4), [1, 1]),
+    "quadrilaterals": (lambda: PeriodicUnitSquareMesh(4, 4, quadrilateral=True), [1, 1]),
+    "in x": (lambda: PeriodicRectangleMesh(4, 5, 2, 3, direction="x"), [2, np.inf]),
+    "interval": (lambda: PeriodicIntervalMesh(5, 3.0), [3]),
+    "extruded": (lambda: ExtrudedMesh(PeriodicIntervalMesh(5, 2.0), 3), [2, np.inf]),
+    "cube": (lambda: PeriodicUnitCubeMesh(3, 3, 3), [1, 1, 1]),
+    "not periodic": (lambda: UnitSquareMesh(4, 4), [np.inf, np.inf]),
+}
+
+
+@pytest.mark.parallel([1, 3])
+@pytest.mark.parametrize("name", PERIODIC)
+def test_a_period_that_the_mesh_does_not_have_is_refused(name):
+    make, period = PERIODIC[name]
+    space = FunctionSpace(make(), "CG", 1)
+    assert len(Gathering(space, period=period)) == space.dim()
+    assert space.mesh().comm.allreduce(len(Partition(space, period=period))) == space.dim()
+    for direction, length in enumerate(period):
+        for wrong in (2.0, np.inf, 0.5) if np.isfinite(length) else (1.0, 2.0):
+            other = list(period)
+            other[direction] = wrong*length if np.isfinite(length) else wrong
+            for make_of in (Gathering, Partition):
+                with pytest.raises(ValueError, match=rf"has (no period|a period of {length:g}) in "
+                                                     rf"direction {direction}, found period"):
+                    make_of(space, period=other)
+
+
+def test_a_bent_mesh_has_the_period_of_a_straight_one():
+    """It goes further than its period."""
+    mesh = PeriodicUnitSquareMesh(6, 6)
+    x, y = SpatialCoordinate(mesh)
+    mesh.coordinates.interpolate(as_vector([x + 0.2*sin(2*pi*y), y]))
+    assert len(Gathering(FunctionSpace(mesh, "CG", 1), period=[1, 1])) == 36
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_coordinates_that_are_not_finite_are_refused(value):
+    mesh = UnitSquareMesh(3, 3)
+    mesh.coordinates.dat.data[5, 1] = value
+    for make in (Gathering, Partition):
+        with pytest.raises(ValueError, match="coordinates of nodes must be finite, found"):
+            make(FunctionSpace(mesh, "CG", 1))
+
+
+def test_a_mesh_without_extent_is_refused():
+    mesh = UnitSquareMesh(3, 3)
+    mesh.coordinates.assign(0.5)
+    with pytest.raises(ValueError, match="lie at the same point"):
+        Gathering(FunctionSpace(mesh, "CG", 1))

@@ -26,3 +26,38 @@ def test_nothing_but_the_bridge_needs_torch(module):
 def test_what_is_promised_is_there(module):
     imported = __import__(module, fromlist=["__all__"])
     assert all(hasattr(imported, name) for name in imported.__all__)
+
+
+STAR_IMPORTS = """
+import importlib, pkgutil
+from firedrake import *
+from firedrake.adjoint import *
+from torch import *
+before = dict(globals())
+import prdp_fem
+modules = ["prdp_fem", *(found.name for found in pkgutil.walk_packages(prdp_fem.__path__,
+"prdp_fem."))] for module in modules:
+    exec(f"from {module} import *")
+    changed = [name for name, value in before.items() if globals()[name] is not value and name !=
+    "before"] assert not changed, (module, changed)
+    assert not set(dir(__builtins__)) & set(importlib.import_module(module).__all__), module
+assert ProgressiveRefinement is prdp_fem.ProgressiveRefinement and SolverLayer is
+prdp_fem.torch.SolverLayer assert issubclass(prdp_fem.LinearVariationalSolver,
+LinearVariationalSolver) and prdp_fem.LinearVariationalSolver is not LinearVariationalSolver
+print(len(modules))
+"""
+
+
+def test_star_imports_take_no_name_away():
+    """Of any module of the package, below those of Firedrake and torch."""
+    result = run(STAR_IMPORTS)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) > 50
+
+
+@pytest.mark.parametrize("name", ["LinearVariationalSolver", "NonlinearVariationalSolver"])
+def test_solvers_are_imported_by_their_names(name):
+    result = run(f"from firedrake import *\nfrom prdp_fem import *\nfrom prdp_fem import {name}\n"
+                 f"import prdp_fem, prdp_fem.solvers\nassert {name} is prdp_fem.{name} is "
+                 f"prdp_fem.solvers.{name}")
+    assert result.returncode == 0, result.stderr

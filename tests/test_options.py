@@ -8,7 +8,7 @@ from petsc4py import PETSc
 
 import prdp_fem
 from prdp_fem import options as module
-from prdp_fem.ladders import IterationLadder, NewtonLadder, ToleranceLadder
+from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, ToleranceLadder
 from prdp_fem.options import refinement_from_options
 from prdp_fem.refinement import ProgressiveRefinement
 
@@ -261,17 +261,144 @@ def test_bad_values(set_options, capfd, options, prefix, arguments, message):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("options", [{"prdp_start": "two"}, {"prdp_start": "1.5"}, {"prdp_tau_step": "high"}, {"prdp_ema_window": "2.5"}])
-def test_values_that_petsc_cannot_read(set_options, options):
-    set_options(**options)
-    with pytest.raises(PETSc.Error, match="error code 63"):  # argument out of range
+@pytest.mark.parametrize("kind, name, value, expected", [
+    *[("iterations", name, value, f"-prdp_{name} must be an integer, found '{value}'")
+      for name in ("start", "stop", "ema_window")
+      for value in ("two", "1.5", "1e3", "5it", "0x10", "1_000", "nan", "inf", "1 2", "--5", "true",
+                    "5,6", "decide", "٣")],
+    *[("tolerances", name, value, f"-prdp_{name} must be a number, found '{value}'")
+      for name in ("start", "tau_step")
+      for value in ("high", "1e", "0.5s", "1_0.5", "nan", "inf", "0.1,0.2", ".", "e5", "0,5", "50%",
+                    "1/2", "mouse")],
+    *[("iterations", name, value, f"-prdp_{name} must be true or false, or have no value, found "
+                                  f"'{value}'") for name in ("monitor", "view")
+      for value in ("maybe", "2", "ascii", "yes please")],
+    ("iterations", "start", "99999999999", "(as the options -prdp_start 99999999999 have it)"),
+    ("iterations", "step", "2147483648", "step must be an integer of at most 2147483647, found "
+                                         "2147483648 (as the options -prdp_step"),
+    ("iterations", "stop", "4294967297", "stop must be an integer of at most 2147483647, found "
+                                         "4294967297"),
+    ("newton", "start", "18446744073709551617", "found 18446744073709551617"),
+    ("iterations", "ema_window", "99999999999", "(as the options -prdp_ema_window 99999999999 have "
+                                                "it)"),
+    ("iterations", "tau_step", "1e400", "tau_step must lie in (0, 1], found inf (as the options "
+                                        "-prdp_tau_step 1e400 have it)"),
+    ("tolerances", "start", "-1", "start must lie in (0, 1), found -1.0 (as the options "
+                                  "-prdp_start -1 have it)"),
+])
+def test_values_that_cannot_be_meant(set_options, kind, name, value, expected):
+    """None of them turns into another number, as PETSc has some of them."""
+    set_options(**{f"prdp_{name}": value})
+    with pytest.raises(ValueError) as error:
+        refinement_from_options(ladder=kind)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert error.value.__suppress_context__ or error.value.__context__ is None
+
+
+@pytest.mark.parametrize("value, number", [("7", 7), ("+7", 7), ("007", 7), ("2147483647",
+    2**31 - 1)])
+def test_integers_are_read_to_the_last_digit(set_options, value, number):
+    set_options(prdp_start=value)
+    assert refinement_from_options().setting.iterations == number
+
+
+@pytest.mark.parametrize("value, number", [("0.1", 0.1), (".5", 0.5), ("1e-3", 1e-3),
+                                           ("+2.5E-1", 0.25), ("0.30000000000000004", 0.1 + 0.2)])
+def test_reals_are_read_to_the_last_digit(set_options, value, number):
+    set_options(prdp_tau_step=value)
+    assert refinement_from_options().tau_step == number
+
+
+@pytest.mark.parametrize("option, nearest", [
+    ("prdp_strat", "-prdp_start"), ("prdp_tau_stp", "-prdp_tau_st"),
+    ("prdp_taustep", "-prdp_tau_step"), ("prdp_monitr", "-prdp_monitor"),
+    ("prdp_devcie", "-prdp_device"), ("heat_prdp_strat", "-heat_prdp_start"),
+    ("wave_prdp_windows", "-wave_prdp_ema_window"), ("prdp_factor", None),
+    ("prdp_STRAT", "-prdp_start"), ("prdp-start", "-prdp_start"), ("prdpstart", "-prdp_start"),
+    ("prdp_", None), ("prdp", None),
+])
+@pytest.mark.parametrize("prefix", ["", "heat_"])
+def test_options_that_are_none(set_options, option, nearest, prefix):
+    set_options(**{option: "5"})
+    with pytest.raises(ValueError, match=rf"^there is no option -{option} 5(, did you mean "
+                                         rf"{nearest}.*\?)?: known are -prdp_ladder") as error:
+        refinement_from_options(prefix)
+    assert nearest is None or f"did you mean {nearest}" in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["prdp_start", "PRDP_Start", "heat_prdp_start",
+                                    "physics_prdp_device", "prdp_device", "ksp_rtol",
+                                    "compute_drp"])
+def test_options_that_others_read(set_options, option):
+    set_options(**{option: "5"})
+    refinement_from_options("wave")
+
+
+def test_an_option_with_two_dashes_is_not_read_in_silence():
+    options = PETSc.Options()
+    options.insertString("--prdp_start 5")
+    try:
+        with pytest.raises(ValueError, match="the option --prdp_start 5 is not read with two "
+                                             "dashes: write -prdp_start 5"):
+            refinement_from_options()
+    finally:
+        options.delValue("--prdp_start")
+
+
+def test_a_misspelt_package_is_a_warning(set_options):
+    """The option may be another package's."""
+    set_options(pdrp_start="5")
+    with pytest.warns(UserWarning, match="-pdrp_start 5 is not read by prdp_fem: is it meant to be "
+                                         "-prdp_start?"):
         refinement_from_options()
+
+
+def test_a_prefix_needs_no_underscore(set_options):
+    """As a solver's does not."""
+    set_options(heat_prdp_start="5")
+    assert refinement_from_options("heat").setting == refinement_from_options("heat_").setting == Iterations(5)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    ({"prefix": 5}, TypeError, "prefix must be a string"),
+    ({"prefix": None}, TypeError, "prefix must be a string"),
+    ({"prefix": "-heat_"}, ValueError, "prefix must have no spaces"),
+    ({"prefix": "heat wave_"}, ValueError, "prefix must have no spaces"),
+    ({"ladder": 5}, ValueError, "-prdp_ladder must be one of"),
+    ({"ladder": None}, ValueError, "-prdp_ladder must be one of"),
+    ({"ladder": ["iterations"]}, ValueError, "-prdp_ladder must be one of"),
+    ({"comm": "world"}, TypeError, "comm must be a communicator"),
+    ({"comm": 1}, TypeError, "comm must be a communicator"),
+    ({"comm": PETSc.COMM_WORLD}, TypeError, "comm must be a communicator"),
+    ({"start": "abc"}, ValueError, "start must be an integer of at least 1, found 'abc'"),
+    ({"stop": 2.5}, ValueError, "stop must be an integer"),
+    ({"tau_step": None}, ValueError, "tau_step must lie in"),
+])
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        refinement_from_options(**arguments)
+
+
+@pytest.mark.parallel([2, 3])
+@pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("option", ["prdp_start", "prdp_strat"])
+def test_options_of_one_rank_only_are_an_error_on_all(option):
+    comm, options = MPI.COMM_WORLD, PETSc.Options()
+    if comm.rank == 1:
+        options.setValue(option, "5")
+    try:
+        with pytest.raises(ValueError, match="there is no option|rank 1 of . has raised|options of "
+                                             "a refinement must be the same on all"):
+            refinement_from_options()
+    finally:
+        if comm.rank == 1:
+            options.delValue(option)
 
 
 @pytest.mark.parametrize("name", ["start", "tau_step"])
 def test_option_without_its_value(set_options, name):
     set_options(**{f"prdp_{name}": None})
-    with pytest.raises((ValueError, PETSc.Error), match=f"prdp_{name}"):
+    with pytest.raises(ValueError, match=f"-prdp_{name} needs a value"):
         refinement_from_options()
 
 

@@ -119,3 +119,28 @@ def test_ranks_without_nodes():
     values.sum().backward()
     assert values.shape == (1, len(own))
     assert COMM_WORLD.allreduce(len(own)) == 4
+
+
+@pytest.mark.timeout(120, method="thread")
+def test_a_graph_that_is_wrong_on_one_rank_is_an_error_on_all():
+    partition = Partition(FunctionSpace(UnitSquareMesh(4, 4), "CG", 1))
+    is_last = partition.comm.rank == partition.comm.size - 1
+    edges, coordinates = partition.edges.clone(), partition.coordinates.copy()
+    if is_last:
+        edges[1, 0] = len(partition)  # a ghost, or nobody
+        coordinates[0] = np.nan
+    for wrong, what in ((edges, partition.coordinates), (partition.edges, coordinates)):
+        with pytest.raises(ValueError, match="edges must go to nodes|coordinates must be finite"):
+            GraphNetwork(1, 1, wrong, what, halo=partition.halo)
+    GraphNetwork(1, 1, partition.edges, partition.coordinates, halo=partition.halo)
+
+
+@pytest.mark.timeout(120, method="thread")
+@pytest.mark.parametrize("make", [Gathering, Partition])
+def test_a_mesh_that_is_damaged_on_one_rank_is_an_error_on_all(make):
+    mesh = UnitSquareMesh(4, 4)
+    values = mesh.coordinates.dat.data  # on all ranks, since halos are exchanged after it
+    if mesh.comm.rank == mesh.comm.size - 1:
+        values[0, 0] = np.nan
+    with pytest.raises(ValueError, match="coordinates of nodes must be finite"):
+        make(FunctionSpace(mesh, "CG", 1))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from prdp_fem.ladders import IterationLadder, Iterations, Tolerance, ToleranceLadder
+from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, NewtonSteps, Tolerance, ToleranceLadder
 from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Record, ScheduledRefinement
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
@@ -170,12 +170,91 @@ def test_defaults_are_those_of_the_paper():
     (Iterations(2), Tolerance(1e-6)),
     ToleranceLadder(),
     [SimpleNamespace(rtol=0.1, max_it=1, budget=True), Tolerance(0.1)],
+    [NewtonSteps(2, Iterations(3)), NewtonSteps(1, Iterations(30))],
+    # of which none is the coarser one
 ])
 def test_any_sequence_of_settings_is_a_ladder(ladder):
     refinement = ProgressiveRefinement(ladder, **EXACT)
     assert refinement.setting is ladder[0] or refinement.setting == ladder[0]
     run(refinement, [8, 8, 8])
     assert refinement.setting == ladder[1]
+
+
+@pytest.mark.parametrize("ladder", [[5, 10, 20], (5, 10, 20), [Iterations(5), 10, np.int64(20)],
+                                    range(5, 21, 5)])
+def test_integers_mean_iterations(ladder):
+    refinement = ProgressiveRefinement(ladder, **EXACT)
+    assert refinement.setting == Iterations(5)
+    run(refinement, [8, 8, 8])
+    assert refinement.setting == Iterations(10)
+    assert refinement.ladder[-1] == Iterations(20)
+    assert ScheduledRefinement(ladder, {0: 1}).setting == Iterations(10)
+    assert NewtonLadder(stop=1, linear=ladder)[1] == NewtonSteps(1, Iterations(10))
+
+
+class Endless(Sequence):
+    """A ladder of a user's own class, which is too long to be read through, and wrong from some level on."""
+
+    def __init__(self, wrong, entry):
+        self.wrong, self.entry = wrong, entry
+
+    def __len__(self):
+        return 10**12
+
+    def __getitem__(self, level):
+        return self.entry if level >= self.wrong else 1 + level
+
+
+def test_a_ladder_of_ones_own_is_looked_at_as_far_as_can_be():
+    for wrong in (0, 1, 999):
+        with pytest.raises(ValueError, match=f"level {wrong} of a ladder: iterations must be an "
+                                             f"integer of at least 1, found -1"):
+            ProgressiveRefinement(Endless(wrong, -1))
+    refinement = ProgressiveRefinement(Endless(2000, -1), **EXACT)
+    assert refinement.setting == Iterations(1)
+    refinement.level = 1999
+    assert refinement.setting == Iterations(2000)
+    run(refinement, [8, 8])
+    before = state_of(refinement)
+    with pytest.raises(ValueError, match="iterations must be an integer of at least 1, found -1"):
+        refinement.step(8)
+    assert state_of(refinement) == before
+    with pytest.raises(ValueError, match="iterations must be an integer of at least 1, found -1"):
+        refinement.level = 2000
+    assert state_of(refinement) == before
+
+
+@pytest.mark.parametrize("name, value, message", [
+    *[("level", level, "level must be one of 0 to 2, which are on the ladder "
+                       "IterationLadder(start=1, step=1, stop=3), found")
+      for level in (-1, 3, 2.5, 1.0, "2", None, True, 10**30, math.nan)],
+    ("ladder", "x", "a ladder must be a sequence of settings"),
+    ("ladder", [5], "level 1 is not on the ladder"),
+    ("ladder", [5, "x"], "level 1 of a ladder"), ("comm", "world", "comm must be a communicator"),
+    *[(name, value, f"{name} must lie in (0, 1]")
+      for name in ("tau_step", "tau_stop") for value in (0, 1.5, "0.5", None, math.nan)],
+    *[(name, value, f"{name} must be an integer of at least 1")
+      for name in ("ema_window", "error_window") for value in (0, 2.5, "3")],
+])
+def test_attributes_are_checked_when_they_are_set(name, value, message):
+    refinement = ProgressiveRefinement(IterationLadder(stop=3), **EXACT)
+    run(refinement, [8, 8, 8])
+    before = state_of(refinement), refinement.ladder, refinement.comm
+    with pytest.raises((ValueError, TypeError)) as error:
+        setattr(refinement, name, value)
+    assert message in str(error.value)
+    assert (state_of(refinement), refinement.ladder, refinement.comm) == before
+
+
+def test_attributes_that_are_set_count():
+    refinement = ProgressiveRefinement(IterationLadder(stop=3), **EXACT)
+    refinement.level = np.int64(2)
+    assert type(refinement.level) is int and refinement.setting == Iterations(3)
+    refinement.ladder = [5, 10, 20]
+    assert refinement.setting == Iterations(20)
+    refinement.ema_window = 3
+    run(refinement, [8, 4])
+    assert refinement.history[-1].smoothed == 6
 
 
 # --- the rule, stated a second time ------------------------------------------------------------------------------------------------------
@@ -294,11 +373,90 @@ def test_a_run_that_was_interrupted_continues_as_if_it_was_not(carry, metrics, r
 
 
 def test_infinity_survives_json():
-    """Before the first plateau the checkpoint is infinite."""
+    """Before the first plateau the checkpoint is infinite, of which strict JSON knows nothing."""
     refinement = ProgressiveRefinement(IterationLadder(), **EXACT)
     other = ProgressiveRefinement(IterationLadder(), checkpoint=1.0, **EXACT)
-    other.load_state_dict(json.loads(json.dumps(refinement.state_dict())))
+    other.load_state_dict(json.loads(json.dumps(refinement.state_dict(), allow_nan=False)))
     assert other.checkpoint == math.inf
+
+
+@pytest.mark.parametrize("make", [
+    lambda: ProgressiveRefinement(IterationLadder(), **EXACT),
+    lambda: ProgressiveRefinement([5, 10, 20], ema_window=np.int64(3), tau_stop=np.float32(0.5)),
+    lambda: ProgressiveRefinement([SimpleNamespace(rtol=np.float32(0.5), max_it=np.int64(3),
+                                                   budget=np.True_)]),
+    lambda: ProgressiveRefinement(NewtonLadder(linear=Tolerance(0.1)), **EXACT),
+    lambda: ScheduledRefinement(ToleranceLadder(), {np.int64(1): np.int64(2)}),
+    lambda: FixedRefinement(NewtonSteps(2)),
+])
+def test_states_are_strict_json_at_any_moment(make):
+    source = make()
+    for metric in (8, 8, 8, 9, np.float32(10), 0, 0, 0, 0):
+        other = make()
+        other.load_state_dict(json.loads(json.dumps(source.state_dict(), allow_nan=False)))
+        assert state_of(other) == state_of(source)
+        source.step(metric)
+
+
+DIFFERENT = {
+    "ladder": ProgressiveRefinement(IterationLadder(start=100, step=50, stop=2050), **EXACT),
+    "step of the ladder": ProgressiveRefinement(IterationLadder(start=1, step=2, stop=79), **EXACT),
+    "length of the ladder": ProgressiveRefinement(IterationLadder(stop=41), **EXACT),
+    "end of the ladder": ProgressiveRefinement(IterationLadder(), **EXACT),
+    "floor": ProgressiveRefinement(IterationLadder(stop=40, rtol_floor=0), **EXACT),
+    "tolerances": ProgressiveRefinement(ToleranceLadder(), **EXACT),
+    "Newton steps": ProgressiveRefinement(NewtonLadder(stop=1, linear=IterationLadder(stop=40)),
+                                          **EXACT),
+    "a list": ProgressiveRefinement([*range(1, 39), 41, 42], **EXACT),
+    **{name: ProgressiveRefinement(IterationLadder(stop=40), **{**EXACT, name: value})
+       for name, value in (("tau_step", 0.8), ("tau_stop", 0.4), ("ema_window", 2),
+                           ("error_window", 3))},
+    "rule": FixedRefinement(Iterations(1)),
+    "schedule": ScheduledRefinement(IterationLadder(stop=40), {1: 1}),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_states_of_other_refinements_are_refused(name):
+    """Level 3 of one ladder is not level 3 of another, and an average of one rule is none of another."""
+    source, refinement = ProgressiveRefinement(IterationLadder(stop=40), **EXACT), DIFFERENT[name]
+    before = state_of(refinement)
+    for metric in (8, 8, 8, 9, 10):
+        with pytest.raises(ValueError):
+            refinement.load_state_dict(source.state_dict())
+        with pytest.raises(ValueError):
+            source.load_state_dict(refinement.state_dict())
+        assert state_of(refinement) == before
+        source.step(metric)
+
+
+def test_levels_may_be_stated_in_another_way():
+    """A ladder is what its levels mean."""
+    source = ProgressiveRefinement(IterationLadder(start=5, step=5, stop=18), **EXACT)
+    run(source, [8, 8, 8])
+    for ladder in ([5, 10, 15], IterationLadder(5, 5, 15),
+                   [Iterations(5), Iterations(10), Iterations(15)]):
+        other = ProgressiveRefinement(ladder, **EXACT)
+        other.load_state_dict(source.state_dict())
+        assert state_of(other) == state_of(source)
+
+
+def test_what_differs_is_said():
+    source = ProgressiveRefinement(IterationLadder(stop=40), tau_step=0.5)
+    with pytest.raises(ValueError, match=r"^the state was saved with tau_step 0\.5, and this "
+                                         r"refinement has 0\.98: load it into one"):
+        ProgressiveRefinement(IterationLadder(stop=40)).load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match=r"of level, rtol, max_it, budget and Newton steps it has "
+                                         r"\[1, 1e-12, 2, True\], and this one "
+                                         r"\[1, 1e-12, 3, True\]: load it into a refinement with "
+                                         r"the ladder it was saved with$"):
+        ProgressiveRefinement(IterationLadder(step=2, stop=79),
+                              tau_step=0.5).load_state_dict(source.state_dict())
+    with pytest.raises(ValueError, match="saved with refinement 'ProgressiveRefinement', and this "
+                                         "refinement has 'FixedRefinement'"):
+        refinement = FixedRefinement(Iterations(1))
+        state = {**refinement.state_dict(), "refinement": "ProgressiveRefinement"}
+        refinement.load_state_dict(state)
 
 
 def test_state_is_a_copy():
@@ -607,10 +765,29 @@ def test_numbers_of_any_kind_are_arguments(arguments):
     (iter([Iterations(1)]), TypeError, "a ladder must be a sequence of settings"),
     (Iterations(1), TypeError, "a ladder must be a sequence of settings"),
     (IterationLadder, TypeError, "a ladder must be a sequence of settings"),
-    ([1, 2], TypeError, "a setting must have the attributes rtol, max_it and budget, as Iterations(20) and Tolerance(1e-6) have, found 1"),
-    ([Iterations(1), 2], TypeError, "found 2"),
-    (range(1, 4), TypeError, "found 1"),
-    (b"abc", TypeError, "found 97"),
+    ([1, "2"], TypeError,
+     "level 1 of a ladder: a setting must have the attributes rtol, max_it and budget, as "
+     "Iterations(20) and Tolerance(1e-6) have, found '2'"),
+    ([Iterations(1), 2.5], TypeError, "found 2.5"),
+    ([1, True], TypeError, "found True"),
+    (range(3), ValueError, "level 0 of a ladder: iterations must be an integer of at least 1, "
+                           "found 0"),
+    ([5, -1], ValueError, "level 1 of a ladder: iterations must be an integer of at least 1, found "
+                          "-1"),
+    ([5, 2**31], ValueError, "level 1 of a ladder: iterations must be an integer of at most "
+                             "2147483647, found 2147483648"),
+    ([20, 10], ValueError, "a ladder goes from coarse to fine, found Iterations(iterations=10, "
+                           "rtol_floor=1e-12) at level 1"),
+    ([Tolerance(0.1), Tolerance(0.5)], ValueError, "a ladder goes from coarse to fine"),
+    ([NewtonSteps(2, Iterations(3)), NewtonSteps(1, Iterations(3))], ValueError,
+     "a ladder goes from coarse to fine"),
+    ([NewtonSteps(2, Iterations(3)), NewtonSteps(2, Iterations(2))], ValueError,
+     "a ladder goes from coarse to fine"),
+    (b"abc", TypeError, "a ladder must be a sequence of settings"),
+    ([SimpleNamespace(rtol=0.1, max_it=3, budget=True),
+      SimpleNamespace(rtol=-1, max_it=3, budget=True)], ValueError,
+     "level 1 of a ladder: rtol must lie in [0, 1), found -1, in the setting namespace(rtol=-1, "
+     "max_it=3, budget=True)"),
     ([SimpleNamespace(rtol=0.1, max_it=3)], TypeError, "a setting must have the attributes rtol, max_it and budget"),
     ([Iterations], TypeError, "a setting must have the attributes rtol, max_it and budget"),  # the class, for an object of it
 ])
@@ -631,15 +808,37 @@ BAD_LEVEL = "is not on the ladder IterationLadder(start=1, step=1, stop=3), whic
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda state: state.pop("level"), "the state of a ProgressiveRefinement lacks ['level']; found ['checkpoint', 'history']"),
+    (lambda state: state.pop("level"), "the state of a ProgressiveRefinement lacks ['level']; "
+                                       "found ['checkpoint', 'ema_window', "),
+    (lambda state: state.update(epoch=3), "the state of a ProgressiveRefinement has no ['epoch']; "
+                                          "it has ['checkpoint', "),
+    (lambda state: state.update({3: 3}), "has no ['3']"),
     (lambda state: state.pop("history"), "the state of a ProgressiveRefinement lacks ['history']"),
     (lambda state: state.pop("checkpoint"), "the state of a ProgressiveRefinement lacks ['checkpoint']"),
-    (lambda state: state.clear(), "the state of a ProgressiveRefinement lacks ['checkpoint', 'history', 'level']; found []"),
+    (lambda state: state.clear(), "the state of a ProgressiveRefinement lacks ['checkpoint', "
+                                  "'ema_window', "),
+    *[(lambda state, name=name, value=value: state.update({name: value}),
+       f"saved with {name} {value!r}") for name, value in (
+        ("tau_step", "0.75"), ("tau_stop", None), ("ema_window", 2), ("error_window", [2]),
+        ("refinement", "FixedRefinement"))],
+    *[(lambda state, value=value: state.update(history=value),
+       "the history of the state must be a list") for value in (None, 3, {}, "x")],
+    *[(lambda state, value=value: state.update(ladder=value), "another ladder")
+      for value in (None, 3, {}, [], [[0, 1e-12, 2, True]])],
+    (lambda state: state["ladder"].pop(), "another ladder"),
+    (lambda state: state["ladder"][1].pop(), "another ladder"),
+    *[(lambda state, value=value: state.update(levels=value), "saved with a ladder of")
+      for value in (None, 4, "3", [3])],
+    *[(lambda state, value=value: state["history"][1].__setitem__(3, value),
+       "refined must be True or False") for value in (1, None, "x")],
+    *[(lambda state, value=value: state["history"].__setitem__(1, value),
+       "a record in the history") for value in (None, 3, {}, "abcd")],
     *[(lambda state, level=level: state.update(level=level), f"level {level!r} of the state {BAD_LEVEL}")
       for level in (3, -1, 10**30, 1.0, True, "1", None)],
     *[(lambda state, level=level: state["history"][1].__setitem__(2, level), f"level {level!r} of the state {BAD_LEVEL}")
       for level in (3, -1, 1.0)],
-    *[(lambda state, value=value: state.update(checkpoint=value), "checkpoint") for value in (-1.0, math.nan, "8", None, True)],
+    *[(lambda state, value=value: state.update(checkpoint=value), "checkpoint")
+      for value in (-1.0, math.nan, "8", True, 10**400)],
     (lambda state: state["history"][1].pop(), "history"),
     *[(lambda state, value=value, entry=entry: state["history"][1].__setitem__(entry, value), "a metric must")
       for value in (math.nan, "8", -1.0) for entry in (0, 1)],
@@ -673,8 +872,19 @@ def test_state_of_another_ladder():
 def test_state_of_numpy_integers_is_plain_afterwards():
     """Levels that came out of an array, as where a state was kept in HDF5."""
     refinement = ProgressiveRefinement(IterationLadder(stop=3))
-    refinement.load_state_dict({"level": np.int64(1), "history": [[1.0, 1.0, np.int64(0), np.True_]], "checkpoint": np.float64(1)})
-    assert json.loads(json.dumps(refinement.state_dict())) == {"level": 1, "history": [[1.0, 1.0, 0, True]], "checkpoint": 1.0}
+    state = refinement.state_dict()
+    loaded = {"level": np.int64(1), "history": [[1.0, 1.0, np.int64(0), np.True_]],
+              "checkpoint": np.float64(1), "levels": np.int64(3)}
+    refinement.load_state_dict({**state, **loaded})
+    assert json.loads(json.dumps(refinement.state_dict())) == {**state, "level": 1,
+        "history": [[1.0, 1.0, 0, True]], "checkpoint": 1.0}
+
+
+@pytest.mark.parametrize("state", [None, 3, "level", [], [("level", 1)]])
+def test_what_is_no_state(state):
+    refinement = ProgressiveRefinement(IterationLadder(stop=3))
+    with pytest.raises(TypeError, match="a state must be a dictionary, as state_dict"):
+        refinement.load_state_dict(state)
 
 
 # --- in parallel -------------------------------------------------------------------------------------------------------------------------

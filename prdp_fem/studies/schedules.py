@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mpi4py import MPI
 
+from prdp_fem.arguments import count, instance, shown
 from prdp_fem.ladders import Iterations, Setting
 from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Refinement
 
@@ -32,6 +33,22 @@ class Schedule:
     tau_step: float | None = None
     tau_stop: float | None = None
 
+    def __post_init__(self):
+        if self.kind not in ("converged", "constant", "prdp"):
+            raise ValueError(f"kind must be 'converged', 'constant' or 'prdp', found "
+                             f"{shown(self.kind)}")
+        if self.kind == "constant":
+            count("iterations", self.iterations)
+        elif self.iterations is not None:
+            raise ValueError(f"iterations are those of a constant schedule, found "
+                             f"{shown(self.iterations)} for a {self.kind} one")
+        thresholds = {"tau_step": self.tau_step, "tau_stop": self.tau_stop}
+        given = {name: value for name, value in thresholds.items() if value is not None}
+        if given and (self.kind != "prdp" or len(given) < 2):
+            raise ValueError(f"a prdp schedule has both tau_step and tau_stop or none, and others "
+                             f"have none, found {given}")
+        ProgressiveRefinement([Iterations(1)], **given)  # refuses other thresholds
+
     @classmethod
     def from_text(cls, text: str) -> Schedule:
         """The schedule that a name means.
@@ -46,6 +63,7 @@ class Schedule:
         ValueError
             For anything else.
         """
+        instance("text", text, str, "a string, such as 'prdp'")
         if text == "converged":
             return cls("converged")
         if re.fullmatch("[1-9][0-9]{0,8}", text):

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
+from prdp_fem.arguments import instance, shown
 from prdp_fem.history import History
 from prdp_fem.job import Refused
-from prdp_fem.ladders import Iterations, Setting, Tolerance
+from prdp_fem.ladders import Iterations, Setting, Tolerance, checked_ladder, checked_setting
 from prdp_fem.parallel import from_first_rank
 from prdp_fem.refinement import Refinement
 from prdp_fem.studies.command_line import SOLVER_PREFIX
@@ -64,14 +65,26 @@ class Study:
 
     def __init__(self, name: str, arguments: argparse.Namespace, *, ladder: Sequence[Setting], converged: Setting = RESIDUAL,
                  constant: Callable[[int], Setting] = Iterations, setup: dict[str, Any]):
+        instance("name", name, str, "a string, since files are called by it")
+        if not name or "/" in name:
+            raise ValueError(f"name must be one that files can have, found {shown(name)}")
+        checked_setting(converged)
+        instance("setup", setup, Mapping, "a dictionary")
+        if not callable(constant):
+            raise TypeError(f"constant must be a function from iterations to a setting, found "
+                            f"{shown(constant)}")
         self.name = name
         self.schedules, self.seeds = list(dict.fromkeys(arguments.schedules)), list(dict.fromkeys(arguments.seeds))
         self.output, self.resume, self.ensemble = arguments.output, arguments.resume, arguments.ensemble
-        self.ladder, self.converged, self.constant = ladder, converged, constant
+        self.ladder, self.converged, self.constant = checked_ladder(ladder), converged, constant
         setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
         if arguments.solver_options:
             setup["options"] = arguments.solver_options
-        self.setup = json.loads(json.dumps(setup))  # as it is read again
+        try:
+            self.setup = json.loads(json.dumps(setup, allow_nan=False))  # as it is read again
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"setup must be of plain numbers, strings and lists, which JSON "
+                             f"takes: {error}") from None
 
     def run(self, train: Callable[[int, Refinement, str], tuple[History, dict[str, Any]]]) -> dict[Schedule, dict[int, Run]]:
         """Train under each schedule with each seed.

@@ -22,7 +22,7 @@ from prdp_fem.statistics import Statistics
 from prdp_fem.threads import one_thread
 from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
-__all__ = ["BoundaryValues", "FunctionalValue", "Solve", "Surroundings", "TransformedCall", "in_numbers", "transforms_are_active"]
+__all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall", "in_numbers", "transforms_are_active"]
 
 # Among the arguments of Solve: where the boundary values and the guess are, and how many come before the inputs' tensors.
 _BOUNDARY, _GUESS, _BEFORE_TENSORS = 5, 6, 7

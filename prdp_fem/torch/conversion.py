@@ -4,8 +4,10 @@ from __future__ import annotations
 import firedrake
 import torch
 from firedrake import Cofunction, Constant, Function
+from firedrake.functionspaceimpl import WithGeometryBase
 from firedrake.petsc import PETSc
 
+from prdp_fem.arguments import flag, instance, shown
 from prdp_fem.device import DEVICES, usable_devices
 from prdp_fem.inputs import local_values, set_local_values
 from prdp_fem.torch.placement import solver_device
@@ -34,8 +36,14 @@ def to_torch(x: Function | Cofunction | Constant | PETSc.Vec, *, copy: bool = Fa
     ------
     TypeError
         For anything else.
+    ValueError
+        For a vector that was destroyed, or has no values yet.
     """
+    flag("copy", copy)
     if isinstance(x, PETSc.Vec):
+        if not x.handle or x.getType() is None:
+            raise ValueError("expected a vector with values, found one that was destroyed, or not "
+                             "set up yet")
         if x.getType() in _UNKNOWN_TO_TORCH:
             return torch.from_numpy(x.array_r.copy())
         tensor = torch.from_dlpack(x)
@@ -66,10 +74,19 @@ def from_torch(tensor: torch.Tensor, V=None):
 
     Raises
     ------
+    TypeError
+        For what is no tensor of real numbers, and for another ``V``.
     ValueError
-        For a tensor of the wrong length, one on a device that PETSc does not know, one that is not on the CPU for a Firedrake
-        object, and one on a device that is not contiguous.
+        For a tensor of the wrong shape, one on a device that PETSc does not know, one that is not
+        on the CPU for a Firedrake object, and one on a device that is not contiguous.
     """
+    instance("tensor", tensor, torch.Tensor, "a tensor")
+    if V is not None and not isinstance(V, (Function, Cofunction, Constant, WithGeometryBase)):
+        raise TypeError(f"expected a FunctionSpace, Function, Cofunction, Constant or None, found "
+                        f"{shown(V)}")
+    if tensor.is_complex() or tensor.layout != torch.strided:
+        raise TypeError(f"expected a dense tensor of real numbers, found one of {tensor.dtype} and "
+                        f"{tensor.layout}")
     if not tensor.is_cpu:
         return _vector_on_device(tensor, V)
     values = tensor.detach().to(torch.float64).contiguous().reshape(-1)
@@ -79,10 +96,18 @@ def from_torch(tensor: torch.Tensor, V=None):
     if not isinstance(V, (Function, Cofunction, Constant)):
         target = Cofunction(V) if isinstance(V, firedrake.functionspaceimpl.FiredrakeDualSpace) else Function(V)
     expected = local_values(target).size
-    if values.numel() != expected:
+    if values.numel() != expected or (tensor.ndim > 1
+                                      and tuple(tensor.shape) not in _shapes(target)):
         raise ValueError(f"expected a tensor of {expected} values (the dofs that this rank owns), found {tuple(tensor.shape)}")
     set_local_values(target, values.numpy())
     return target
+
+
+def _shapes(target) -> list[tuple[int, ...]]:
+    """Other shapes than that of a vector, in which values are in the order of the dofs, too: nodes by components."""
+    if isinstance(target, Constant):
+        return [target.ufl_shape]
+    return [part.shape for part in ([] if len(target.dat) > 1 else [target.dat.data_ro])]
 
 
 def _vector_on_device(tensor: torch.Tensor, V) -> PETSc.Vec:

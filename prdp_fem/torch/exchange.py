@@ -8,6 +8,7 @@ import torch
 from mpi4py import MPI
 from petsc4py import PETSc
 
+from prdp_fem.arguments import instance, shown, whole_number
 from prdp_fem.parallel import agree
 
 __all__ = ["Exchange", "agree_on_axes"]
@@ -40,18 +41,28 @@ class Exchange:
 
     Raises
     ------
-    ValueError
-        On all ranks, where one wants a node that there is not.
+    TypeError, ValueError
+        On all ranks, where one has no integers, or wants a node that there is not.
     """
 
     def __init__(self, comm: MPI.Comm, owned: int, wanted: Sequence[int]):
-        self.comm, self.owned = comm, owned
-        self.wanted = np.asarray(wanted, dtype=PETSc.IntType)
+        self.comm = instance("comm", comm, MPI.Comm,
+                             "a communicator of mpi4py's, such as mesh.comm")
+
+        def look() -> None:
+            nonlocal owned, wanted
+            owned, wanted = whole_number("owned", owned, 0), _node_numbers(wanted)
+
+        agree(comm, look, "nodes")
+        self.owned = owned
         self._total = comm.allreduce(owned)
         self._scatters: dict[int, PETSc.Scatter] = {}
-        lowest, highest = self.wanted.min(initial=0), self.wanted.max(initial=0)
-        if comm.allreduce(lowest, MPI.MIN) < 0 or comm.allreduce(highest, MPI.MAX) >= self._total:
+        lowest, highest = wanted.min(initial=0), wanted.max(initial=0)
+        lowest, highest = comm.allreduce(lowest, MPI.MIN), comm.allreduce(highest, MPI.MAX)
+        is_without_nodes = comm.allreduce(len(wanted)) > 0 and self._total == 0
+        if is_without_nodes or lowest < 0 or highest >= max(self._total, 1):
             raise ValueError(f"nodes are numbered from 0 to {self._total - 1}, found others among those that are wanted")
+        self.wanted = wanted.astype(PETSc.IntType)
 
     def __call__(self, values: torch.Tensor, axis: int = 0) -> torch.Tensor:
         """The values that this rank wants; collective, forward and backward.
@@ -134,12 +145,31 @@ class _Exchanged(torch.autograd.Function):
         return None, None, _Exchanged.apply(ctx.exchange, not ctx.adjoint, cotangent)
 
 
+def _node_numbers(wanted: Sequence[int]) -> np.ndarray:
+    """Numbers of nodes, none of which has become another one on the way."""
+    try:
+        numbers = np.asarray(wanted)
+    except (TypeError, ValueError):
+        numbers = np.empty((0, 0))
+    if numbers.ndim != 1 or not (numbers.dtype.kind in "iu" or numbers.size == 0):
+        raise TypeError(f"wanted must be a sequence of integers, the numbers of nodes, found "
+                        f"{shown(wanted)}")
+    if numbers.dtype.kind == "u" and numbers.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"wanted must be numbers of nodes, found {numbers.max()}")
+    return numbers.astype(np.int64)
+
+
 def agree_on_axes(comm: MPI.Comm, values: torch.Tensor, axis: int, size: int, expected: str) -> None:
     """Make sure that ranks have tensors with which they make the same calls, forward and backward; collective.
 
     One axis, of which each rank has a ``size`` of its own, is called ``expected`` in an error.
     """
     def find() -> tuple:
+        instance("values", values, torch.Tensor, "a tensor")
+        if not isinstance(axis, int) or isinstance(axis, bool):
+            raise ValueError(f"axis must be an integer, found {shown(axis)}")
+        if not -values.ndim <= axis < values.ndim:
+            raise ValueError(f"expected {expected}, found shape {tuple(values.shape)}")
         if values.is_complex():
             raise TypeError(f"expected real numbers, found {values.dtype}: give torch.view_as_real of them")
         shape = list(values.shape)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from firedrake import FunctionSpace
 
-from prdp_fem.nodes import Nodes, pairs_of
+from prdp_fem.arguments import instance
+from prdp_fem.nodes import Nodes, checked_period, pairs_of
 from prdp_fem.torch.exchange import Exchange, agree_on_axes
 from prdp_fem.torch.reduction import total
 
@@ -44,18 +45,25 @@ class Gathering:
 
     Raises
     ------
+    TypeError
+        Where the space is none.
     ValueError
-        Where the space is mixed, where its unknowns are not values at distinct points, where the mesh is periodic and no period is given,
-        or where ``period`` has not a number for each direction.
+        Where the space is mixed, where its unknowns are not values at distinct points, where
+        coordinates are not finite, where the mesh is periodic and no period is given, where it has
+        another period, or where ``period`` has not a number for each direction.
     """
 
     def __init__(self, space: FunctionSpace, *, period: Sequence[float] | None = None):
         self._nodes = nodes = Nodes(space, period)
+        period = checked_period(period, nodes.coordinates.shape[1])
         self.comm, self.components = nodes.comm, nodes.components
         everywhere = np.concatenate(self.comm.allgather(nodes.coordinates))
         # Coordinates that differ by rounding are the same: compared as integers. Of a periodic mesh either end may stand for both.
         lower, upper = nodes.bounding_box()
         extent = (upper - lower).max()
+        if not extent > 0:
+            raise ValueError(f"all nodes of {space} lie at the same point {lower.tolist()}: the "
+                             f"mesh has no extent")
         marks = np.rint((everywhere - lower)/extent*_RESOLUTION).astype(np.int64)
         for direction, length in enumerate([] if period is None else period):
             if np.isfinite(length):
@@ -147,6 +155,7 @@ class Gathering:
         ValueError
             For other last axes.
         """
+        instance("whole", whole, torch.Tensor, "a tensor")
         expected = (len(self),) if self.components == 1 else (self.components, len(self))
         if whole.shape[-len(expected):] != expected:
             raise ValueError(f"expected last axes of {expected}, found shape {tuple(whole.shape)}")

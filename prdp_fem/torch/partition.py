@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from firedrake import FunctionSpace
 
+from prdp_fem.arguments import instance
 from prdp_fem.nodes import Nodes, pairs_of, unique_pairs
 from prdp_fem.torch.exchange import Exchange
 
@@ -74,11 +75,26 @@ class Partition:
         -------
         torch.Tensor
             Shape (..., components, own nodes).
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no tensor, and for another last axis.
         """
+        instance("local", local, torch.Tensor, "a tensor")
+        if local.shape[-1:] != (self._owned*self.components,):
+            raise ValueError(f"expected a last axis of {self._owned*self.components} (the unknowns "
+                             f"that this rank owns), found shape "
+                             f"{tuple(local.shape)}")
         return local.unflatten(-1, (self._owned, self.components)).movedim(-1, -2)
 
     def by_unknown(self, values: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``by_node``: shape (..., components, own nodes) to (..., m)."""
+        """The inverse of ``by_node``: shape (..., components, own nodes) to (..., m); raises as it."""
+        instance("values", values, torch.Tensor, "a tensor")
+        if values.shape[-2:] != (self.components, self._owned):
+            raise ValueError(f"expected last axes of {(self.components, self._owned)} (components, "
+                             f"and the nodes that this rank owns), "
+                             f"found shape {tuple(values.shape)}")
         return values.movedim(-2, -1).flatten(-2)
 
 

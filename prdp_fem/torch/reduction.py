@@ -13,9 +13,12 @@ from mpi4py import MPI
 from petsc4py import PETSc
 from torch.nn.parameter import is_lazy
 
+from prdp_fem.arguments import instance, whole_number
 from prdp_fem.parallel import agree
 
 __all__ = ["GradientReduction", "check_replicas", "shared", "total"]
+
+_COMM = "a communicator of mpi4py's, such as mesh.comm"
 
 
 def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
@@ -35,10 +38,21 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
 
     Raises
     ------
+    TypeError
+        For what is no tensor of numbers.
     ValueError
         On all ranks, where shapes differ.
     """
-    agree(comm, lambda: (list(part.shape), part.dtype), "shapes of what is added up")
+    instance("comm", comm, MPI.Comm, _COMM)
+
+    def find() -> tuple:
+        instance("part", part, torch.Tensor, "a tensor")
+        if part.dtype == torch.bool:
+            raise TypeError("part must be a tensor of numbers, found one of torch.bool: call "
+                            ".long() first")
+        return list(part.shape), part.dtype
+
+    agree(comm, find, "shapes of what is added up")
     summed = part.detach().clone(memory_format=torch.contiguous_format)
     if comm.size > 1:
         on_host = _for_mpi(summed)
@@ -64,7 +78,14 @@ def shared(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     -------
     torch.Tensor
         ``x``.
+
+    Raises
+    ------
+    TypeError
+        For what is no tensor, or no communicator.
     """
+    instance("x", x, torch.Tensor, "a tensor")
+    instance("comm", comm, MPI.Comm, _COMM)
     return _Shared.apply(x, comm.size)
 
 
@@ -104,6 +125,8 @@ class GradientReduction:
 
     Raises
     ------
+    TypeError
+        For what is no network, or no communicator.
     ValueError
         For a network without parameters to train; on all ranks, where their networks have other parameters.
 
@@ -120,6 +143,9 @@ class GradientReduction:
     """
 
     def __init__(self, network: torch.nn.Module, comm: MPI.Comm, *, bucket_size: int = 2**22):
+        instance("network", network, torch.nn.Module, "a torch.nn.Module")
+        instance("comm", comm, MPI.Comm, _COMM)
+        bucket_size = whole_number("bucket_size", bucket_size)
         self._network, self._ranks, self._bucket_size = network, comm, bucket_size
         parameters = self._trained()
         agree(comm, lambda: _checked_shapes(parameters), "shapes of the network's parameters")
@@ -289,9 +315,14 @@ def check_replicas(network: torch.nn.Module, optimiser: torch.optim.Optimizer, c
 
     Raises
     ------
+    TypeError
+        For what is no network, no optimiser or no communicator.
     ValueError
         On all ranks, where they do not.
     """
+    instance("network", network, torch.nn.Module, "a torch.nn.Module")
+    instance("optimiser", optimiser, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    instance("comm", comm, MPI.Comm, _COMM)
     if comm.size == 1:
         return
     weights, buffers = dict(network.named_parameters()), network.state_dict()

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 
 import torch
 from firedrake import Ensemble
 from mpi4py import MPI
 
+from prdp_fem.arguments import instance, shown, whole_number
 from prdp_fem.parallel import agree
 
 __all__ = ["EnsembleSampler", "deal"]
@@ -26,7 +28,16 @@ def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
     -------
     torch.Tensor
         Neighbours in ``samples``; those of all members, one behind the other, are ``samples``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what are no sample numbers, and for another ensemble than Firedrake's.
     """
+    instance("samples", samples, torch.Tensor, "a tensor of sample numbers")
+    if samples.ndim == 0 or samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool:
+        raise ValueError(f"samples must be integers along an axis, found {shown(samples)}")
+    _check_ensemble(ensemble)
     return samples if ensemble is None else samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
 
 
@@ -49,8 +60,9 @@ class EnsembleSampler:
 
     Raises
     ------
-    ValueError
-        For counts below one; on all ranks, where they differ.
+    TypeError, ValueError
+        For counts below one, for what are no integers, and for another ensemble than Firedrake's;
+        on all ranks, where they differ.
 
     Examples
     --------
@@ -59,10 +71,11 @@ class EnsembleSampler:
     """
 
     def __init__(self, samples: int, batch_size: int, *, seed: int = 0, ensemble: Ensemble | None = None):
+        _check_ensemble(ensemble)
         agree(MPI.COMM_SELF if ensemble is None else ensemble.global_comm, lambda: _checked(samples, batch_size, seed),
               "numbers of samples, batch sizes and seeds")
-        self._samples, self._batch_size, self._ensemble = samples, batch_size, ensemble
-        self._order = torch.Generator().manual_seed(seed)
+        self._samples, self._batch_size, self._ensemble = int(samples), int(batch_size), ensemble
+        self._order = torch.Generator().manual_seed(int(seed))
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -75,8 +88,15 @@ class EnsembleSampler:
             yield mine, len(mine)/len(batch)
 
 
+def _check_ensemble(ensemble: Ensemble | None) -> None:
+    instance("ensemble", ensemble, (Ensemble, type(None)),
+             "a firedrake.Ensemble, or None for a single member")
+
+
 def _checked(samples: int, batch_size: int, seed: int) -> tuple[int, int, int]:
     for name, count in (("samples", samples), ("batch_size", batch_size)):
-        if count < 1:
+        if isinstance(count, Integral) and count < 1:
             raise ValueError(f"{name} must be at least 1, found {count!r}")
-    return samples, batch_size, seed
+    # PyTorch's seeds have 64 bits.
+    return (whole_number("samples", samples), whole_number("batch_size", batch_size),
+            whole_number("seed", seed, -2**63, 2**64 - 1))
