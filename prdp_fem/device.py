@@ -10,6 +10,7 @@ from petsc4py import PETSc
 
 from prdp_fem.arguments import instance, shown
 from prdp_fem.parallel import agree
+from prdp_fem.petsc_errors import what_went_wrong
 
 __all__ = ["AUTO", "DEVICES", "HOST", "Device", "failure", "find_device", "is_built_for", "transfers", "usable_devices"]
 
@@ -68,7 +69,7 @@ def failure(device: Device) -> str | None:
             kind = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(device.name, PETSc.Device.Type.DEFAULT)
             PETSc.Device.create(kind).destroy()
     except (PETSc.Error, OSError) as error:
-        return f"PETSc was built for it, and finds none ({_reason(error)}): look at the driver, or use device='cpu'"
+        return f"PETSc was built for it, and finds none ({what_went_wrong(error)}): look at the driver, or use device='cpu'"
     return None
 
 
@@ -88,12 +89,6 @@ def _look_for_platforms() -> None:
     status = ctypes.CDLL("libOpenCL.so.1").clGetPlatformIDs(0, None, ctypes.byref(count))
     if status != 0 or count.value == 0:
         raise OSError("OpenCL has no platform")
-
-
-def _reason(error: Exception) -> str:
-    """What PETSc says is wrong, without where it was noticed: the last line that is no place in its source."""
-    lines = [line.partition("] ")[2] for line in str(error).splitlines() if line.startswith("[") and "() at " not in line]
-    return lines[-1].partition(". ")[0] if lines else str(error).partition("\n")[0]
 
 
 def usable_devices() -> list[Device]:

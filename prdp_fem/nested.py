@@ -1,11 +1,14 @@
 """The KSPs inside a KSP: in the preconditioner, in what that is made of, and so on."""
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
+import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["SELF_CONTAINED", "find_iterative", "has_memory_inside", "has_truncated_inside", "krylov_method_inside", "needs_set_up"]
+__all__ = ["SELF_CONTAINED", "all_inside", "find_iterative", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
+           "has_untransposable_inside", "krylov_method_inside", "needs_set_up", "preconditioners"]
 
 # Preconditioners that are made from a matrix alone, and have all they need once they are set up.
 SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
@@ -14,10 +17,13 @@ _NESTING = frozenset({"fieldsplit", "ksp", "composite", "python", "asm", "bjacob
 _MULTIGRID = frozenset({"mg", "gamg", "hmg"})
 # These keep something of the values they were first set up with, such as the interpolation of algebraic multigrid.
 _WITH_MEMORY = frozenset({"gamg", "hypre", "ml", "hmg", "bddc"})
+# These are transposed where their matrix is known to be symmetric.
+_TRANSPOSABLE_IF_SYMMETRIC = frozenset({"sor", "eisenstat"})
 # What these do to a vector is linear in it.
 _LINEAR = frozenset({"preonly", "none", "richardson", "chebyshev"})
 # These keep something of earlier solves: vectors that enlarge the next Krylov space, or what is still in their work vectors.
 _REMEMBERING_METHODS = frozenset({"lgmres", "dgmres", "qmrcgs"})
+_LIBRARY = ctypes.CDLL(PETSc.__file__)
 
 
 def _is_direct(ksp: PETSc.KSP) -> bool:
@@ -84,7 +90,28 @@ def krylov_method_inside(ksp: PETSc.KSP) -> str | None:
 
 def has_memory_inside(ksp: PETSc.KSP) -> bool:
     """Whether a preconditioner in a KSP keeps something of the values it was first set up with."""
-    return any(pc.getType() in _WITH_MEMORY for pc in _preconditioners(ksp.getPC()))
+    return any(pc.getType() in _WITH_MEMORY for pc in preconditioners(ksp))
+
+
+def has_untransposable_inside(ksp: PETSc.KSP) -> bool:
+    """Whether there is a preconditioner in a KSP that PETSc refuses to apply transposed."""
+    return any(pc.getType() in _TRANSPOSABLE_IF_SYMMETRIC and pc.getOperators()[1].isSymmetricKnown() != (True, True)
+               for pc in preconditioners(ksp))
+
+
+def has_failed_inside(ksp: PETSc.KSP) -> bool:
+    """Whether a preconditioner in a KSP has noted, on this rank, that its operator is none for it, such as a singular one."""
+    return any(pc.getFailedReason() != 0 for pc in preconditioners(ksp))
+
+
+def all_inside(ksp: PETSc.KSP) -> list[PETSc.KSP]:
+    """A KSP and all inside it."""
+    return [inside for inside, _ in _walk(ksp, False)]
+
+
+def preconditioners(ksp: PETSc.KSP) -> Iterator[PETSc.PC]:
+    """The preconditioner of a KSP and all inside it."""
+    return _preconditioners(ksp.getPC())
 
 
 def _shortened(ksp: PETSc.KSP, outer: str) -> str:
@@ -143,9 +170,7 @@ def _asked(getter) -> list[PETSc.KSP]:
 
 
 def _parts(pc: PETSc.PC) -> list[PETSc.PC]:
-    parts = []
-    while True:
-        try:
-            parts.append(pc.getCompositePC(len(parts)))
-        except PETSc.Error:
-            return parts
+    # petsc4py does not ask how many there are, and PETSc crashes where one is asked for and there is none.
+    count = np.zeros(1, dtype=PETSc.IntType)
+    _LIBRARY.PCCompositeGetNumberPC(ctypes.c_void_p(pc.handle), ctypes.c_void_p(count.ctypes.data))
+    return [pc.getCompositePC(place) for place in range(count[0])]

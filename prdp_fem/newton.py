@@ -23,16 +23,17 @@ _REMEDIES = {
 }
 
 
-def reset_with_linear_solver(snes: PETSc.SNES) -> None:
+def reset_with_linear_solver(snes: PETSc.SNES, *, keeps_details: bool = False) -> None:
     """Have a SNES, its KSP and its preconditioner set up anew at the next solve.
 
-    Inside the solver's context. What was set on SNES and KSP stays.
+    Inside the solver's context. What was set on SNES and KSP stays; of the preconditioner see
+    :func:`~prdp_fem.refined_ksp.reset`.
     """
+    reset(snes.getKSP(), keeps_details=keeps_details)
     snes.reset()
     # Its DM, which all solvers of a function space share, would restrict its solution to coarser
     # meshes whenever multigrid is set up, and there is none until the next solve.
     snes.setDM(snes.getDM())
-    reset(snes.getKSP())
 
 
 class Newton:

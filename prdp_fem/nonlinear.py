@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from pyadjoint.tape import stop_annotating
+from firedrake.petsc import PETSc
 
 from prdp_fem.firedrake_internals import Callbacks, SolverContext, applies_boundary_first, assemble_operators, operators
 from prdp_fem.forms import NonlinearForms
@@ -57,6 +57,9 @@ class NonlinearSystem(System):
             self.newton.reset()
         super().move_to(memory)
 
+    def _ksps(self) -> list[PETSc.KSP]:
+        return [*super()._ksps(), self.newton.snes.getKSP()]
+
     def _place_in(self, memory: Memory) -> None:
         super()._place_in(memory)
         self._work = memory.vector(self._zero)
@@ -78,10 +81,11 @@ class NonlinearSystem(System):
             refined = self.newton.refined
             refined.find_without_setup()
             if not refined.is_found:
-                self._write_inputs(Point(self.values()))
-                with stop_annotating(), self._lending(self._solver_context):
-                    self._set_newton_up()
-                    refined.find()
+                self._find_inside(refined, self._solver_context, self._set_newton_up_at_present)
+
+    def _set_newton_up_at_present(self) -> None:
+        self._write_inputs(Point(self.values()))
+        self._set_newton_up()
 
     def _forget_steps(self) -> None:
         """Have the preconditioner of the steps remember nothing of earlier solves; inside its context."""

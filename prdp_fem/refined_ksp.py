@@ -1,20 +1,29 @@
 """A setting put on a PETSc KSP, or on one inside its preconditioner; what counts as failure, and how many iterations were spent."""
 from __future__ import annotations
 
+import ctypes
+import sys
+
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from prdp_fem import nested
 from prdp_fem.ladders import Setting
+from prdp_fem.petsc_errors import cause_of, remedy
 
-__all__ = ["RefinedKSP", "SetByHand", "reason_names", "renew_preconditioner", "reset", "set_up"]
+__all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "in_a_sentence", "reason_names",
+           "renew_preconditioner", "reset", "set_up"]
 
 _NEVER = 1e300
-# PETSC_ERR_SUP
-_NOT_SUPPORTED = 56
-# Kept on a KSP whose set-up was left by an error.
-_BROKEN = "prdp_fem_broken"
+# PETSc's own ksp_atol, which stops nothing.
+_NO_ATOL = 1e-50
+# Below it, a relative tolerance is none: an absolute one is to decide.
+_NO_RTOL = sys.float_info.epsilon
+# The relative tolerance then, where the absolute one is not meant: what is below would only stir rounding errors.
+_FLOOR = 1e-12
+# petsc4py has no name for what is called of it.
+_LIBRARY = ctypes.CDLL(PETSc.__file__)
 
 
 def reason_names(reasons: type) -> dict[int, str]:
@@ -34,6 +43,14 @@ _REMEDIES = {
 }
 
 
+def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
+    """What to raise for an error that has come out of PETSc: what Python has raised inside it, if that is where it comes from."""
+    cause = cause_of(error)
+    if not isinstance(cause, PETSc.Error):
+        return cause
+    return ConvergenceError(f"{what}: {remedy(cause)}")
+
+
 def renew_preconditioner(ksp: PETSc.KSP) -> None:
     """Put a new preconditioner, of the same options, in the place of the one there is; inside its solver's context."""
     operators = ksp.getOperators()
@@ -42,6 +59,9 @@ def renew_preconditioner(ksp: PETSc.KSP) -> None:
 
 
 def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
+    for inside in nested.preconditioners(ksp):
+        for matrix in inside.getOperators():
+            _forget_zero_pivot(matrix)
     last = ksp.getPC()
     pc = PETSc.PC().create(ksp.comm)
     pc.setOptionsPrefix(last.getOptionsPrefix())
@@ -58,12 +78,30 @@ def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
         pc.setType(last.getType())
 
 
-def reset(ksp: PETSc.KSP) -> None:
-    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
-    ksp.reset()
-    if ksp.getPC().getType() not in nested.SELF_CONTAINED:
-        # What is inside is not made anew by itself.
+def _forget_zero_pivot(matrix: PETSc.Mat) -> None:
+    """Forget the one that PETSc has noted on a matrix, where it would stay whatever values that gets."""
+    _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.handle))
+    if (matrix.getType() or "") in ("mpiaij", "mpibaij"):
+        _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.getDiagonalBlock().handle))
+
+
+def reset(ksp: PETSc.KSP, *, keeps_details: bool = False) -> None:
+    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+    keeps_details : bool
+        Whether what was set by hand on a preconditioner that has nothing inside stays, which it can
+        where there was no failure.
+    """
+    if not keeps_details or ksp.getPC().getType() not in nested.SELF_CONTAINED:
+        # First: PETSc resets no preconditioner that an error has left half-way.
         _exchange_preconditioner(ksp)
+    ksp.reset()
+    if ksp.getType() == PETSc.KSP.Type.PYTHON:
+        # A new object, as there is for PETSc's own.
+        ksp.setFromOptions()
 
 
 class SetByHand:
@@ -95,30 +133,35 @@ class SetByHand:
             ksp.setTolerances(*self._tolerances)
 
 
+def abandon_preconditioner(ksp: PETSc.KSP) -> None:
+    """Put a new one in the place of a preconditioner that an error of PETSc's has left half-way.
+
+    What is left is never destroyed, nor reset: some, such as multigrid, would destroy vectors and matrices that are not
+    theirs. The KSP is to be reset before its next use.
+    """
+    ksp.getPC().incRef()
+    _exchange_preconditioner(ksp)
+
+
 def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
     """Set a KSP up for the present values of its operators, whatever it was set up for before; inside its solver's context.
 
     Raises
     ------
     firedrake.exceptions.ConvergenceError
-        Where the preconditioner refuses them.
+        Where the preconditioner refuses them; to be reset before its next use.
     """
-    if ksp.getAttr(_BROKEN) or nested.has_memory_inside(ksp):
-        # One whose set-up was left by an error is of no more use; and to reset one that remembers is not enough, since smoothers
-        # estimate eigenvalues from what they had.
+    if nested.has_memory_inside(ksp):
+        # To reset one that remembers is not enough, since smoothers estimate eigenvalues from what they had.
         renew_preconditioner(ksp)
-        ksp.setAttr(_BROKEN, False)
     ksp.setOperators(A, P)
     try:
         ksp.setUp()
         ksp.setUpOnBlocks()
     except PETSc.Error as error:
-        ksp.setAttr(_BROKEN, True)
-        remedy = "look for NaN or infinity in the controls and coefficients, or for an operator that is singular"
-        if error.ierr == _NOT_SUPPORTED:
-            remedy = f"PETSc does not have it for this operator ({str(error).splitlines()[-1].partition('] ')[2]}): use another pc_type"
-        raise ConvergenceError(f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up: "
-                               f"{remedy}") from error
+        abandon_preconditioner(ksp)
+        said = in_a_sentence(error, f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up")
+        raise said from said.__cause__
 
 
 class RefinedKSP:
@@ -140,8 +183,10 @@ class RefinedKSP:
         self.ksp = ksp
         self.name, self._prefix, self._in_snes = name, prefix, in_snes
         self._refined: PETSc.KSP | None = None
-        # What options had said, before a setting was put on it, of the KSP that one is on.
+        # What options had said of KSPs, before something else was put on them.
         self._options: dict[int, tuple] = {}
+        # The others beside the one that settings are put on; None where they are to be looked for.
+        self._others: list[PETSc.KSP] | None = None
         self._is_budget = False
         self._hidden_iterations = 0
         self._hidden_failure: str | None = None
@@ -159,6 +204,7 @@ class RefinedKSP:
         if refined is not self.ksp or self._in_snes:
             refined.setPostSolve(self._after_hidden_solve)
         self._refined = refined
+        self._others = None
 
     def find_without_setup(self) -> None:
         """Find it where that takes no preconditioner that is set up."""
@@ -167,10 +213,11 @@ class RefinedKSP:
 
     def set_up(self) -> None:
         """To be called where the preconditioner was set up anew: KSPs inside may be others now."""
-        if self._refined is not None and self._refined is not self.ksp:
+        if self.ksp.getPC().getType() in nested.SELF_CONTAINED:
+            return
+        if self.is_nested:
             self.find()
-            self._options = {handle: kept for handle, kept in self._options.items()
-                             if handle in (self.ksp.handle, self._refined.handle)}
+        self._others = None
 
     @property
     def is_budget(self) -> bool:
@@ -188,7 +235,7 @@ class RefinedKSP:
         if reason < 0 and not (self._is_budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
             self._hidden_failure = _failure(ksp)
 
-    def apply(self, setting: Setting | None, guess: bool) -> None:
+    def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> None:
         """Put a setting on the KSP; None, or a setting of None, for what its options say.
 
         Parameters
@@ -196,6 +243,9 @@ class RefinedKSP:
         setting : Setting or None
         guess : bool
             Whether solves start from what is in the solution vector.
+        is_absolute : bool
+            Whether the absolute tolerances that options say, of all KSPs, are meant for such right-hand sides; else nothing absolute
+            stops a solve.
         """
         if setting is not None and setting.max_it is None:
             setting = None
@@ -204,13 +254,25 @@ class RefinedKSP:
         self._is_budget = setting is not None and setting.budget
         self._hidden_iterations, self._hidden_failure = 0, None
         refined = self.ksp if self._refined is None else self._refined
-        if guess and refined is not self.ksp:
-            self._put(self.ksp, None, True)
-        self._put(refined, setting, guess and refined is self.ksp)
+        for ksp in self._beside(refined):
+            self._put(ksp, None, guess and ksp is self.ksp, is_absolute)
+        self._put(refined, setting, guess and refined is self.ksp, is_absolute)
         self.ksp.setInitialGuessNonzero(guess)
 
-    def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool) -> None:
-        if setting is None and not guess:
+    def _beside(self, refined: PETSc.KSP) -> list[PETSc.KSP]:
+        """The KSPs, but the one that settings are put on, of which something is changed."""
+        if self._others is None:
+            if self.ksp.getPC().getType() in nested.SELF_CONTAINED:
+                self._others = []
+            else:
+                everywhere = {ksp.handle: ksp for ksp in [*nested.all_inside(self.ksp)[1:], self.ksp]}
+                self._options = {handle: kept for handle, kept in self._options.items() if handle in everywhere}
+                everywhere.pop(refined.handle, None)
+                self._others = [ksp for ksp in everywhere.values() if ksp is self.ksp or self._atol(ksp) > _NO_ATOL]
+        return self._others
+
+    def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool, is_absolute: bool) -> None:
+        if setting is None and not guess and (is_absolute or self._atol(ksp) <= _NO_ATOL):
             if ksp.handle in self._options:
                 _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options.pop(ksp.handle)
                 ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
@@ -231,8 +293,16 @@ class RefinedKSP:
             ksp.setNormType(norm)
         if guess:
             divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
+        if not is_absolute and atol > _NO_ATOL:
+            if setting is None and rtol < _NO_RTOL:
+                rtol = _FLOOR
+            atol = _NO_ATOL
         ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
         ksp.setErrorIfNotConverged(error_if_not_converged)
+
+    def _atol(self, ksp: PETSc.KSP) -> float:
+        """The absolute tolerance that options say."""
+        return self._options[ksp.handle][1][1] if ksp.handle in self._options else ksp.getTolerances()[1]
 
     def checked_iterations(self, kind: str) -> int:
         """The iterations that the last solve has spent, on the KSP that settings are put on.
@@ -270,6 +340,11 @@ class RefinedKSP:
 def _failure(ksp: PETSc.KSP) -> str:
     reason = ksp.getConvergedReason()
     name = _REASONS.get(reason, str(reason))
-    remedy = _REMEDIES.get(name)
+    A, _ = ksp.getOperators()
+    missing = [argument for argument, space in (("nullspace", A.getNullSpace()), ("transpose_nullspace", A.getTransposeNullSpace()))
+               if not (space and space.handle)]
+    remedies = [f"give the solver {missing[0]}=, too"] if len(missing) == 1 else []
+    if name in _REMEDIES:
+        remedies.append(_REMEDIES[name])
     return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after {ksp.getIterationNumber()} "
-            f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {remedy}" if remedy else ""))
+            f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {', or '.join(remedies)}" if remedies else ""))

@@ -16,6 +16,7 @@ from functools import cached_property, partial
 import numpy as np
 import ufl
 from firedrake import Function
+from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
@@ -37,8 +38,9 @@ from prdp_fem.krylov import Krylov
 from prdp_fem.ladders import Setting
 from prdp_fem.lifting import Lifting
 from prdp_fem.memory import Memory
+from prdp_fem.nested import has_failed_inside
 from prdp_fem.point import NO_VALUES, Direction, Point
-from prdp_fem.refined_ksp import reset, set_up
+from prdp_fem.refined_ksp import RefinedKSP, abandon_preconditioner, in_a_sentence, reset, set_up
 from prdp_fem.residual import ResidualDerivatives
 from prdp_fem.statistics import Statistics
 
@@ -48,8 +50,8 @@ __all__ = ["System"]
 class _Work:
     """A context manager of what each solve enters; plain, since a small solve takes no longer than a few generators."""
 
-    def __init__(self, kind: str, statistics: Statistics, context: SolverContext | None):
-        self._seconds, self._event, self._statistics = f"{kind}_seconds", _EVENTS[kind], statistics
+    def __init__(self, kind: str, system: System, context: SolverContext | None):
+        self._kind, self._event, self._system = kind, _EVENTS[kind], system
         self._context = None if context is None else context()
 
     def __enter__(self) -> None:
@@ -59,21 +61,27 @@ class _Work:
         if self._context is not None:
             try:
                 self._context.__enter__()
-            except BaseException:
+            except BaseException as error:
                 self._leave()
+                self._system.spoil(error)
                 raise
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback) -> None:
         try:
             if self._context is not None:
-                self._context.__exit__(*error)
+                self._context.__exit__(kind, error, traceback)
         finally:
             self._leave()
+            if error is not None:
+                self._system.spoil(error)
+        if isinstance(error, PETSc.Error):
+            said = in_a_sentence(error, f"the {self._kind} solve for '{self._system.forms.solution.name()}' came to no end")
+            raise said from said.__cause__
 
     def _leave(self) -> None:
         self._event.end()
         _ANNOTATION.__exit__()
-        vars(self._statistics)[self._seconds] += time.perf_counter() - self._start
+        vars(self._system.statistics)[f"{self._kind}_seconds"] += time.perf_counter() - self._start
 
 
 class System(ABC):
@@ -111,6 +119,8 @@ class System(ABC):
         self.inputs = forms.inputs
         self.size = local_values(forms.solution).size
         self.statistics = Statistics()
+        # Whether an error may have left something half-way, which is made anew before it is used again.
+        self._is_spoilt = False
         self._terms = terms
         self._comm = forms.solution.function_space().mesh().comm
         self._largest_size = self._comm.allreduce(self.size, MPI.MAX)
@@ -253,9 +263,23 @@ class System(ABC):
         refined = self._krylov.refined
         refined.find_without_setup()
         if not refined.is_found:
-            with stop_annotating(), self._lending(self._context):
-                self._linearise(Point(self.values()), local_values(self.forms.solution))
-                refined.find()
+            self._find_inside(refined, self._context, lambda: self._linearise(Point(self.values()), local_values(self.forms.solution)))
+
+    def _find_inside(self, refined: RefinedKSP, context: SolverContext, set_up: Callable[[], None]) -> None:
+        """Set a KSP up to find the one that settings are put on.
+
+        The values of the moment may be none to solve with, and others come later: then the first solve finds it.
+        """
+        if self._is_spoilt:
+            self._renew()
+        with stop_annotating(), self._lending(context):
+            try:
+                set_up()
+            except ConvergenceError:
+                self._is_spoilt = True
+                return
+            self._is_spoilt = self._agreed(has_failed_inside(refined.ksp))
+            refined.find()
 
     def check_derivative(self, index: int) -> None:
         """Raise a TypeError where UFL cannot differentiate the problem by an input."""
@@ -266,11 +290,29 @@ class System(ABC):
 
     def _work_on(self, kind: str, context: SolverContext | None = None) -> _Work:
         """Time and log what is inside, and keep its assemblies off pyadjoint's tape."""
+        if self._is_spoilt:
+            self._renew()
         # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
         context = context or (self._context if self._needs_context else None)
         if self._lent or self._lent_solution is not None:
             context = partial(self._lending, context)
-        return _Work(kind, self.statistics, context)
+        return _Work(kind, self, context)
+
+    def spoil(self, error: BaseException) -> None:
+        """Have all that an error may have left half-way made anew before it is used again, as a new solver has it."""
+        self._is_spoilt = True
+        if isinstance(error, PETSc.Error):
+            for ksp in self._ksps():
+                abandon_preconditioner(ksp)
+
+    def _ksps(self) -> list[PETSc.KSP]:
+        """The KSPs of solves."""
+        solvers = [self._linear_solver, self._adjoint_solver] if "_adjoint_solver" in vars(self) else [self._linear_solver]
+        return [solver.snes.getKSP() for solver in solvers]
+
+    def _renew(self) -> None:
+        self.move_to(self.memory)
+        self._is_spoilt = False
 
     def values(self, without: Sequence[int] = ()) -> list[np.ndarray]:
         """Rank-local values of the user's coefficients as they are now, not to be written to; empty for those left out."""

@@ -57,7 +57,7 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
 
     def _record(self) -> int:
         """The iterations that the last solution is the outcome of."""
-        self._check_method(self._krylov.has_symmetric_parts)
+        self._check_method(self._krylov.refined, self._krylov.has_symmetric_parts)
         iterations = self._unrolled.completed_iterations()
         if iterations == 0:
             if self._krylov.refined.is_budget and self._unrolled.is_linear:

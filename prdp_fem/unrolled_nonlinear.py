@@ -123,7 +123,7 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         if not trajectory.iterations:
             self._warn_of_no_iterations()
         else:
-            self._check_method(lambda: False)
+            self._check_method(self.newton.refined, lambda: False)
         return trajectory
 
     keeps_fields = True

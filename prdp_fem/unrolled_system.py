@@ -49,9 +49,10 @@ class UnrolledSystem:
         if P.handle != A.handle:
             self._preconditioner = OperatorDerivative(forms, pin_quadrature(problem.Jp, problem.form_compiler_parameters), P)
 
-    def _check_method(self, symmetric: Callable[[], bool]) -> None:
+    def _check_method(self, refined: RefinedKSP, symmetric: Callable[[], bool]) -> None:
         """Refuse, after the first solve, what PETSc tells of a KSP that is set up only."""
         if not self._is_checked:
+            self._check_refined(refined)
             self._unrolled.prepare(symmetric())
             self._is_checked = True
 

@@ -70,6 +70,8 @@ class Preconditioner:
                 self._is_transposable = abs(Bx.dot(y) - By.dot(x)) <= _AGREEMENT*Bx.norm()*y.norm()
             except PETSc.Error:
                 self._is_transposable = False
+                for vector in (x, Bx, y, By):
+                    vector.incRef()  # some preconditioners destroy, at their reset, what they had when an error left them
                 operators = self.pc.getOperators()
                 self.pc.reset()
                 self.pc.setOperators(*operators)

@@ -1,6 +1,8 @@
 """Steepest descent as a PETSc KSP."""
 from __future__ import annotations
 
+import math
+
 from firedrake.petsc import PETSc
 
 __all__ = ["SteepestDescent"]
@@ -48,7 +50,8 @@ class SteepestDescent:
             slope = z.dot(r)
             norm = (r if is_unpreconditioned else z).norm()
             ksp.setIterationNumber(iteration)
-            ksp.setResidualNorm(norm)
+            if not math.isnan(norm):  # which PETSc takes for a mistake of the caller's here, and for divergence in its test
+                ksp.setResidualNorm(norm)
             ksp.logConvergenceHistory(norm)
             ksp.monitor(iteration, norm)
             reason = ksp.callConvergenceTest(iteration, norm)
