@@ -1,6 +1,7 @@
 """The solves of a linear system and its transpose."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -20,6 +21,10 @@ _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg
                                 "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
 # PETSc's transposed solve by these is not one: it multiplies by the operator where it should by its transpose.
 _NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
+# These stop below thresholds that are not relative to the right-hand side.
+_WITH_THRESHOLDS = frozenset({"minres", "symmlq", "python"})
+# Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
+_SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
 
 
 class Krylov:
@@ -45,15 +50,17 @@ class Krylov:
         self.ksp = ksp
         self._transposed = transposed
         self._name, self._prefix = name, prefix
-        self._symmetric_after: set[frozenset] = set()
         self.forget_operators()
 
     def forget_operators(self) -> None:
         """Forget what was known of the operators, which are other matrices from now on."""
-        vars(self).pop("_probe", None)
+        for known in ("_probe", "_one_sided_null_space"):
+            vars(self).pop(known, None)
         self._refined_transposed: RefinedKSP | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
+        self._symmetric_after: set[frozenset] = set()
+        self._has_symmetric_operator: bool | None = None
         self._has_symmetric_parts: bool | None = None
         self._changed: frozenset = frozenset()
 
@@ -68,7 +75,7 @@ class Krylov:
         if not (self._symmetric and inputs in self._symmetric_after):
             self._changed = inputs if self._symmetric is not None else self._changed | inputs
             self._symmetric = None
-        self._has_symmetric_parts = None
+        self._has_symmetric_operator = self._has_symmetric_parts = None
         self.refined.set_up()
 
     def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
@@ -90,26 +97,80 @@ class Krylov:
         The function raises :class:`firedrake.exceptions.ConvergenceError` on NaN, breakdown or divergence, and where a tolerance
         is not reached; not for a used-up budget.
         """
-        return self._solver(self.refined, self.ksp.solve, setting, guess, kind)
+        if kind == "forward":
+            return self._solver(self.refined, self.ksp.solve, setting, guess, kind)
+        return self._projected(self._scaled(self.refined, self.ksp.solve, setting, kind))
 
     def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
+        return self._projected(self._transposed_solver(setting))
+
+    def _transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         if self.is_symmetric():
-            return self._solver(self.refined, self.ksp.solve, setting, False, "adjoint")
+            return self._scaled(self.refined, self.ksp.solve, setting, "adjoint")
         if self._is_transposable():
-            return self._solver(self.refined, self.ksp.solveTranspose, setting, False, "adjoint")
+            return self._scaled(self.refined, self.ksp.solveTranspose, setting, "adjoint")
 
         def solve(b: PETSc.Vec, x: PETSc.Vec) -> int:
             with self._transposed() as ksp:
                 if self._refined_transposed is None:
                     self._refined_transposed = RefinedKSP(ksp, self._name, self._prefix)
                 self._refined_transposed.set_up()
-                return self._solver(self._refined_transposed, ksp.solve, setting, False, "adjoint")(b, x)
+                return self._scaled(self._refined_transposed, ksp.solve, setting, "adjoint")(b, x)
         return solve
 
-    @staticmethod
-    def _solver(refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool, kind: str) -> Callable:
+    def _projected(self, solve: Callable) -> Callable:
+        """With the null space of a symmetric operator for that of its transpose, where nobody has named one."""
+        space = self._one_sided_null_space
+        if space is None or not self._operator_is_symmetric():
+            return solve
+
+        def solve_projected(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            space.remove(b)
+            iterations = solve(b, x)
+            space.remove(x)
+            return iterations
+        return solve_projected
+
+    @cached_property
+    def _one_sided_null_space(self) -> PETSc.NullSpace | None:
+        """The null space of the operator, where none of its transpose is known."""
+        A, _ = self.ksp.getOperators()
+        space, transposed = A.getNullSpace(), A.getTransposeNullSpace()
+        return space if space and space.handle and not (transposed and transposed.handle) else None
+
+    def _operator_is_symmetric(self) -> bool:
+        if self._has_symmetric_operator is None:
+            self._has_symmetric_operator = self._probe.finds_symmetric(self.ksp.getOperators()[0].mult)
+        return self._has_symmetric_operator
+
+    @classmethod
+    def _scaled(cls, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
+        """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
+        refined.apply(setting, False, is_absolute=False)
+        solve = cls._checked(refined, solve, kind)
+        # Some have absolute thresholds of their own, and of what is inside a preconditioner not all can be told.
+        always = refined.ksp.getType() in _WITH_THRESHOLDS or refined.ksp.getPC().getType() not in nested.SELF_CONTAINED
+
+        def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            size = b.norm(PETSc.NormType.NORM_INFINITY)
+            if (not always and _SMALL < size < _LARGE) or not 0 < size < math.inf:
+                return solve(b, x)
+            # By a power of two, that changes no bit but where numbers of the solve had been too small or too large to have all.
+            exponent = min(max(math.frexp(size)[1], -_MOST), _MOST)
+            b.scale(math.ldexp(1.0, -exponent))
+            iterations = solve(b, x)
+            x.scale(math.ldexp(1.0, exponent))
+            return iterations
+        return solve_scaled
+
+    @classmethod
+    def _solver(cls, refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool, kind: str) -> Callable:
         refined.apply(setting, guess)
+        return cls._checked(refined, solve, kind)
+
+    @staticmethod
+    def _checked(refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
         checked_iterations = refined.checked_iterations
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -131,7 +192,7 @@ class Krylov:
     def is_symmetric(self) -> bool:
         """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
         if self._symmetric is None:
-            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._probe.finds_symmetric(self.ksp.getOperators()[0].mult)
+            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._operator_is_symmetric()
             if self._symmetric:
                 self._symmetric_after.add(self._changed)
         return self._symmetric
@@ -139,8 +200,7 @@ class Krylov:
     def has_symmetric_parts(self) -> bool:
         """Whether operator and preconditioner are symmetric, both as they are now, and whatever the method asks for."""
         if self._has_symmetric_parts is None:
-            products = self.ksp.getOperators()[0].mult, self.ksp.getPC().apply
-            self._has_symmetric_parts = all(map(self._probe.finds_symmetric, products))
+            self._has_symmetric_parts = self._operator_is_symmetric() and self._probe.finds_symmetric(self.ksp.getPC().apply)
         return self._has_symmetric_parts
 
     def _is_transposable(self) -> bool:
@@ -148,8 +208,9 @@ class Krylov:
         if self._transposable is None:
             A, P = self.ksp.getOperators()
             pc = self.ksp.getPC()
-            if self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp):
-                # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
+            # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
+            if (self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp)
+                    or nested.has_untransposable_inside(self.ksp)):
                 self._transposable = False
                 return False
             try:
@@ -157,6 +218,8 @@ class Krylov:
                 self._transposable = self._probe.finds_transposed(pc)
             except (PETSc.Error, AttributeError, NotImplementedError):
                 self._transposable = False
+                self._probe.keep_for_ever()
+                del self._probe
             if not self._transposable:
                 # A failed try leaves its mark on the preconditioners inside.
                 pc.reset()
@@ -180,6 +243,11 @@ class _Probe:
         self.x.setArray(np.sin(1 + 1.3*index))
         self.y.setArray(np.cos(2 + 0.7*index))
         self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
+
+    def keep_for_ever(self) -> None:
+        """Never destroy the vectors, of which a preconditioner that was left by an error may have some, and destroy them."""
+        for vector in (self.x, self.y, self.Ax, self.Ay):
+            vector.incRef()
 
     def finds_symmetric(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> bool:
         """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""

@@ -1,0 +1,157 @@
+"""Singular operators of which the user names the null space, as the forward solve asks for it, against pseudo-inverses."""
+import numpy as np
+import pytest
+import torch
+from firedrake import *
+from firedrake.adjoint import *
+from firedrake.exceptions import ConvergenceError
+from problems import dense, whole
+
+import prdp_fem
+from prdp_fem import FixedRefinement, NewtonSteps, Tolerance
+from prdp_fem.torch import SolverLayer
+
+pytestmark = pytest.mark.parallel([1, 2, 3])
+
+
+class Singular:
+    """A problem with a source and a coefficient, its matrices, and what is on the range of its operator."""
+
+    def __init__(self, V, a, f, k, basis):
+        self.V, self.a, self.source, self.k, self.basis = V, a, f, k, basis
+        self.u, w, v = Function(V, name="u"), TrialFunction(V), TestFunction(V)
+        self.L = inner(f, v)*dx
+        self.A, self.mass = dense(a), dense(inner(w, v)*dx)
+        self.inverse = np.linalg.pinv(self.A, rcond=1e-10)
+        self.on_range = self.A@self.inverse
+        self.random = np.random.default_rng(1)
+        self.source.dat.data_wo[:] = self.own(self.compatible()).reshape(f.dat.data_ro.shape)
+
+    def compatible(self) -> np.ndarray:
+        """Whole dofs of a source for which there is a solution."""
+        return np.linalg.solve(self.mass, self.on_range@self.mass@self.random.standard_normal(len(self.A)))
+
+    def own(self, values: np.ndarray) -> np.ndarray:
+        """The part of whole dofs that this rank has."""
+        with self.u.dat.vec_ro as vector:
+            return values[slice(*vector.getOwnershipRange())]
+
+    def solver(self, parameters, nonlinear=False, **options):
+        setting = Tolerance(1e-12, max_it=5000)
+        if nonlinear:
+            problem = NonlinearVariationalProblem(action(self.a, self.u) - self.L, self.u)
+            return prdp_fem.NonlinearVariationalSolver(problem, nullspace=self.basis, refinement=FixedRefinement(NewtonSteps(2, setting)),
+                                                       warm_start=False, solver_parameters=parameters, **options)
+        return prdp_fem.LinearVariationalSolver(LinearVariationalProblem(self.a, self.L, self.u), nullspace=self.basis,
+                                                refinement=FixedRefinement(setting), solver_parameters=parameters, **options)
+
+
+def neumann(skew: float = 0.0) -> Singular:
+    mesh = UnitSquareMesh(5, 5)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, f = TrialFunction(V), TestFunction(V), Function(V, name="source")
+    k = Function(V, name="k").interpolate(1 + SpatialCoordinate(mesh)[0])
+    a = k*inner(grad(w), grad(v))*dx + (skew*w.dx(0)*v*dx if skew else 0)
+    return Singular(V, a, f, k, VectorSpaceBasis(constant=True, comm=mesh.comm))
+
+
+def floating() -> Singular:
+    """An elastic body that nothing holds, with its rigid motions."""
+    mesh = UnitSquareMesh(4, 4)
+    V = VectorFunctionSpace(mesh, "CG", 1)
+    w, v, f = TrialFunction(V), TestFunction(V), Function(V, name="load")
+    k = Function(FunctionSpace(mesh, "CG", 1), name="k").assign(1.3)
+    x, y = SpatialCoordinate(mesh)
+    basis = VectorSpaceBasis([Function(V).interpolate(as_vector(mode)) for mode in ((1, 0), (0, 1), (-y, x))])
+    basis.orthonormalize()
+    return Singular(V, (k*inner(sym(grad(w)), sym(grad(v))) + k*div(w)*div(v))*dx, f, k, basis)
+
+
+METHODS = {
+    "cg": {"ksp_type": "cg", "pc_type": "jacobi"},
+    "gmres": {"ksp_type": "gmres", "pc_type": "jacobi", "ksp_gmres_restart": 100},
+    "minres": {"ksp_type": "minres", "pc_type": "jacobi"},
+    "without a transpose": {"ksp_type": "gmres", "pc_type": "sor", "ksp_gmres_restart": 100},
+    "gamg": {"ksp_type": "cg", "pc_type": "gamg"},
+}
+
+
+@pytest.mark.parametrize("make", [neumann, floating])
+@pytest.mark.parametrize("method, how", [*((method, "implicit") for method in METHODS), ("cg", "unrolled"), ("gmres", "unrolled")])
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_the_null_space_of_a_symmetric_operator_is_that_of_its_transpose(make, method, how, nonlinear):
+    singular = make()
+    layer = SolverLayer(singular.solver(METHODS[method], nonlinear, differentiation=how), [singular.source, singular.k])
+    x, k = (torch.from_numpy(control.dat.data_ro.flatten()).requires_grad_() for control in (singular.source, singular.k))
+    cotangent = singular.random.standard_normal(len(singular.A))
+    by_source, by_k = torch.autograd.grad(layer(x, k), (x, k), torch.from_numpy(singular.own(cotangent).copy()))
+    multiplier = cotangent@singular.inverse
+    direction = singular.compatible()
+    exact = multiplier@singular.mass@direction
+    assert abs(whole(by_source.numpy())@direction - exact) < 1e-7*abs(exact)
+    if how == "implicit":  # unrolled, also by what no source with a solution has
+        np.testing.assert_allclose(whole(by_source.numpy()), multiplier@singular.mass, rtol=1e-7, atol=1e-8)
+    toward = Function(singular.k.function_space()).interpolate(SpatialCoordinate(singular.V.mesh())[1])
+    solution = singular.inverse@singular.mass@whole(x.detach().numpy())
+    exact = -multiplier@dense(derivative(singular.a, singular.k, toward))@solution
+    assert abs(whole(by_k.numpy())@whole(toward.dat.data_ro) - exact) < 1e-6*abs(exact)
+
+
+@pytest.mark.parametrize("method", ["cg", "gmres"])
+def test_derivatives_on_the_tape_have_the_null_space(method):
+    singular = neumann()
+    singular.solver(METHODS[method]).solve()
+    reduced = ReducedFunctional(assemble(singular.u**4*dx), [Control(singular.source), Control(singular.k)])
+    direction = Function(singular.V)
+    direction.dat.data_wo[:] = singular.own(singular.compatible())
+    at = [singular.source.copy(deepcopy=True), singular.k.copy(deepcopy=True)]
+    with stop_annotating():
+        toward = Function(singular.V).interpolate(SpatialCoordinate(singular.V.mesh())[1])
+        rates = taylor_to_dict(reduced, at, [direction, toward])
+    assert min(rates["R0"]["Rate"]) > 0.9 and min(rates["R1"]["Rate"]) > 1.9 and min(rates["R2"]["Rate"]) > 2.9
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_the_pressure_of_a_closed_flow(nonlinear):
+    mesh = UnitSquareMesh(3, 3)
+    W = VectorFunctionSpace(mesh, "CG", 2)*FunctionSpace(mesh, "CG", 1)
+    u, (w, p), (v, q) = Function(W, name="flow"), TrialFunctions(W), TestFunctions(W)
+    force = Function(VectorFunctionSpace(mesh, "CG", 1), name="force")
+    x, y = SpatialCoordinate(mesh)
+    force.interpolate(as_vector([sin(3*y), x*y]))
+    options = {"nullspace": MixedVectorSpaceBasis(W, [W.sub(0), VectorSpaceBasis(constant=True, comm=mesh.comm)]),
+               "solver_parameters": {"mat_type": "aij", "ksp_type": "minres", "pc_type": "none", "snes_atol": 1e-12, "snes_rtol": 1e-12}}
+    condition, setting = DirichletBC(W.sub(0), 0, "on_boundary"), Tolerance(1e-12, max_it=5000)
+    if nonlinear:
+        velocity, pressure = split(u)
+        F = ((1 + inner(velocity, velocity))*inner(grad(velocity), grad(v)) - pressure*div(v) - q*div(velocity) - inner(force, v))*dx
+        solver = prdp_fem.NonlinearVariationalSolver(NonlinearVariationalProblem(F, u, bcs=condition), warm_start=False,
+                                                     refinement=FixedRefinement(NewtonSteps(6, setting)), **options)
+    else:
+        a = (inner(grad(w), grad(v)) - p*div(v) - q*div(w))*dx
+        solver = prdp_fem.LinearVariationalSolver(LinearVariationalProblem(a, inner(force, v)*dx, u, bcs=condition),
+                                                  refinement=FixedRefinement(setting), **options)
+    layer = SolverLayer(solver, [force])
+    at = torch.from_numpy(force.dat.data_ro.flatten())
+    toward = torch.cos(3*at)
+    x = at.clone().requires_grad_()
+    out = layer(x)
+    cotangent = torch.sin(torch.arange(len(out), dtype=torch.float64))
+    gradient, = torch.autograd.grad(out, x, cotangent)
+    above, below = ((layer(at + sign*1e-3*toward)*cotangent).sum().item() for sign in (1, -1))
+    difference = COMM_WORLD.allreduce(above - below)/2e-3
+    assert abs(COMM_WORLD.allreduce((gradient*toward).sum().item()) - difference) < 1e-5*abs(difference)
+
+
+def test_of_an_operator_that_is_not_symmetric_the_transposed_one_is_asked_for():
+    singular = neumann(skew=3.0)
+    layer = SolverLayer(singular.solver({"ksp_type": "richardson", "pc_type": "jacobi", "ksp_richardson_scale": 0.1}), [singular.source])
+    layer.solver.refinement = FixedRefinement(Tolerance(1e-9, max_it=3))
+    with pytest.raises(ConvergenceError, match="give the solver transpose_nullspace=, too"):
+        layer(torch.from_numpy(singular.source.dat.data_ro.copy()))
+    layer = SolverLayer(singular.solver(METHODS["gmres"]), [singular.source])
+    x = torch.from_numpy(singular.source.dat.data_ro.copy()).requires_grad_()
+    cotangent, direction = singular.random.standard_normal(len(singular.A)), singular.compatible()
+    gradient, = torch.autograd.grad(layer(x), x, torch.from_numpy(singular.own(cotangent).copy()))
+    exact = cotangent@singular.inverse@singular.mass@direction
+    assert abs(whole(gradient.numpy())@direction - exact) < 1e-7*abs(exact)

@@ -1,0 +1,138 @@
+"""Derivatives are linear in the cotangent: no absolute tolerance, which is meant for right-hand sides, stops their solves."""
+import numpy as np
+import pytest
+import torch
+from firedrake import *
+from firedrake.adjoint import *
+from firedrake.petsc import PETSc
+from problems import boundary_dofs, dense, smooth, whole
+
+import prdp_fem
+from prdp_fem import FixedRefinement, Iterations, NewtonSteps
+from prdp_fem.torch import SolverLayer, to_torch
+
+pytestmark = pytest.mark.parallel([1, 2, 3])
+
+ATOL = {"ksp_atol": 1e-4, "ksp_rtol": 1e-11}
+SOLVERS = {
+    "cg": ({"ksp_type": "cg", "pc_type": "jacobi", **ATOL}, {}),
+    "gmres": ({"ksp_type": "gmres", "pc_type": "jacobi", **ATOL}, {}),
+    "bcgs": ({"ksp_type": "bcgs", "pc_type": "bjacobi", "sub_pc_type": "ilu", **ATOL}, {}),
+    "without a transpose": ({"ksp_type": "gmres", "pc_type": "sor", **ATOL}, {}),
+    "minres": ({"ksp_type": "minres", "pc_type": "jacobi", **ATOL}, {}),
+    "symmlq": ({"ksp_type": "symmlq", "pc_type": "jacobi", **ATOL}, {}),
+    "descent": ({"ksp_type": "python", "ksp_python_type": "prdp_fem.SteepestDescent", "pc_type": "jacobi", **ATOL}, {}),
+    "gamg": ({"ksp_type": "cg", "pc_type": "gamg", **ATOL}, {}),
+    "nested": ({"ksp_type": "preonly", "pc_type": "ksp", "ksp_ksp_type": "cg", "ksp_pc_type": "jacobi", "ksp_ksp_atol": 1e-2}, {}),
+    "around another": ({"ksp_type": "fgmres", "pc_type": "ksp", "ksp_ksp_type": "cg", "ksp_pc_type": "jacobi", "ksp_ksp_atol": 1e-2,
+                        "ksp_ksp_rtol": 1e-3, **ATOL}, {"ksp_prefix": ""}),
+}
+
+
+class Reaction:
+    """A symmetric problem with a source, of which the exact gradient is known by dense algebra where it is linear."""
+
+    def __init__(self, nonlinear: bool = False):
+        mesh = UnitSquareMesh(6, 6)
+        V = self.V = FunctionSpace(mesh, "CG", 1)
+        w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+        self.source, self.bc = Function(V, name="source"), DirichletBC(V, 0, "on_boundary")
+        self.a, self.mass = (inner(grad(w), grad(v)) + w*v)*dx, w*v*dx
+        if nonlinear:
+            F = ((1 + u**2)*inner(grad(u), grad(v)) + (u - self.source)*v)*dx
+            self.problem = NonlinearVariationalProblem(F, u, bcs=self.bc)
+        else:
+            self.problem = LinearVariationalProblem(self.a, self.source*v*dx, u, bcs=self.bc)
+        self.values = 1 + to_torch(smooth(V, 1), copy=True)
+        self.cotangent = to_torch(smooth(V, 3), copy=True)
+
+    def solver(self, parameters, refinement=None, **options):
+        if isinstance(self.problem, LinearVariationalProblem):
+            return prdp_fem.LinearVariationalSolver(self.problem, refinement=refinement, solver_parameters=parameters, **options)
+        parameters = {"snes_atol": 1e-6, **parameters}
+        return prdp_fem.NonlinearVariationalSolver(self.problem, refinement=refinement, solver_parameters=parameters, warm_start=False,
+                                                   **options)
+
+    def gradient(self, layer, scale: float) -> np.ndarray:
+        x = self.values.clone().requires_grad_()
+        gradient, = torch.autograd.grad(layer(x), x, scale*self.cotangent)
+        return whole(gradient.numpy())
+
+    def exact(self) -> np.ndarray:
+        A, M, nodes = dense(self.a, bcs=self.bc), dense(self.mass), boundary_dofs(self.bc)
+        cotangent = whole(self.cotangent.numpy())
+        cotangent[nodes] = 0.0
+        multiplier = np.linalg.solve(A.T, cotangent)
+        multiplier[nodes] = 0.0
+        return M.T@multiplier
+
+
+def relative(found, expected) -> float:
+    return np.linalg.norm(found - expected)/np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_gradients_are_linear_down_to_the_smallest_numbers(name, nonlinear):
+    parameters, options = SOLVERS[name]
+    problem = Reaction(nonlinear)
+    setting = Iterations(400)
+    layer = SolverLayer(problem.solver(parameters, FixedRefinement(NewtonSteps(3, setting) if nonlinear else setting), **options),
+                        [problem.source])
+    expected = problem.gradient(layer, 1.0)
+    if not nonlinear:
+        assert relative(expected, problem.exact()) < 1e-9
+    for exponent in (-10, -40, -300, -700, -950, 60, 700):  # of two, so that nothing is rounded
+        scale = 2.0**exponent
+        assert relative(problem.gradient(layer, scale)/scale, expected) < 1e-11, exponent
+
+
+@pytest.mark.parametrize("ksp", [{"ksp_type": "cg", "pc_type": "jacobi"}, {"ksp_type": "gmres", "pc_type": "sor"},
+                                 {"ksp_type": "richardson", "pc_type": "jacobi", "ksp_richardson_scale": 0.6}],
+                         ids=["cg", "gmres", "richardson"])
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_unrolled_gradients_are_linear_too(ksp, nonlinear):
+    problem, setting = Reaction(nonlinear), Iterations(12)
+    refinement = FixedRefinement(NewtonSteps(2, setting) if nonlinear else setting)
+    layer = SolverLayer(problem.solver({**ksp, **ATOL}, refinement, differentiation="unrolled"), [problem.source])
+    expected = problem.gradient(layer, 1.0)
+    for exponent in (-40, -300, -900, 700):
+        scale = 2.0**exponent
+        assert relative(problem.gradient(layer, scale)/scale, expected) < 1e-11, exponent
+
+
+@pytest.mark.parametrize("rtol", [1e-10, 1e-50, 0.0])
+def test_tolerances_of_options_are_relative_for_derivatives(rtol):
+    """Also where the absolute one was the only one, and on the command line; the forward solve stops by it, before and after."""
+    problem = Reaction()
+    solver = problem.solver({"ksp_type": "cg", "pc_type": "jacobi", "ksp_rtol": rtol}, options_prefix="scaled_")
+    PETSc.Options()["scaled_ksp_atol"] = 1e-3
+    solver.snes.ksp.setFromOptions()
+    layer = SolverLayer(solver, [problem.source])
+    before = layer(problem.values)
+    iterations = solver.statistics.forward_iterations
+    for scale in (1.0, 2.0**-30, 2.0**-400):
+        assert relative(problem.gradient(layer, scale)/scale, problem.exact()) < 1e-8
+    solver.statistics.reset()
+    assert torch.equal(layer(problem.values), before)
+    assert solver.statistics.forward_iterations == iterations
+    assert abs(solver.snes.ksp.getTolerances()[1] - 1e-3) < 1e-15
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_tangents_and_hessians_on_the_tape_are_linear(nonlinear):
+    problem = Reaction(nonlinear)
+    problem.source.assign(1 + smooth(problem.V, 1))
+    solver = problem.solver({"ksp_type": "cg", "pc_type": "jacobi", **ATOL, "ksp_atol": 1e-7})
+    solver.solve()
+    J = assemble(problem.problem.u**4*dx)
+    reduced = ReducedFunctional(J, Control(problem.source))
+    direction, found = smooth(problem.V, 4), []
+    with stop_annotating():
+        for scale in (1.0, 2.0**-200):
+            scaled = direction.copy(deepcopy=True).assign(scale*direction)
+            reduced.derivative()
+            found.append((reduced.tlm(scaled)/scale, whole(reduced.hessian(scaled, apply_riesz=False).dat.data_ro)/scale))
+    (tangent, hessian), (small_tangent, small_hessian) = found
+    assert abs(small_tangent - tangent) < 1e-11*abs(tangent)
+    assert relative(small_hessian, hessian) < 1e-11
