@@ -21,8 +21,6 @@ _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg
                                 "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
 # PETSc's transposed solve by these is not one: it multiplies by the operator where it should by its transpose.
 _NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
-# These stop below thresholds that are not relative to the right-hand side.
-_WITH_THRESHOLDS = frozenset({"minres", "symmlq", "python"})
 # Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
 _SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
 
@@ -149,8 +147,7 @@ class Krylov:
         """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
         refined.apply(setting, False, is_absolute=False)
         solve = cls._checked(refined, solve, kind)
-        # Some have absolute thresholds of their own, and of what is inside a preconditioner not all can be told.
-        always = refined.ksp.getType() in _WITH_THRESHOLDS or refined.ksp.getPC().getType() not in nested.SELF_CONTAINED
+        always = refined.may_have_thresholds
 
         def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
             size = b.norm(PETSc.NormType.NORM_INFINITY)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import cached_property
 
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
@@ -22,6 +23,8 @@ _NO_ATOL = 1e-50
 _NO_RTOL = sys.float_info.epsilon
 # The relative tolerance then, where the absolute one is not meant: what is below would only stir rounding errors.
 _FLOOR = 1e-12
+# These methods stop below thresholds that are not relative to the right-hand side, or may, as those in Python.
+_WITH_THRESHOLDS = frozenset({"minres", "symmlq", "python"})
 # petsc4py has no name for what is called of it.
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
 
@@ -218,6 +221,11 @@ class RefinedKSP:
         if self.is_nested:
             self.find()
         self._others = None
+
+    @cached_property
+    def may_have_thresholds(self) -> bool:
+        """Whether something in it may look at absolute sizes, whatever tolerances say; not all inside a preconditioner can be told."""
+        return self.ksp.getType() in _WITH_THRESHOLDS or self.ksp.getPC().getType() not in nested.SELF_CONTAINED
 
     @property
     def is_budget(self) -> bool:
