@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 
 import numpy as np
-from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem import nested
+from prdp_fem.factorisation import FactorisationCheck
 from prdp_fem.ladders import Setting
 from prdp_fem.refined_ksp import RefinedKSP
 
@@ -48,12 +48,14 @@ class Krylov:
         self.ksp = ksp
         self._transposed = transposed
         self._name, self._prefix = name, prefix
+        self._factorisation = FactorisationCheck(name)
         self.forget_operators()
 
     def forget_operators(self) -> None:
         """Forget what was known of the operators, which are other matrices from now on."""
         for known in ("_probe", "_one_sided_null_space"):
             vars(self).pop(known, None)
+        self._factorisation.forget()
         self._refined_transposed: RefinedKSP | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
@@ -74,6 +76,7 @@ class Krylov:
             self._changed = inputs if self._symmetric is not None else self._changed | inputs
             self._symmetric = None
         self._has_symmetric_operator = self._has_symmetric_parts = None
+        self._factorisation.renew()
         self.refined.set_up()
 
     def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
@@ -142,11 +145,10 @@ class Krylov:
             self._has_symmetric_operator = self._probe.finds_symmetric(self.ksp.getOperators()[0].mult)
         return self._has_symmetric_operator
 
-    @classmethod
-    def _scaled(cls, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
+    def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
         """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
         refined.apply(setting, False, is_absolute=False)
-        solve = cls._checked(refined, solve, kind)
+        solve = self._checked(refined, solve, kind)
         always = refined.may_have_thresholds
 
         def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -161,13 +163,12 @@ class Krylov:
             return iterations
         return solve_scaled
 
-    @classmethod
-    def _solver(cls, refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool, kind: str) -> Callable:
+    def _solver(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool,
+                kind: str) -> Callable:
         refined.apply(setting, guess)
-        return cls._checked(refined, solve, kind)
+        return self._checked(refined, solve, kind)
 
-    @staticmethod
-    def _checked(refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
+    def _checked(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
         checked_iterations = refined.checked_iterations
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -176,11 +177,10 @@ class Krylov:
 
         def solve_directly(b: PETSc.Vec, x: PETSc.Vec) -> int:
             iterations = solve_and_check(b, x)
-            if not np.isfinite(x.norm()):  # which nobody has looked at
-                raise ConvergenceError(f"the {kind} solve for '{refined.name}' gave NaN or infinity: look for them in the controls and "
-                                       "coefficients, or for an operator that is singular")
+            self._factorisation.look(refined.ksp, b, x, kind, solve == refined.ksp.solveTranspose)
             return iterations
-        return solve_directly if refined.ksp.getType() == PETSc.KSP.Type.PREONLY else solve_and_check
+        is_direct = refined.ksp.getType() in (PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE)
+        return solve_directly if is_direct else solve_and_check
 
     @cached_property
     def _probe(self) -> _Probe:

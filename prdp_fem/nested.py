@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["SELF_CONTAINED", "all_inside", "find_iterative", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
+__all__ = ["SELF_CONTAINED", "all_inside", "applies_factorisation", "find_iterative",
+           "has_failed_inside", "has_memory_inside", "has_truncated_inside",
            "has_untransposable_inside", "krylov_method_inside", "needs_set_up", "preconditioners"]
 
 # Preconditioners that are made from a matrix alone, and have all they need once they are set up.
@@ -76,6 +77,27 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
         raise ValueError(f"ksp_type {candidates[0].getType()} keeps vectors of earlier solves, so that a truncated solve would not be a "
                          "function of its inputs: use gmres, fgmres or bcgs")
     return candidates[0]
+
+
+def applies_factorisation(ksp: PETSc.KSP) -> bool:
+    """Whether all that a KSP does is to apply a factorisation of its operator."""
+    A, P = ksp.getOperators()
+    return _is_direct(ksp) and A.handle == P.handle and _is_factorisation(ksp.getPC())
+
+
+def _is_factorisation(pc: PETSc.PC) -> bool:
+    match pc.getType():
+        case "lu" | "cholesky":
+            return True
+        case "ksp" | "python":
+            # Such as Firedrake's AssembledPC, that assembles the operator and has one of it inside.
+            inside = list(_inside(pc))
+            if len(inside) != 1:
+                return False
+            part = inside[0]
+            return (_is_factorisation(part) if isinstance(part, PETSc.PC)
+                    else applies_factorisation(part))
+    return False
 
 
 def has_truncated_inside(ksp: PETSc.KSP) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
+from prdp_fem.factorisation import FactorisationCheck
 from prdp_fem.ladders import NewtonSteps, Setting
 from prdp_fem.refined_ksp import RefinedKSP, reason_names, reset
 
@@ -53,6 +54,7 @@ class Newton:
         self.snes = snes
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
+        self._factorisation = FactorisationCheck(name)
         # What options had said, while a setting is put on.
         self._options: tuple | None = None
 
@@ -69,6 +71,7 @@ class Newton:
     def reset(self) -> None:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
         reset_with_linear_solver(self.snes)
+        self._factorisation.forget()
 
     def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
         """Solve from what is in x.
@@ -97,7 +100,11 @@ class Newton:
         reason = snes.getConvergedReason()
         if reason < 0 and not (steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT):
             self._raise(reason)
-        return snes.getIterationNumber(), self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
+        made = snes.getIterationNumber()
+        iterations = self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
+        if made and self.solves_linear_systems:
+            self._factorisation.look_at_state(snes.getKSP(), x)
+        return made, iterations
 
     def _apply(self, steps: int | None, setting: Setting | None) -> None:
         if self.solves_linear_systems:

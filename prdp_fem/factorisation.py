@@ -1,0 +1,139 @@
+"""Whether what a factorisation gives is determined by what it was asked for.
+
+Of an operator without an inverse PETSc and its packages factorise what rounding errors have made of
+it, and say nothing: a solution then has any multiple of what is in the null space, and its residual
+may be small all the same. What shows it is to solve again: with x solved for, A x' = A x has
+another solution. The relative difference is an estimate of the relative error of x, whatever the
+operator.
+"""
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
+
+from prdp_fem.nested import applies_factorisation
+
+__all__ = ["FactorisationCheck"]
+
+# Of its about 16 digits a solution is to have a quarter; a residual that has lost half of them is
+# a reason to look closer. Rounding errors take half where the condition is 10⁸, three quarters
+# where it is 10¹², and of a singular operator all, or all but two.
+_EPSILON = np.finfo(PETSc.ScalarType).eps
+_WORST, _SUSPICIOUS = _EPSILON**0.25, _EPSILON**0.5
+
+
+class FactorisationCheck:
+    """Looks at the first solution that each factorisation gives, forward and transposed.
+
+    That costs a product. An operator that is singular whatever its coefficients are, as a flow's
+    whose pressure is determined up to a constant, shows at the first of all, which is solved for
+    again.
+
+    Parameters
+    ----------
+    name : str
+        Of what is solved for, for messages.
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called where operators are other matrices from now on."""
+        self._is_determined = False
+        self._work: tuple[PETSc.Vec, PETSc.Vec] | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """To be called where the operator was factorised anew."""
+        self._seen: set[bool] = set()
+
+    def look(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, kind: str, transposed: bool) -> None:
+        """Look at what ``ksp.solve``, or ``ksp.solveTranspose``, has just given; collective.
+
+        Parameters
+        ----------
+        ksp : PETSc.KSP
+        b, x : PETSc.Vec
+            Its right-hand side and its result.
+        kind : str
+            What messages call the solve.
+        transposed : bool
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the result is no solution, or where its digits are not determined.
+        """
+        if transposed in self._seen:
+            return
+        if not applies_factorisation(ksp) or not math.isfinite(x.norm()):
+            return
+        A, _ = ksp.getOperators()
+        multiply = A.multTranspose if transposed else A.mult
+        product, right = self._vectors(A)
+        multiply(x, product)
+        b.copy(right)
+        # PETSc solves with what is left of b without it.
+        left, space = A.getTransposeNullSpace(), A.getNullSpace()
+        if transposed:
+            left, space = space, left
+        if _is_there(left):
+            left.remove(right)
+        size = right.norm()
+        right.axpy(-1.0, product)
+        residual = right.norm()
+        if residual > _WORST*size and _is_there(space) and not _is_there(left):
+            # A right-hand side without a solution, of which no trace is left in x.
+            raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
+                                         "right-hand side")
+        if not self._is_determined or residual > _SUSPICIOUS*size:
+            self._solve_again(ksp, product, x, kind, transposed)
+        self._seen.add(transposed)  # unless it has raised, and will again
+
+    def look_at_state(self, ksp: PETSc.KSP, x: PETSc.Vec) -> None:
+        """Look, where nobody has yet, at the steps of a SNES, with its state; collective."""
+        if not self._is_determined and applies_factorisation(ksp) and math.isfinite(x.norm()):
+            A, _ = ksp.getOperators()
+            product, projected = self._vectors(A)
+            x.copy(projected)
+            space = A.getNullSpace()
+            if _is_there(space):
+                space.remove(projected)
+            A.mult(projected, product)
+            self._solve_again(ksp, product, projected, "nonlinear", False)
+
+    def _vectors(self, A: PETSc.Mat) -> tuple[PETSc.Vec, PETSc.Vec]:
+        if self._work is None:
+            self._work = A.createVecLeft(), A.createVecLeft()
+        return self._work
+
+    def _solve_again(self, ksp: PETSc.KSP, product: PETSc.Vec, x: PETSc.Vec, kind: str,
+                     transposed: bool) -> None:
+        """Compare x with the solution for A x, which is a product that is not needed any more."""
+        size = x.norm()
+        if size == 0:
+            return  # which tells nothing
+        again = x.duplicate()
+        (ksp.solveTranspose if transposed else ksp.solve)(product, again)
+        again.axpy(-1.0, x)
+        difference = again.norm()
+        if not difference <= _WORST*size:
+            raise self._error(ksp, kind, f"solved again, it is another one by {difference/size:.1e} "
+                                         "of its size")
+        self._is_determined = True
+
+    def _error(self, ksp: PETSc.KSP, kind: str, finding: str) -> ConvergenceError:
+        return ConvergenceError(
+            f"the {kind} solve for '{self._name}' with pc_type {ksp.getPC().getType()} gave no "
+            f"solution that is determined: {finding}, so that the operator is singular, or nearly "
+            "so: give nullspace= and transpose_nullspace= where solutions are determined up to "
+            "something, such as a constant pressure, or a condition that fixes it")
+
+
+def _is_there(space: PETSc.NullSpace | None) -> bool:
+    return space is not None and bool(space.handle)
