@@ -44,12 +44,13 @@ class BoundaryData:
         Those on whose coordinates values depend.
     size : int
         Rank-local dofs of the solution.
+    comm : mpi4py.MPI.Comm
     """
 
     def __init__(self, forms: Forms, controls: Sequence | None = None):
         self._given = forms.problem_conditions
         space = forms.solution.function_space()
-        self._comm = space.mesh().comm
+        self.comm = space.mesh().comm
         self._expressions = [boundary_expression(condition) for condition in self._given]
         if controls is None and any(map(has_taped_number, self._given)):
             raise ValueError(f"a DirichletBC for '{forms.solution.name()}' was given a number that was computed on "
@@ -292,7 +293,7 @@ class BoundaryData:
         with stop_annotating():
             total = sum((gradient.weighted(self._values, cotangent) for gradient in gradients),
                         np.zeros(entry.size*len(entry.meshes)))
-        return self._comm.allreduce(entry.summed(total), MPI.SUM) if entry.is_real else total
+        return self.comm.allreduce(entry.summed(total), MPI.SUM) if entry.is_real else total
 
     def _by_mesh(self, mesh, gradients: list[_Gradient], cotangent: np.ndarray) -> Cofunction:
         with stop_annotating():

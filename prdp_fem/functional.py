@@ -30,6 +30,7 @@ class Functional:
     ----------
     inputs : list of Input
         The coefficients, the solution apart.
+    comm : mpi4py.MPI.Comm
 
     Raises
     ------
@@ -43,6 +44,7 @@ class Functional:
         if form.arguments():
             raise ValueError(f"a functional must be a form without test or trial functions, found one with {len(form.arguments())}")
         with stop_annotating():
+            self.comm = solution.function_space().mesh().comm
             self._solution = Function(solution.function_space(), name=solution.name())
             self.inputs = [Input(original, integration_meshes(form)) for original in coefficients_of(form) if original is not solution]
             copies = {entry.original: entry.copy for entry in self.inputs}
@@ -52,6 +54,11 @@ class Functional:
             self._form = form
             self._assembler = get_assembler(form)
             self._assemblers = {None: [self._derivative_assembler(self._solution)]}
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"a functional of '{self._solution.name()}'"
 
     def find(self, original) -> int | None:
         """The place of a user's coefficient among the inputs; None where it is none."""

@@ -56,8 +56,8 @@ class LinearSystem(System):
         super()._forget(changed, moved)
         self._right_hand_side.forget(changed, moved)
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
-        varying = {} if varying is None else varying
+    def _solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
+               varying: Mapping[int, np.ndarray]) -> list:
         right_hand_side, statistics = self._right_hand_side, self.statistics
         guess, records = point.guess, []
         moves = self._moves(point, varying)
@@ -74,7 +74,7 @@ class LinearSystem(System):
                 for one, solution in zip(b.vectors, w.vectors):
                     statistics.forward_iterations += solve(one, solution)
                     records.append(self._record())
-                statistics.solves += len(b.vectors)
+                    statistics.solves += 1
                 w.zero(self._boundary_entries)  # for preconditioners that do not keep the boundary rows apart to the bit
                 if point.boundary is not None:
                     w.add(right_hand_side.boundary)

@@ -106,8 +106,8 @@ class NonlinearSystem(System):
         assemble_operators(self._solver, self.memory.to_host(self._work))
         set_up(self.newton.snes.getKSP(), *self.memory.operators(*operators(self._solver)), self.forms.solution.name())
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
-        varying = {} if varying is None else varying
+    def _solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
+               varying: Mapping[int, np.ndarray]) -> list:
         dofs, work, statistics, records = self.forms.boundary_dofs, self._work, self.statistics, []
         with self._work_on("forward", self._solver_context):
             for row, solution in enumerate(solutions):

@@ -24,6 +24,7 @@ from pyadjoint.tape import stop_annotating
 from prdp_fem.batch import Batch, chunks
 from prdp_fem.boundary import BoundaryData
 from prdp_fem.device_batch import DeviceBatch
+from prdp_fem.finite import LARGEST, is_finite, require_finite
 from prdp_fem.firedrake_internals import (
     SolverContext,
     assemble_operators,
@@ -326,10 +327,9 @@ class System(ABC):
             self._boundary.dat.zero()
             for condition in conditions:
                 condition.apply(self._boundary)
-        with self._boundary.dat.vec_ro as vector:
-            if vector.norm(PETSc.NormType.NORM_INFINITY) == 0:
-                return None
-        return local_values(self._boundary)
+        values = local_values(self._boundary)
+        # Not by PETSc's norm: on several ranks that of NaN may be zero.
+        return values if self._agreed(bool(values.any())) else None
 
     def boundary_data(self) -> BoundaryData:
         """The boundary values that the problem's conditions give as they are now, as a function of what they depend on."""
@@ -474,8 +474,8 @@ class System(ABC):
 
     # The solve
 
-    @abstractmethod
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray, varying: Mapping[int, np.ndarray] | None = None) -> list:
+    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
+              varying: Mapping[int, np.ndarray] | None = None, *, largest: float = LARGEST) -> list:
         """Solve at a point, or at a batch of them.
 
         Parameters
@@ -487,6 +487,9 @@ class System(ABC):
             Shape (batch, n), written to: rank-local dofs.
         varying : Mapping of int to numpy.ndarray
             Inputs that differ from row to row, shape (batch, size), instead of their values in the point.
+        largest : float
+            What is larger counts as infinite: the largest number of the type that solutions will be
+            converted to.
 
         Returns
         -------
@@ -496,8 +499,34 @@ class System(ABC):
         Raises
         ------
         firedrake.exceptions.ConvergenceError
-            Where the solve fails.
+            Where the solve fails, or gives a number that is not finite; with the row as attribute
+            ``row``.
         """
+        before = self.statistics.solves
+        try:
+            records = self._solve(point, setting, solutions, {} if varying is None else varying)
+        except ConvergenceError as error:
+            error.row = self.statistics.solves - before
+            raise
+        # Also where PETSc has computed no norm, or one before the last thing that it did.
+        if not (self.is_serial and is_finite(solutions, largest)):
+            self._require_finite([solutions], self._describe_solution, largest)
+        return records
+
+    def _describe_solution(self, _: int) -> str:
+        return (
+            f"the forward solve for '{self.forms.solution.name()}' gave NaN or infinity: look for "
+            "them in the controls, coefficients, boundary values and the guess, or for an operator "
+            "that is singular")
+
+    @abstractmethod
+    def _solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
+               varying: Mapping[int, np.ndarray]) -> list:
+        """What :meth:`solve` does without its checks; ``statistics.solves`` counts rows done."""
+
+    def _require_finite(self, arrays: Sequence, describe: Callable[[int], str],
+                        largest: float = LARGEST) -> None:
+        require_finite(self._comm, arrays, describe, largest=largest)
 
     # Whether records of solves hold fields. Then these have methods ``fields_of(record)`` and ``with_fields(record, fields)``, by which
     # somebody else may keep them.
@@ -512,7 +541,8 @@ class System(ABC):
 
     def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
                       gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
-                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
+                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None,
+                      meshes: Iterable = (), largest: float = LARGEST) -> dict:
         """From the derivatives of numbers E by solutions at a point, or at a batch of them, those by what u depends on.
 
         Parameters
@@ -537,13 +567,69 @@ class System(ABC):
             Shape (batch, n), written to where given: the derivative by the guess.
         meshes : iterable of MeshGeometry
             Meshes whose coordinates to differentiate by.
+        largest : float
+            As in :meth:`solve`, for derivatives.
 
         Returns
         -------
         dict of MeshGeometry to Cofunction
             The derivatives by coordinates, of the last row.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the solve fails, or where a cotangent or a derivative is not finite; with the row
+            as attribute ``row``.
         """
-        varying = {} if varying is None else varying
+        if not (self.is_serial and is_finite(cotangents)):
+            self._require_finite_cotangents(cotangents)
+        before = self.statistics.adjoint_solves
+        try:
+            by_mesh = self._solve_adjoint(point, setting, cotangents, solutions, records, gradients,
+                                          {} if varying is None else varying, boundary, guess,
+                                          meshes)
+        except ConvergenceError as error:
+            error.row = self.statistics.adjoint_solves - before
+            raise
+        self._require_finite_derivatives(gradients, boundary, guess, by_mesh, largest)
+        return by_mesh
+
+    def _require_finite_cotangents(self, *cotangents) -> None:
+        # At boundary dofs, too: what does not matter there is still a sign that a loss is wrong.
+        self._require_finite(cotangents, lambda _: (
+            f"the cotangent of '{self.forms.solution.name()}' holds NaN or infinity: look, in what "
+            "is computed of the solution, for an operation whose derivative is not finite, such as "
+            "0/0 or the square root of zero"))
+
+    def _require_finite_derivatives(self, gradients: Mapping, boundary: np.ndarray | None,
+                                    guess: np.ndarray | None, by_mesh: Mapping,
+                                    largest: float = LARGEST) -> None:
+        results = list(gradients.values())
+        if boundary is not None:
+            results.append(boundary)
+        if guess is not None:
+            results.append(guess)
+        for cofunction in by_mesh.values():
+            results.append(local_values(cofunction)[None])
+        if self.is_serial and all(is_finite(rows, largest) for rows in results):
+            return
+
+        def describe(place: int) -> str:
+            names = [f"'{self.inputs[index].name}'" for index in gradients]
+            names += ["the boundary values"]*(boundary is not None)
+            names += ["the guess"]*(guess is not None) + ["the mesh's coordinates"]*len(by_mesh)
+            return (f"the derivative by {names[place]} of the solve for "
+                    f"'{self.forms.solution.name()}' holds NaN or infinity: look for a derivative "
+                    "that does not exist there, such as that of a square root at zero, for an "
+                    "adjoint solve that diverges, or for numbers that are too large")
+        self._require_finite(results, describe, largest)
+
+    def _solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
+                       solutions: np.ndarray | None, records: list,
+                       gradients: Mapping[int, np.ndarray], varying: Mapping[int, np.ndarray],
+                       boundary: np.ndarray | None, guess: np.ndarray | None,
+                       meshes: Iterable) -> dict:
+        """What :meth:`solve_adjoint` does without its checks; ``statistics`` counts rows done."""
         dofs, by_mesh = self.forms.boundary_dofs, {}
         if guess is not None:
             guess[:] = 0.0
@@ -576,9 +662,10 @@ class System(ABC):
     def _solve_transposed(self, solve: Callable, cotangents) -> Batch | DeviceBatch:
         """The rows λ from those of an array, or of a tensor on the device."""
         inner, multipliers = self._inner(cotangents), self._multipliers(len(cotangents))
+        statistics = self.statistics
         for cotangent, multiplier in zip(inner.vectors, multipliers.vectors):
-            self.statistics.adjoint_iterations += solve(cotangent, multiplier)
-        self.statistics.adjoint_solves += len(cotangents)
+            statistics.adjoint_iterations += solve(cotangent, multiplier)
+            statistics.adjoint_solves += 1
         return multipliers
 
     def _inner(self, cotangents) -> Batch | DeviceBatch:
@@ -609,7 +696,21 @@ class System(ABC):
         direction : Direction
         out : numpy.ndarray
             Rank-local, written to.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the solve fails, or gives a number that is not finite.
         """
+        self._solve_tangent(point, setting, solution, record, direction, out)
+        self._require_finite([out[None]], lambda _: (
+            f"the tangent solve for '{self.forms.solution.name()}' gave NaN or infinity: look for "
+            "them in the direction, or for a derivative that does not exist there, such as that of "
+            "a square root at zero"))
+
+    def _solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record,
+                       direction: Direction, out: np.ndarray) -> None:
+        """What :meth:`solve_tangent` does without its checks."""
         tangent = self._states(1).vectors[0]
         with self._work_on("tangent"):
             self._linearise(point, solution)
@@ -666,6 +767,7 @@ class System(ABC):
             Written to where given: the derivative by the boundary values that :meth:`solve_adjoint` gives.
         """
         dofs, derivatives = self.forms.boundary_dofs, self._derivatives
+        self._require_finite_cotangents(cotangent[None], second_cotangent[None])
         with self._work_on("adjoint"):
             self._linearise(point, solution)
             solve = self._krylov.transposed_solver(setting)
@@ -688,6 +790,7 @@ class System(ABC):
                 boundary[0, dofs] = second[dofs] + derivatives.by_solution()[dofs]
             for mesh, cofunction in by_mesh.items():
                 cofunction += derivatives.by_mesh(mesh)
+        self._require_finite_derivatives(gradients, boundary, None, by_mesh)
         return by_mesh
 
 

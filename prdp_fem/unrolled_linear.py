@@ -69,10 +69,11 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
     def needs_solutions(self, indices: Iterable[int]) -> bool:
         return False
 
-    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
-                      gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
-                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
-        varying = {} if varying is None else varying
+    def _solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
+                       solutions: np.ndarray | None, records: list,
+                       gradients: Mapping[int, np.ndarray], varying: Mapping[int, np.ndarray],
+                       boundary: np.ndarray | None, guess: np.ndarray | None,
+                       meshes: Iterable) -> dict:
         dofs, right_hand_side, by_mesh = self.forms.boundary_dofs, self._right_hand_side, {}
         by_form = boundary is not None or bool(meshes) or not gradients.keys() <= self._terms.keys()
         moves = by_form or self._moves(point, varying)
@@ -117,13 +118,13 @@ class UnrolledLinearSystem(UnrolledSystem, LinearSystem):
             if guess is not None:
                 self._of_guess.zero(self._boundary_entries)
                 self._of_guess.read(guess[rows.start + k:rows.start + k + 1])
+            self.statistics.adjoint_solves += 1
         multipliers.zero(self._boundary_entries)  # b is constant there
         multipliers.changed()
-        self.statistics.adjoint_solves += count
         return multipliers
 
-    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: int, direction: Direction,
-                      out: np.ndarray) -> None:
+    def _solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray,
+                       record: int, direction: Direction, out: np.ndarray) -> None:
         with self._work_on("tangent"):
             self._linearise(point)
             self._right_hand_side.prepare(point, {})

@@ -153,10 +153,12 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         self._write_inputs(point)
         set_local_values(self.forms.boundary, self._no_boundary if point.boundary is None else point.boundary)
 
-    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray, solutions: np.ndarray | None, records: list,
-                      gradients: Mapping[int, np.ndarray], *, varying: Mapping[int, np.ndarray] | None = None,
-                      boundary: np.ndarray | None = None, guess: np.ndarray | None = None, meshes: Iterable = ()) -> dict:
-        varying, dofs, by_mesh = {} if varying is None else varying, self.forms.boundary_dofs, {}
+    def _solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
+                       solutions: np.ndarray | None, records: list,
+                       gradients: Mapping[int, np.ndarray], varying: Mapping[int, np.ndarray],
+                       boundary: np.ndarray | None, guess: np.ndarray | None,
+                       meshes: Iterable) -> dict:
+        dofs, by_mesh = self.forms.boundary_dofs, {}
         with self._work_on("adjoint", self._solver_context):
             for row, (cotangent, trajectory) in enumerate(zip(cotangents, records)):
                 at = point.at(varying, row)
@@ -206,8 +208,8 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
         self._add_by_operators(self._operators, {**gradients, SOLUTION: total}, by_mesh)
         return total
 
-    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: Trajectory, direction: Direction,
-                      out: np.ndarray) -> None:
+    def _solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray,
+                       record: Trajectory, direction: Direction, out: np.ndarray) -> None:
         dofs = self.forms.boundary_dofs
         with self._work_on("tangent", self._solver_context):
             self._write_all(point)

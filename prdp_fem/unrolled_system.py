@@ -40,7 +40,9 @@ class UnrolledSystem:
         ValueError
             For a method that cannot be unrolled.
         """
-        self._unrolled = UnrolledKSP(solver.snes.getKSP(), checkpoints=differentiation.checkpoints, options=solver.parameters)
+        self._unrolled = UnrolledKSP(
+            solver.snes.getKSP(), checkpoints=differentiation.checkpoints,
+            options=solver.parameters, name=forms.solution.name())
         self._is_checked = self._has_warned = False
         problem, (A, P) = forms.problem, operators(solver)
         self._operator = OperatorDerivative(forms, pin_quadrature(problem.J, problem.form_compiler_parameters), A)

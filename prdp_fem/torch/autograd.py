@@ -11,9 +11,11 @@ from functools import wraps
 
 import numpy as np
 import torch
+from firedrake.exceptions import ConvergenceError
 from mpi4py import MPI
 
 from prdp_fem.boundary import BoundaryData
+from prdp_fem.finite import LARGEST, name_sample, require_finite
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import same_bits
 from prdp_fem.ladders import Setting
@@ -26,6 +28,7 @@ __all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall
 
 # Among the arguments of Solve: where the boundary values and the guess are, and how many come before the inputs' tensors.
 _BOUNDARY, _GUESS, _BEFORE_TENSORS = 5, 6, 7
+_LARGEST_SINGLE = torch.finfo(torch.float32).max
 
 # What torch.autograd.Function asks at each call, too; there are no public names.
 transforms_are_active = torch._C._are_functorch_transforms_active
@@ -187,8 +190,12 @@ class Solve(_Reverse):
             arrays.append(point.guess)
         moved = _put_in(point, varying, system, statistics, batch, indices, boundary, guess, tensors)
         solutions, written = room(batch, system.size, device if system.takes_device_rows else CPU)
-        with ordered(device):
-            records = system.solve(point, setting, written, varying)
+        try:
+            with ordered(device):
+                records = system.solve(point, setting, written, varying, largest=_largest(tensors))
+        except ConvergenceError as error:
+            name_sample(error, batch)
+            raise
         saved = [boundary, guess if system.depends_on_guess else None, *tensors, *surroundings.saved(setting, arrays)]
         if assembles:
             # A copy: the caller may change what it gets in place, and the backward pass must not see it.
@@ -245,10 +252,16 @@ class Solve(_Reverse):
         guess = np.empty((rows, system.size)) if ctx.needs_input_grad[_GUESS] else None
         cotangents = _rows(cotangent, batch)
         cotangents = _handed(cotangents) if system.takes_device_rows else to_host(cotangents, statistics)
-        with ordered(device):
-            system.solve_adjoint(point, setting, cotangents, solutions, records,
-                                 {index: written for index, (_, written) in rooms.items()}, varying=varying, boundary=boundary,
-                                 guess=guess)
+        given = [t for t in (*tensors, boundary_values, guess_values) if t is not None]
+        try:
+            with ordered(device):
+                system.solve_adjoint(point, setting, cotangents, solutions, records,
+                                     {index: written for index, (_, written) in rooms.items()},
+                                     varying=varying, boundary=boundary, guess=guess,
+                                     largest=_largest(given))
+        except ConvergenceError as error:
+            name_sample(error, batch)
+            raise
         gradients = {index: gradient if gradient.device == tensor.device else placed(gradient.numpy(), tensor.device, statistics)
                      for (index, (gradient, _)), tensor in zip(rooms.items(), _wanted(tensors, needed))}
         return (*(None,)*_BOUNDARY,
@@ -319,6 +332,9 @@ class BoundaryValues(_Reverse):
         gradients = [np.array([data.gradient(place, values, others, cotangents[row])
                                for row, values in enumerate(samples)]).reshape(-1, tensor.shape[-1])
                      if wanted else None for place, wanted, tensor in zip(data.inputs, ctx.needs_input_grad[4:], tensors)]
+        require_finite(data.comm, [gradient for gradient in gradients if gradient is not None],
+                       lambda _: _describe_gradient("the boundary values"),
+                       largest=_largest(tensors), batch=ctx.batch)
         return None, None, None, None, *(None if gradient is None else
                                          _reduced(placed(gradient, tensor.device, ctx.statistics), ctx.batch, tensor)
                                          for gradient, tensor in zip(gradients, tensors))
@@ -339,7 +355,13 @@ class FunctionalValue(_Reverse):
         ctx.number = surroundings.number
         values = [functional.value(row, {**others, **varying})
                   for row, varying in zip(to_host(_rows(solution, batch), statistics), _each_row(places, batch, tensors, statistics))]
-        return placed(np.array(values, dtype=float).reshape(batch), solution.device, statistics)
+        values = np.array(values, dtype=float)
+        # They are the same on all ranks.
+        require_finite(MPI.COMM_SELF, [values[:, None]], lambda _: (
+            f"{functional.name} gave NaN or infinity: look for what has no finite value there, "
+            "such as the logarithm of a negative number or 0/0"),
+            largest=_largest(tensors), batch=batch)
+        return placed(values.reshape(batch), solution.device, statistics)
 
     @staticmethod
     @_first_order
@@ -351,11 +373,18 @@ class FunctionalValue(_Reverse):
         variables = dict(zip([None, *ctx.places], (solution, *tensors)))
         by = [place for place, wanted in zip(variables, ctx.needs_input_grad[5:]) if wanted]
         weights = to_host(cotangent.to(torch.float64).expand(ctx.batch).reshape(-1, 1), ctx.statistics)
+        functional, batch = ctx.functional, ctx.batch
+        require_finite(functional.comm, [weights], lambda _: (
+            f"the cotangent of {functional.name} is NaN or infinite: look, in what is computed of "
+            "it, for an operation whose derivative is not finite"), batch=batch)
         gradients = {place: np.empty((len(weights), variables[place].shape[-1])) for place in by}
         for row, (values, varying) in enumerate(zip(to_host(_rows(solution, ctx.batch), ctx.statistics),
                                                     _each_row(ctx.places, ctx.batch, tensors, ctx.statistics))):
             for place, gradient in zip(by, ctx.functional.gradients(values, {**others, **varying}, by)):
                 gradients[place][row] = weights[row]*gradient
+        require_finite(functional.comm, list(gradients.values()),
+                       lambda _: _describe_gradient(functional.name),
+                       largest=_largest(tensors), batch=batch)
         return (*(None,)*5, *(_reduced(placed(gradients[place], tensor.device, ctx.statistics), ctx.batch, tensor)
                               if place in gradients else None for place, tensor in variables.items()))
 
@@ -473,12 +502,25 @@ def _next(values, count: int) -> list:
     return [next(values) for _ in range(count)]
 
 
+def _describe_gradient(what: str) -> str:
+    return (f"the derivative of {what} holds NaN or infinity: look for one that does not exist "
+            "there, such as that of a square root at zero, or for numbers that are too large")
+
+
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> torch.Tensor:
     """A tensor as contiguous float64 rows, one a sample, shape (rows, n); without a copy where it is that already."""
     tensor, shape = tensor.detach().resolve_neg(), tensor.shape
     if tensor.dtype is not torch.float64 or shape[:-1] != batch:
         tensor = tensor.to(torch.float64).expand(*batch, shape[-1])
     return tensor.reshape(batch.numel(), shape[-1]).contiguous()
+
+
+def _largest(tensors: Sequence[torch.Tensor]) -> float:
+    """The largest number that the types of all of these have."""
+    for tensor in tensors:
+        if tensor.dtype is torch.float32:
+            return _LARGEST_SINGLE
+    return LARGEST
 
 
 def _handed(rows: torch.Tensor) -> torch.Tensor | np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from firedrake.exceptions import ConvergenceError
 
 __all__ = ["Column", "hessenberg", "least_squares", "solve_normal_equations"]
 
@@ -39,7 +40,7 @@ def hessenberg(columns: list[Column]) -> np.ndarray:
 def least_squares(beta: float, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """y that makes ‖β e₁ - H y‖ least, shape (k,), and β e₁ - H y, shape (k + 1,)."""
     Q, R = np.linalg.qr(H)
-    y = np.linalg.solve(R, beta*Q[0])
+    y = _solve(R, beta*Q[0])
     residual = -H@y
     residual[0] += beta
     return y, residual
@@ -48,4 +49,12 @@ def least_squares(beta: float, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def solve_normal_equations(H: np.ndarray, right: np.ndarray) -> np.ndarray:
     """(HᵀH)⁻¹ times a vector of shape (k,). HᵀH, whose condition is the square of that of H, is not formed."""
     R = np.linalg.qr(H, mode="r")
-    return np.linalg.solve(R, np.linalg.solve(R.T, right))
+    return _solve(R, _solve(R.T, right))
+
+
+def _solve(R: np.ndarray, right: np.ndarray) -> np.ndarray:
+    try:
+        return np.linalg.solve(R, right)
+    except np.linalg.LinAlgError:
+        raise ConvergenceError("the iterations of GMRES have no derivative where they break down: "
+                               "look for an operator that is singular") from None

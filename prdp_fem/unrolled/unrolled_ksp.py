@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from firedrake.petsc import PETSc
 
+from prdp_fem.finite import require_finite
 from prdp_fem.nested import krylov_method_inside
 from prdp_fem.unrolled import methods
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
@@ -48,13 +49,21 @@ class UnrolledKSP:
         Options of the KSP without prefix, where PETSc's own may have lost them by the first use, such as ``solver_parameters``. They matter
         where PETSc does not tell a number to its last digit: the scale of Richardson, the bounds of Chebyshev, and ω of SOR.
 
+    name : str or None
+        Of what is solved for, for messages.
+
     Raises
     ------
     ValueError
         For a method that cannot be unrolled.
+
+    Notes
+    -----
+    What is not finite, or breaks down, is a :class:`firedrake.exceptions.ConvergenceError`.
     """
 
-    def __init__(self, ksp: PETSc.KSP, *, checkpoints: int | None = None, options: Mapping | None = None):
+    def __init__(self, ksp: PETSc.KSP, *, checkpoints: int | None = None,
+                 options: Mapping | None = None, name: str | None = None):
         kind = ksp.getType()
         if kind == "python":
             python_type = ksp.getPythonType() or PETSc.Options(ksp.getOptionsPrefix()).getString("ksp_python_type", "")
@@ -66,7 +75,7 @@ class UnrolledKSP:
         if checkpoints is not None and checkpoints < 1:
             raise ValueError(f"checkpoints={checkpoints}: expected None or at least 1")
         self.ksp, self.checkpoints = ksp, checkpoints
-        self._options = options
+        self._options, self._name = options, name
         self._method = None
 
     def forget_operators(self) -> None:
@@ -144,6 +153,7 @@ class UnrolledKSP:
             out.zeroEntries()
         else:
             solution.vec.copy(out)
+        self._require_finite(iterations, "iterate", out)
 
     def tangent(self, b: PETSc.Vec, guess: PETSc.Vec | None, iterations: int, out: PETSc.Vec, *, b_tangent: PETSc.Vec | None = None,
                 guess_tangent: PETSc.Vec | None = None, operator_tangent: PETSc.Mat | None = None,
@@ -178,6 +188,7 @@ class UnrolledKSP:
             out.zeroEntries()
         else:
             solution.tangent.vec.copy(out)
+        self._require_finite(iterations, "tangent", out)
 
     def adjoint(self, b: PETSc.Vec, guess: PETSc.Vec | None, iterations: int, cotangent: PETSc.Vec, *, b_cotangent: PETSc.Vec,
                 guess_cotangent: PETSc.Vec | None = None, operator_cotangent: OperatorCotangent | None = None,
@@ -236,8 +247,21 @@ class UnrolledKSP:
             bars = [_cotangent(part, pool) for part in lifted]
         _write(bars[0], b_cotangent)
         system.project_right_hand_side(b_cotangent)
+        results = [b_cotangent]
         if guess_cotangent is not None:
             _write(bars[1], guess_cotangent)
+            results.append(guess_cotangent)
+        self._require_finite(iterations, "derivative", *results)
+
+    def _require_finite(self, iterations: int, what: str, *results: PETSc.Vec) -> None:
+        suspicious = [vector for vector in results if not math.isfinite(vector.norm())]
+        if suspicious:  # on all ranks; but numbers may only be too large to be squared
+            whose = "" if self._name is None else f" for '{self._name}'"
+            comm, rows = self.ksp.comm.tompi4py(), [vector.array_r[None] for vector in suspicious]
+            require_finite(comm, rows, lambda _: (
+                f"the {what} of {iterations} iterations of ksp_type {self.ksp.getType()}{whose} "
+                "holds NaN or infinity: look for them in what it is made of, or for an iteration "
+                "that diverges"))
 
     def _stretches(self, b: Vector, guess: Vector | None, iterations: int,
                    checkpoints: int | None) -> tuple[list[list[int]], list[tuple]]:
