@@ -118,7 +118,7 @@ def _rows():
                 yield pytest.param(name, nonlinear, how, id=f"{name}-{'nonlinear' if nonlinear else 'linear'}-{how}", marks=marks or few)
 
 
-@pytest.mark.parametrize("name, nonlinear, how", _rows())
+@pytest.mark.parametrize("name, nonlinear, how", list(_rows()))
 def test_good_calls_after_bad_ones_are_those_of_a_fresh_solver(name, nonlinear, how):
     parameters, problem = PRECONDITIONERS[name], Diffusion(nonlinear)
     options = {"differentiation": how, **({"ksp_prefix": ""} if name == "assembled" else {})}

@@ -609,7 +609,7 @@ rows("GraphNetwork edges", lambda k, v: graph_of(k, edges=v),
      [torch.tensor([[0], [16]]), torch.tensor([[-1], [0]]), torch.tensor([[99], [0]])],
      "edges must go (from|to) nodes 0 to 15")
 rows("GraphNetwork edges", lambda k, v: graph_of(k, edges=v),
-     [torch.rand(2, 4), torch.ones(2, 4, dtype=torch.bool)], "edges must be integers", TypeError)
+     [torch.full((2, 4), 0.5), torch.ones(2, 4, dtype=torch.bool)], "edges must be integers", TypeError)
 row("GraphNetwork loop", lambda k: graph_of(k, edges=torch.tensor([[0, 3], [1, 3]])),
     "must lie at different points")
 PERIODS = [[1.0], [1, 1, 1], [0, 1], [-1, 1], [math.nan, 1], ["1", 1], [None, 1], [True, 1]]
@@ -738,7 +738,7 @@ rows("EnsembleSampler ensemble", lambda k, v: EnsembleSampler(2, 2, ensemble=v),
      TypeError)
 rows("deal", lambda k, v: deal(v, None), [[1, 2], None, 3, np.arange(3)],
      "samples must be a tensor", TypeError)
-rows("deal", lambda k, v: deal(v, None), [torch.rand(3), torch.tensor(3), torch.ones(2,
+rows("deal", lambda k, v: deal(v, None), [torch.full((3,), 0.5), torch.tensor(3), torch.ones(2,
     dtype=torch.bool)], "samples must be integers")
 rows("deal ensemble", lambda k, v: deal(torch.arange(3), v), [2, MPI.COMM_SELF], "ensemble must be",
      TypeError)
