@@ -6,7 +6,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.factorisation import FactorisationCheck
 from prdp_fem.ladders import NewtonSteps, Setting
-from prdp_fem.refined_ksp import RefinedKSP, reason_names, reset
+from prdp_fem.refined_ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
 
 __all__ = ["Newton", "reset_with_linear_solver"]
 
@@ -24,17 +24,17 @@ _REMEDIES = {
 }
 
 
-def reset_with_linear_solver(snes: PETSc.SNES, *, keeps_details: bool = False) -> None:
+def reset_with_linear_solver(snes: PETSc.SNES) -> None:
     """Have a SNES, its KSP and its preconditioner set up anew at the next solve.
 
-    Inside the solver's context. What was set on SNES and KSP stays; of the preconditioner see
-    :func:`~prdp_fem.refined_ksp.reset`.
+    Inside the solver's context. What was set on SNES and KSP stays.
     """
-    reset(snes.getKSP(), keeps_details=keeps_details)
+    forget_zero_pivots(snes.getKSP())  # before it lets go of what has them
     snes.reset()
     # Its DM, which all solvers of a function space share, would restrict its solution to coarser
     # meshes whenever multigrid is set up, and there is none until the next solve.
     snes.setDM(snes.getDM())
+    reset(snes.getKSP())
 
 
 class Newton:

@@ -13,8 +13,8 @@ from prdp_fem import nested
 from prdp_fem.ladders import Setting
 from prdp_fem.petsc_errors import cause_of, remedy
 
-__all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "in_a_sentence", "reason_names",
-           "renew_preconditioner", "reset", "set_up"]
+__all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
+           "in_a_sentence", "reason_names", "renew_preconditioner", "reset", "set_up"]
 
 _NEVER = 1e300
 # PETSc's own ksp_atol, which stops nothing.
@@ -62,9 +62,6 @@ def renew_preconditioner(ksp: PETSc.KSP) -> None:
 
 
 def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
-    for inside in nested.preconditioners(ksp):
-        for matrix in inside.getOperators():
-            _forget_zero_pivot(matrix)
     last = ksp.getPC()
     pc = PETSc.PC().create(ksp.comm)
     pc.setOptionsPrefix(last.getOptionsPrefix())
@@ -81,30 +78,29 @@ def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
         pc.setType(last.getType())
 
 
-def _forget_zero_pivot(matrix: PETSc.Mat) -> None:
-    """Forget the one that PETSc has noted on a matrix, where it would stay whatever values that gets."""
-    _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.handle))
-    if (matrix.getType() or "") in ("mpiaij", "mpibaij"):
-        _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.getDiagonalBlock().handle))
+def forget_zero_pivots(ksp: PETSc.KSP) -> None:
+    """Forget those that PETSc has noted on preconditioners and matrices.
 
-
-def reset(ksp: PETSc.KSP, *, keeps_details: bool = False) -> None:
-    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context.
-
-    Parameters
-    ----------
-    ksp : PETSc.KSP
-    keeps_details : bool
-        Whether what was set by hand on a preconditioner that has nothing inside stays, which it can
-        where there was no failure.
+    They would stay there, whatever values these get.
     """
-    if not keeps_details or ksp.getPC().getType() not in nested.SELF_CONTAINED:
-        # First: PETSc resets no preconditioner that an error has left half-way.
-        _exchange_preconditioner(ksp)
+    for pc in nested.preconditioners(ksp):
+        pc.setFailedReason(PETSc.PC.FailedReason.NOERROR)
+        for matrix in pc.getOperators():
+            _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.handle))
+            if matrix.getType() in ("mpiaij", "mpibaij"):
+                diagonal_block = matrix.getDiagonalBlock()
+                _LIBRARY.MatFactorClearError(ctypes.c_void_p(diagonal_block.handle))
+
+
+def reset(ksp: PETSc.KSP) -> None:
+    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
+    forget_zero_pivots(ksp)
     ksp.reset()
-    if ksp.getType() == PETSc.KSP.Type.PYTHON:
-        # A new object, as there is for PETSc's own.
-        ksp.setFromOptions()
+    if ksp.getPC().getType() in nested.SELF_CONTAINED:
+        ksp.getPC().setFromOptions()
+    else:
+        # What is inside is not made anew by itself.
+        _exchange_preconditioner(ksp)
 
 
 class SetByHand:
@@ -142,6 +138,7 @@ def abandon_preconditioner(ksp: PETSc.KSP) -> None:
     What is left is never destroyed, nor reset: some, such as multigrid, would destroy vectors and matrices that are not
     theirs. The KSP is to be reset before its next use.
     """
+    forget_zero_pivots(ksp)
     ksp.getPC().incRef()
     _exchange_preconditioner(ksp)
 

@@ -556,7 +556,7 @@ def control(solver, refinement: Refinement | None, **options):
 def _reset(solver) -> None:
     """Have SNES, KSP and preconditioner set up anew at the next solve, for the operators of then."""
     with options_in_place(solver):
-        reset_with_linear_solver(solver.snes, keeps_details=True)
+        reset_with_linear_solver(solver.snes)
 
 
 def _assembled_problem(solver: firedrake.LinearSolver, arguments: dict) -> tuple:
