@@ -8,10 +8,12 @@ from prdp_fem.factorisation import FactorisationCheck
 from prdp_fem.ladders import NewtonSteps, Setting
 from prdp_fem.refined_ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
 
-__all__ = ["Newton", "reset_with_linear_solver"]
+__all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
 
 # Those that make each step by a linear solve.
 _WITH_LINEAR_SOLVES = frozenset({"newtonls", "newtontr", "newtontrdc", "newtonal", "ksponly"})
+# Those that go on with directions, or with a residual, of their last solve.
+_REMEMBERING = frozenset({"qn", "ncg", "nrichardson"})
 _MANY = 2**30
 _REASONS = reason_names(PETSc.SNES.ConvergedReason)
 _REMEDIES = {
@@ -35,6 +37,11 @@ def reset_with_linear_solver(snes: PETSc.SNES) -> None:
     # meshes whenever multigrid is set up, and there is none until the next solve.
     snes.setDM(snes.getDM())
     reset(snes.getKSP())
+
+
+def solves_linear_systems(snes: PETSc.SNES) -> bool:
+    """Whether a SNES makes its steps by linear solves; another one leaves the options of its KSP unread."""
+    return snes.getType() in _WITH_LINEAR_SOLVES
 
 
 class Newton:
@@ -61,12 +68,12 @@ class Newton:
     @property
     def solves_linear_systems(self) -> bool:
         """Whether there is a KSP to put settings on."""
-        return self.snes.getType() in _WITH_LINEAR_SOLVES
+        return solves_linear_systems(self.snes)
 
     @property
     def remembers(self) -> bool:
         """Whether the SNES starts with what it has learnt in its last solve, unless it is reset."""
-        return self.snes.getType() == PETSc.SNES.Type.QN
+        return self.snes.getType() in _REMEMBERING
 
     def reset(self) -> None:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""

@@ -32,7 +32,7 @@ from prdp_fem.ladders import Setting, checked_setting
 from prdp_fem.linear import LinearSystem
 from prdp_fem.memory import Memory, is_copied, memory_of
 from prdp_fem.nested import SELF_CONTAINED
-from prdp_fem.newton import reset_with_linear_solver
+from prdp_fem.newton import reset_with_linear_solver, solves_linear_systems
 from prdp_fem.nonlinear import NonlinearSystem
 from prdp_fem.option_names import check_option_names
 from prdp_fem.options import refinement_from_options
@@ -110,6 +110,9 @@ class RefinedSolver:
             if is_adjoint:
                 options["nullspace"], options["transpose_nullspace"] = kwargs.get("transpose_nullspace"), kwargs.get("nullspace")
             solver = firedrake.LinearVariationalSolver(problem, **options)
+            if not solves_linear_systems(solver.snes):
+                with solver.inserted_options():
+                    solver.snes.getKSP().setFromOptions()
             share_transfers(self, solver)
             if self._set_by_hand is not None:
                 self._set_by_hand.put_on(solver.snes.getKSP())

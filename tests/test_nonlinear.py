@@ -374,3 +374,20 @@ def test_linear_solvers_take_the_linear_part():
     solver.refinement = FixedRefinement(NewtonSteps(2))
     solver.solve()
     assert solver.statistics.forward_iterations > 3 + 5
+
+
+@pytest.mark.parametrize("kind", ["nrichardson", "ncg", "ngmres"])
+def test_derivatives_have_the_options_of_the_ksp_where_steps_need_none(kind):
+    problem = Diffusion()
+    prdp_fem.NonlinearVariationalSolver(problem.problem, solver_parameters=EXACT).solve()
+    gradients = []
+    for steps in ("newtonls", kind):
+        parameters = {**EXACT, "snes_type": steps, "snes_linesearch_type": "basic"}
+        solver = prdp_fem.NonlinearVariationalSolver(
+            problem.problem, refinement=FixedRefinement(NewtonSteps(1)), solver_parameters=parameters)
+        f = to_torch(problem.f, copy=True).requires_grad_()
+        SolverLayer(solver, [problem.f])(f).square().sum().backward()
+        gradients.append(whole(f.grad))
+        assert solver.statistics.adjoint_iterations > 5
+    expected, found = gradients
+    assert np.linalg.norm(found - expected) < 1e-9*np.linalg.norm(expected)
