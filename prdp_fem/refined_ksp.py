@@ -96,9 +96,10 @@ def reset(ksp: PETSc.KSP) -> None:
     """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
     forget_zero_pivots(ksp)
     ksp.reset()
-    if ksp.getPC().getType() in nested.SELF_CONTAINED:
+    kind = ksp.getPC().getType()
+    if kind in nested.SELF_CONTAINED:
         ksp.getPC().setFromOptions()
-    else:
+    elif kind is not None:  # as it is where a SNES solves no linear systems
         # What is inside is not made anew by itself.
         _exchange_preconditioner(ksp)
 
