@@ -30,7 +30,7 @@ def is_finite(values, largest: float = LARGEST) -> bool:
         return bool((values.abs() <= largest).all())
     # One pass, and no array of truths: the sum of squares is NaN or infinite where a number is. It
     # may be so, or be too large, where none is: only then one has to look closer.
-    return float(np.vdot(values, values)) <= largest or bool((np.abs(values) <= largest).all())
+    return bool(np.vdot(values, values) <= largest or (np.abs(values) <= largest).all())
 
 
 def require_finite(comm: MPI.Comm, arrays: Sequence, describe: Callable[[int], str], *,

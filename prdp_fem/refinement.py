@@ -59,9 +59,6 @@ class _Checked:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance, owner: type | None = None):
-        return self if instance is None else vars(instance)[self._name]
-
     def __set__(self, instance, value) -> None:
         vars(instance)[self._name] = self._check(instance, value)
 

@@ -352,6 +352,11 @@ class System(ABC):
         return self._mesh_stamp
 
     @property
+    def solved_mesh_stamp(self) -> int:
+        """What :meth:`mesh_stamp` gave at the last solve."""
+        return self._mesh_stamp
+
+    @property
     def is_serial(self) -> bool:
         """Whether there is one rank only."""
         return self._comm.size == 1
@@ -604,15 +609,19 @@ class System(ABC):
     def _require_finite_derivatives(self, gradients: Mapping, boundary: np.ndarray | None,
                                     guess: np.ndarray | None, by_mesh: Mapping,
                                     largest: float = LARGEST) -> None:
-        results = list(gradients.values())
+        results = [*gradients.values()]
         if boundary is not None:
             results.append(boundary)
         if guess is not None:
             results.append(guess)
-        for cofunction in by_mesh.values():
-            results.append(local_values(cofunction)[None])
-        if self.is_serial and all(is_finite(rows, largest) for rows in results):
-            return
+        if by_mesh:
+            results += [local_values(cofunction)[None] for cofunction in by_mesh.values()]
+        if self.is_serial:
+            for rows in results:
+                if not is_finite(rows, largest):
+                    break
+            else:
+                return
 
         def describe(place: int) -> str:
             names = [f"'{self.inputs[index].name}'" for index in gradients]

@@ -210,8 +210,9 @@ class Solve(_Reverse):
             saved += [torch.from_numpy(field) for one in fields for field in one]
         ctx.comm = surroundings.comm
         # Nothing of the size of a field is among these.
-        ctx.call = (solver, surroundings.plan, surroundings.number, setting, batch, device, indices, system.memory, system.mesh_stamp(),
-                    has_boundary, has_guess, bool(moved), records, counts)
+        ctx.call = (
+            solver, surroundings.plan, surroundings.number, setting, batch, device, indices, system.memory,
+            system.solved_mesh_stamp, has_boundary, has_guess, bool(moved), records, counts)
         ctx.save_for_backward(*saved)
         return solutions if solutions.device == device else placed(solutions.numpy(), device, statistics)
 

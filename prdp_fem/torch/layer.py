@@ -211,8 +211,12 @@ class SolverLayer(torch.nn.Module):
 
     def _call(self, tensors: Sequence[torch.Tensor]):
         with one_thread(self._comm):
-            agree(self._comm, lambda: self._checked(tensors), "the setting, batch axes, and whether there are gradients,",
-                  "give the refinement comm=, and all ranks the same samples")
+            if self._comm.size == 1:
+                self._check(tensors)
+            else:
+                agree(self._comm, lambda: self._checked(tensors),
+                      "the setting, batch axes, and whether there are gradients,",
+                      "give the refinement comm=, and all ranks the same samples")
             if transforms_are_active():
                 outputs = TransformedCall(self._comm, self._evaluate, self._stamp)(*tensors)
             else:
@@ -241,8 +245,7 @@ class SolverLayer(torch.nn.Module):
         """What tells the setting, the values of coefficients and the meshes of the last call."""
         return (self.solver.system.mesh_stamp(), *(surroundings.number for surroundings in self._surroundings.values()))
 
-    def _checked(self, tensors: Sequence[torch.Tensor]) -> list[str]:
-        """What ranks must have alike to make the same calls, forward and backward."""
+    def _check(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.device not in (CPU, tensor_device(self.solver.system.memory.device)):
             raise RuntimeError(f"the layer is on {self.device}, but its solver has been moved to '{self.solver.device}': move the layer, "
                                "too")
@@ -255,6 +258,10 @@ class SolverLayer(torch.nn.Module):
         except RuntimeError:
             raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
                              f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
+
+    def _checked(self, tensors: Sequence[torch.Tensor]) -> list[str]:
+        """What ranks must have alike to make the same calls, forward and backward."""
+        self._check(tensors)
         # Without names: those that Firedrake has chosen are not the same on all ranks.
         return [in_numbers(self.solver.setting),
                 *(f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors)]
