@@ -23,6 +23,8 @@ _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg
 _NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
 # Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
 _SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
+_INFINITY = PETSc.NormType.NORM_INFINITY
+_DIRECT = frozenset({PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE})
 
 
 class Krylov:
@@ -104,7 +106,8 @@ class Krylov:
 
     def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
-        return self._projected(self._transposed_solver(setting))
+        solve = self._transposed_solver(setting)
+        return solve if self._one_sided_null_space is None else self._projected(solve)
 
     def _transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         if self.is_symmetric():
@@ -148,17 +151,17 @@ class Krylov:
     def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
         """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
         refined.apply(setting, False, is_absolute=False)
-        solve = self._checked(refined, solve, kind)
-        always = refined.may_have_thresholds
+        solve_and_check = self._checked(refined, solve, kind)
+        smallest = math.inf if refined.may_have_thresholds else _SMALL
 
         def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
-            size = b.norm(PETSc.NormType.NORM_INFINITY)
-            if (not always and _SMALL < size < _LARGE) or not 0 < size < math.inf:
-                return solve(b, x)
+            size = b.norm(_INFINITY)
+            if smallest < size < _LARGE or not 0 < size < math.inf:
+                return solve_and_check(b, x)
             # By a power of two, that changes no bit but where numbers of the solve had been too small or too large to have all.
             exponent = min(max(math.frexp(size)[1], -_MOST), _MOST)
             b.scale(math.ldexp(1.0, -exponent))
-            iterations = solve(b, x)
+            iterations = solve_and_check(b, x)
             x.scale(math.ldexp(1.0, exponent))
             return iterations
         return solve_scaled
@@ -170,17 +173,15 @@ class Krylov:
 
     def _checked(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
         checked_iterations = refined.checked_iterations
+        is_direct = refined.ksp.getType() in _DIRECT
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)
-            return checked_iterations(kind)
-
-        def solve_directly(b: PETSc.Vec, x: PETSc.Vec) -> int:
-            iterations = solve_and_check(b, x)
-            self._factorisation.look(refined.ksp, b, x, kind, solve == refined.ksp.solveTranspose)
+            iterations = checked_iterations(kind)
+            if is_direct:
+                self._factorisation.look(refined.ksp, b, x, kind, solve == refined.ksp.solveTranspose)
             return iterations
-        is_direct = refined.ksp.getType() in (PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE)
-        return solve_directly if is_direct else solve_and_check
+        return solve_and_check
 
     @cached_property
     def _probe(self) -> _Probe:

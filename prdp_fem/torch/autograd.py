@@ -247,8 +247,11 @@ class Solve(_Reverse):
                        for record, fields in zip(records, counts)]
 
         needed, rows = ctx.needs_input_grad[_BEFORE_TENSORS:], batch.numel()
-        rooms = {index: room(batch, tensor.shape[-1], device if index in system.device_inputs else CPU)
-                 for index, tensor, wanted in zip(indices, tensors, needed) if wanted}
+        gradients, written = {}, {}
+        for index, tensor, wanted in zip(indices, tensors, needed):
+            if wanted:
+                where = device if index in system.device_inputs else CPU
+                gradients[index], written[index] = room(batch, tensor.shape[-1], where)
         boundary = np.empty((rows, system.size)) if ctx.needs_input_grad[_BOUNDARY] else None
         guess = np.empty((rows, system.size)) if ctx.needs_input_grad[_GUESS] else None
         cotangents = _rows(cotangent, batch)
@@ -256,20 +259,24 @@ class Solve(_Reverse):
         given = [t for t in (*tensors, boundary_values, guess_values) if t is not None]
         try:
             with ordered(device):
-                system.solve_adjoint(point, setting, cotangents, solutions, records,
-                                     {index: written for index, (_, written) in rooms.items()},
+                system.solve_adjoint(point, setting, cotangents, solutions, records, written,
                                      varying=varying, boundary=boundary, guess=guess,
                                      largest=_largest(given))
         except ConvergenceError as error:
             name_sample(error, batch)
             raise
-        gradients = {index: gradient if gradient.device == tensor.device else placed(gradient.numpy(), tensor.device, statistics)
-                     for (index, (gradient, _)), tensor in zip(rooms.items(), _wanted(tensors, needed))}
-        return (*(None,)*_BOUNDARY,
-                None if boundary is None else _reduced(placed(boundary, device, statistics), batch, boundary_values),
-                None if guess is None else _reduced(placed(guess, device, statistics), batch, guess_values),
-                *(_reduced(gradients[index], batch, tensor) if index in gradients else None
-                  for index, tensor in zip(indices, tensors)))
+        results: list[torch.Tensor | None] = [None]*_BOUNDARY
+        for rows_of, tensor in ((boundary, boundary_values), (guess, guess_values)):
+            results.append(None if rows_of is None else
+                           _reduced(placed(rows_of, device, statistics), batch, tensor))
+        for index, tensor in zip(indices, tensors):
+            gradient = gradients.get(index)
+            if gradient is not None:
+                if device is not CPU and gradient.device != tensor.device:
+                    gradient = placed(gradient.numpy(), tensor.device, statistics)
+                gradient = _reduced(gradient, batch, tensor)
+            results.append(gradient)
+        return tuple(results)
 
 
 def _put_in(point: Point, varying: dict, system, statistics: Statistics, batch: torch.Size, indices: Sequence[int],
