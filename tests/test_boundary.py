@@ -12,7 +12,7 @@ import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
 from prdp_fem.torch import SolverLayer
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 
 def field(space, seed: int, name: str = "field"):

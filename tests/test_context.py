@@ -13,7 +13,7 @@ import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
 from prdp_fem.torch import SolverLayer, to_torch
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 Told = namedtuple("Told", ["kappa", "number"])
 

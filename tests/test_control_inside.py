@@ -8,7 +8,7 @@ from problems import CG, GMRES, equality, smooth, whole
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 LU = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 

@@ -11,7 +11,7 @@ import prdp_fem
 from prdp_fem import FixedRefinement, NewtonSteps, Tolerance
 from prdp_fem.torch import SolverLayer
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 
 class Singular:

@@ -8,7 +8,7 @@ from problems import CG, GMRES, HeatStep
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 INNER = {"ksp_type": "fgmres", "pc_type": "ksp", "ksp_ksp_type": "gmres", "ksp_pc_type": "jacobi", "ksp_ksp_max_it": 3, "ksp_rtol": 1e-2}
 REFUSED = {

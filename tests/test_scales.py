@@ -11,7 +11,7 @@ import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
 from prdp_fem.torch import SolverLayer, to_torch
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 ATOL = {"ksp_atol": 1e-4, "ksp_rtol": 1e-11}
 SOLVERS = {
