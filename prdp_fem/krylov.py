@@ -208,12 +208,13 @@ class Krylov:
             pc = self.ksp.getPC()
             # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
             if (self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp)
-                    or nested.has_untransposable_inside(self.ksp)):
+                    or nested.has_untransposable_inside(self.ksp) or _has_python_blocks(A)):
                 self._transposable = False
                 return False
             try:
-                A.multTranspose(self._probe.x, self._probe.Ax)  # a Python matrix, such as that of a Real space, may have none
-                self._transposable = self._probe.finds_transposed(pc)
+                # A Python matrix may have no transposed product, or one that is none of its transpose.
+                self._transposable = (self._probe.finds_transposed_operator(A)
+                                      and self._probe.finds_transposed(pc))
             except (PETSc.Error, AttributeError, NotImplementedError):
                 self._transposable = False
                 self._probe.keep_for_ever()
@@ -225,6 +226,18 @@ class Krylov:
                 self.ksp.setUp()
                 self.refined.set_up()
         return self._transposable
+
+
+def _has_python_blocks(A: PETSc.Mat) -> bool:
+    """Whether a matrix is one of blocks, of which some are Python's, as those of a Real space are.
+
+    PyOP2 adds the transposed products of these up wrongly, by whatever their entries are to others.
+    """
+    if A.getType() != PETSc.Mat.Type.NEST:
+        return False
+    rows, columns = A.getNestSize()
+    blocks = (A.getNestSubMatrix(row, column) for row in range(rows) for column in range(columns))
+    return any(block.handle and block.getType() == PETSc.Mat.Type.PYTHON for block in blocks)
 
 
 class _Probe:
@@ -253,6 +266,13 @@ class _Probe:
         multiply(self.y, self.Ay)
         size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
         return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
+
+    def finds_transposed_operator(self, A: PETSc.Mat) -> bool:
+        """Compare (A x, y) with (x, Aᵀ y)."""
+        A.mult(self.x, self.Ax)
+        A.multTranspose(self.y, self.Ay)
+        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
+        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-10*size
 
     def finds_transposed(self, pc: PETSc.PC) -> bool:
         """Compare (P x, y) with (x, Pᵀ y)."""
