@@ -96,9 +96,13 @@ def reset(ksp: PETSc.KSP) -> None:
     """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
     forget_zero_pivots(ksp)
     ksp.reset()
-    kind = ksp.getPC().getType()
+    pc = ksp.getPC()
+    kind = pc.getType()
     if kind in nested.SELF_CONTAINED:
-        ksp.getPC().setFromOptions()
+        # A reset takes from factorisations what options say of them; a type that was set by hand has
+        # none, and would give way to theirs.
+        if PETSc.Options(pc.getOptionsPrefix()).getString("pc_type", kind) == kind:
+            pc.setFromOptions()
     elif kind is not None:  # as it is where a SNES solves no linear systems
         # What is inside is not made anew by itself.
         _exchange_preconditioner(ksp)
