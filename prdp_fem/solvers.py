@@ -156,6 +156,15 @@ class RefinedSolver:
         return []
 
     @property
+    def _problem(self):
+        """What Firedrake's own ``solve`` looks for first, and nobody else does.
+
+        Kept from before a solver came under control, it would solve for what is not the user's.
+        """
+        raise RuntimeError(f"this is the solve() that the solver for '{self.problem.u.name()}' had before it came "
+                           "under control, which would leave the solution as it is: call solver.solve() of now")
+
+    @property
     def refinement(self) -> Refinement | None:
         """Whose setting is put on the KSP at each solve; it can be exchanged between solves."""
         return self._refinement

@@ -252,3 +252,19 @@ def test_what_cannot_be_controlled_is_refused_and_left_as_it_was():
     with pytest.raises(ValueError, match="ksp_prefix is chosen when it is made"):
         prdp_fem.control(ours, FixedRefinement(Iterations(3)), ksp_prefix="")
     assert prdp_fem.control(ours, FixedRefinement(Iterations(3)), warm_start=False) is ours
+
+
+@pytest.mark.parametrize("make", [LinearVariationalSolver, NonlinearVariationalSolver])
+def test_a_solve_that_was_looked_up_before_is_no_silent_one(make):
+    V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
+    linear = make is LinearVariationalSolver
+    problem = LinearVariationalProblem(w*v*dx, v*dx, u) if linear else NonlinearVariationalProblem((u - 1)*v*dx, u)
+    with stop_annotating():
+        solver = make(problem, solver_parameters={"ksp_type": "cg", "pc_type": "jacobi", "ksp_rtol": 1e-12})
+        before = solver.solve
+        prdp_fem.control(solver, None)
+        with pytest.raises(RuntimeError, match="'heat' had before it came under control"):
+            before()
+        solver.solve()
+        assert abs(assemble(u*dx) - 1) < 1e-8
