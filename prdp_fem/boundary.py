@@ -383,7 +383,8 @@ class _Gradient(_Part):
 
     def __init__(self, condition, dofs: np.ndarray, expression, group):
         super().__init__(condition, dofs, expression)
-        self._is_real = group.is_real
+        self._is_real, self._name = group.is_real, group.name
+        self._probe: Function | None = None
         self._is_identity = not group.is_real and expression is group.variables[0]
         if self._is_identity:
             return
@@ -405,6 +406,8 @@ class _Gradient(_Part):
                 self._zero = np.zeros(local_values(variable).size)
                 if self._adjoint is not None:
                     self._adjoint.assemble()
+                    if _may_jump(self._own_space, expression):
+                        self._make_probe(expression, variable)
         except Exception as error:  # whatever UFL, TSFC or the element raise
             raise ValueError(f"the boundary values made from '{group.name}' cannot be differentiated by it, so it cannot be a control: "
                              f"{error}") from error
@@ -423,7 +426,46 @@ class _Gradient(_Part):
         if self._adjoint is None:
             return self._zero
         set_local_values(self._cotangent, own)
-        return local_values(self._adjoint.assemble())
+        gradient = local_values(self._adjoint.assemble())
+        if self._probe is not None:
+            self._check_transpose(own, gradient)
+        return gradient
+
+    def _make_probe(self, expression, variable: Function) -> None:
+        self._probe = Function(variable.function_space())
+        size = local_values(self._probe).size
+        set_local_values(self._probe, np.random.default_rng(1).standard_normal(size))
+        along = _derivative(expression, variable, self._probe)
+        self._along_probe = get_interpolator(interpolate(along, self._own_space))
+
+    def _check_transpose(self, cotangent: np.ndarray, gradient: np.ndarray) -> None:
+        """Refuse a gradient that is not one of the values. Collective.
+
+        At a node these are of one of its cells, and the gradient is of all.
+        """
+        along = cotangent*local_values(self._along_probe.assemble())
+        sums = np.array([along.sum() - gradient @ local_values(self._probe), np.abs(along).sum()])
+        difference, size = self._space.mesh().comm.allreduce(sums, MPI.SUM)
+        if abs(difference) > 1e-8*size:
+            raise ValueError(
+                f"the boundary values made from '{self._name}' jump where cells meet, and a "
+                "DirichletBC takes those of one of the cells, which Firedrake's interpolation does "
+                "not differentiate: project them into a Function of the condition's space first")
+
+
+def _may_jump(space, expression) -> bool:
+    """Whether an expression may have several values at a node of a space that cells share."""
+    element = space.ufl_element()
+    if element not in ufl.HDiv and element not in ufl.HCurl:  # as those of H1 are
+        return False
+
+    def may(node) -> bool:
+        if isinstance(node, Function):
+            return node.function_space().ufl_element() not in ufl.H1
+        is_geometric = isinstance(node, classes.GeometricQuantity)
+        return (isinstance(node, classes.Derivative)
+                or (is_geometric and not isinstance(node, classes.SpatialCoordinate)))
+    return any(map(may, unique_pre_traversal(expression)))
 
 
 def _derivative(expression, variable: Function, direction):

@@ -450,3 +450,27 @@ def test_numbers_from_the_tape_are_no_silent_constants_in_conditions():
     reduced = ReducedFunctional(assemble(u**2*dx), Control(f))
     with stop_annotating():
         assert taylor_test(reduced, f.copy(deepcopy=True), field(V, 4)) > 1.95
+
+
+@pytest.mark.parametrize("values, given, target, jumps", [
+    (lambda g: 2*g, ("DG", 0), ("CG", 2), True),
+    (lambda g: g.dx(0), ("CG", 2), ("CG", 2), True),
+    (grad, ("CG", 1), ("N1curl", 1), False),
+])
+def test_values_that_jump_where_cells_meet_are_no_silent_average(values, given, target, jumps):
+    with stop_annotating():
+        mesh = UnitSquareMesh(3, 3)
+        V, g = FunctionSpace(mesh, *target), field(FunctionSpace(mesh, *given), 1, "wall")
+        direction = field(g.function_space(), 2)
+    u, w, v = Function(V), TrialFunction(V), TestFunction(V)
+    right = inner(Constant(np.ones(v.ufl_shape)) if v.ufl_shape else 1, v)*dx
+    condition = DirichletBC(V, values(g), "on_boundary")
+    problem = LinearVariationalProblem(inner(w, v)*dx, right, u, bcs=condition)
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}).solve()
+    reduced = ReducedFunctional(assemble(inner(u, u)*dx), Control(g))
+    if jumps:
+        with pytest.raises(ValueError, match="made from 'wall' jump where cells meet"):
+            reduced.derivative()
+    else:
+        with stop_annotating():
+            assert taylor_test(reduced, g.copy(deepcopy=True), direction) > 1.95
