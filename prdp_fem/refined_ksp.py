@@ -99,8 +99,8 @@ def reset(ksp: PETSc.KSP) -> None:
     pc = ksp.getPC()
     kind = pc.getType()
     if kind in nested.SELF_CONTAINED:
-        # A reset takes from factorisations what options say of them; a type that was set by hand has
-        # none, and would give way to theirs.
+        # A reset takes from factorisations what options say of them; a type that was set by hand
+        # has none, and would give way to theirs.
         if PETSc.Options(pc.getOptionsPrefix()).getString("pc_type", kind) == kind:
             pc.setFromOptions()
     elif kind is not None:  # as it is where a SNES solves no linear systems

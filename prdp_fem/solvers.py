@@ -161,8 +161,9 @@ class RefinedSolver:
 
         Kept from before a solver came under control, it would solve for what is not the user's.
         """
-        raise RuntimeError(f"this is the solve() that the solver for '{self.problem.u.name()}' had before it came "
-                           "under control, which would leave the solution as it is: call solver.solve() of now")
+        raise RuntimeError(
+            f"this is the solve() that the solver for '{self.problem.u.name()}' had before it came "
+            "under control, which would leave the solution as it is: call solver.solve() of now")
 
     @property
     def refinement(self) -> Refinement | None:

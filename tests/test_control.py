@@ -259,9 +259,10 @@ def test_a_solve_that_was_looked_up_before_is_no_silent_one(make):
     V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
     linear = make is LinearVariationalSolver
-    problem = LinearVariationalProblem(w*v*dx, v*dx, u) if linear else NonlinearVariationalProblem((u - 1)*v*dx, u)
+    problem = (LinearVariationalProblem(w*v*dx, v*dx, u) if linear
+               else NonlinearVariationalProblem((u - 1)*v*dx, u))
     with stop_annotating():
-        solver = make(problem, solver_parameters={"ksp_type": "cg", "pc_type": "jacobi", "ksp_rtol": 1e-12})
+        solver = make(problem, solver_parameters={**CG, **CONVERGED})
         before = solver.solve
         prdp_fem.control(solver, None)
         with pytest.raises(RuntimeError, match="'heat' had before it came under control"):
