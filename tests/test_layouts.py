@@ -132,6 +132,14 @@ def test_each_batch_is_dealt_out_whole():
             assert share == len(mine)/len(batch)
 
 
+@pytest.mark.parallel([1, 2, 3])
+@pytest.mark.parametrize("samples", [torch.arange(15).reshape(5, 3)/7,
+                                     torch.arange(5) % 2 == 0], ids=["numbers", "marks"])
+def test_what_there_is_for_each_sample_is_dealt_out_as_their_numbers_are(samples):
+    ensemble = Ensemble(COMM_WORLD, 1)
+    assert deal(samples, ensemble).equal(samples[deal(torch.arange(5), ensemble)])
+
+
 @pytest.mark.parallel([2, 3])
 def test_members_that_have_other_things_in_mind():
     ensemble = Ensemble(COMM_WORLD, 1)

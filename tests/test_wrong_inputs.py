@@ -738,8 +738,8 @@ rows("EnsembleSampler ensemble", lambda k, v: EnsembleSampler(2, 2, ensemble=v),
      TypeError)
 rows("deal", lambda k, v: deal(v, None), [[1, 2], None, 3, np.arange(3)],
      "samples must be a tensor", TypeError)
-rows("deal", lambda k, v: deal(v, None), [torch.full((3,), 0.5), torch.tensor(3), torch.ones(2,
-    dtype=torch.bool)], "samples must be integers")
+rows("deal", lambda k, v: deal(v, None), [torch.tensor(3), torch.tensor(0.5)],
+     "samples must lie along an axis")
 rows("deal ensemble", lambda k, v: deal(torch.arange(3), v), [2, MPI.COMM_SELF], "ensemble must be",
      TypeError)
 

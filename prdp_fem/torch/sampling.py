@@ -20,7 +20,7 @@ def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
     Parameters
     ----------
     samples : torch.Tensor
-        Sample numbers, the same on all ranks.
+        Sample numbers, or what there is for each sample, along the first axis; the same on all ranks.
     ensemble : firedrake.Ensemble or None
         None for a single member.
 
@@ -32,11 +32,11 @@ def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
     Raises
     ------
     TypeError, ValueError
-        For what are no sample numbers, and for another ensemble than Firedrake's.
+        For what has no samples along a first axis, and for another ensemble than Firedrake's.
     """
     instance("samples", samples, torch.Tensor, "a tensor of sample numbers")
-    if samples.ndim == 0 or samples.is_floating_point() or samples.is_complex() or samples.dtype == torch.bool:
-        raise ValueError(f"samples must be integers along an axis, found {shown(samples)}")
+    if samples.ndim == 0:
+        raise ValueError(f"samples must lie along an axis, found {shown(samples)}")
     _check_ensemble(ensemble)
     return samples if ensemble is None else samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
 
