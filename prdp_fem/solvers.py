@@ -45,6 +45,7 @@ from prdp_fem.solver_arguments import OWN, check_names, check_refinement, check_
 from prdp_fem.statistics import Statistics
 from prdp_fem.system import System
 from prdp_fem.tape import SolveBlock
+from prdp_fem.threads import by_one_thread
 from prdp_fem.unrolled_linear import UnrolledLinearSystem
 from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 
@@ -256,6 +257,7 @@ class RefinedSolver:
         """The user's solution Function."""
         return self.problem.u
 
+    @by_one_thread("system")
     def solve(self, bounds=None, **kwargs) -> firedrake.Function:
         """Solve with the setting of the moment, and annotate the solve on the working tape.
 

@@ -357,6 +357,11 @@ class System(ABC):
         return self._mesh_stamp
 
     @property
+    def comm(self) -> MPI.Comm:
+        """The ranks that share the mesh."""
+        return self._comm
+
+    @property
     def is_serial(self) -> bool:
         """Whether there is one rank only."""
         return self._comm.size == 1

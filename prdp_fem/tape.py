@@ -15,6 +15,7 @@ from prdp_fem.firedrake_internals import assigned_from, has_schedule, is_lost, m
 from prdp_fem.inputs import Input, is_real, local_values, set_local_values
 from prdp_fem.point import Direction, Point
 from prdp_fem.system import System
+from prdp_fem.threads import by_one_thread
 
 __all__ = ["SolveBlock"]
 
@@ -101,6 +102,7 @@ class SolveBlock(Block):
     # pyadjoint's own versions of the four methods that follow restore all that the block depends on first, the mesh, too.
 
     @no_annotations
+    @by_one_thread("_system")
     def recompute(self, markings: bool = False) -> None:
         """Solve again, and save the solution."""
         output, = self.get_outputs()
@@ -121,6 +123,7 @@ class SolveBlock(Block):
         self._system.collect_garbage()
 
     @no_annotations
+    @by_one_thread("_system")
     def evaluate_adj(self, markings: bool = False) -> None:
         """Add the adjoint's values to the dependencies'."""
         output, = self.get_outputs()
@@ -150,6 +153,7 @@ class SolveBlock(Block):
         return variable
 
     @no_annotations
+    @by_one_thread("_system")
     def evaluate_tlm(self, markings: bool = False) -> None:
         """Add the tangent of the solution to the output's."""
         output, = self.get_outputs()
@@ -162,6 +166,7 @@ class SolveBlock(Block):
         self._system.collect_garbage()
 
     @no_annotations
+    @by_one_thread("_system")
     def evaluate_hessian(self, markings: bool = False) -> None:
         """Add the derivatives of the adjoint's values, in the direction of the tangents, to the dependencies'."""
         output, = self.get_outputs()

@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
 
 from mpi4py import MPI
 
-__all__ = ["one_thread"]
+__all__ = ["by_one_thread", "one_thread"]
 
 _LOCK = threading.RLock()
 
@@ -35,3 +37,20 @@ def one_thread(comm: MPI.Comm) -> AbstractContextManager:
         The ranks that do together what is inside.
     """
     return _LOCK if comm.size == 1 else _ALONE
+
+
+def by_one_thread(name: str) -> Callable:
+    """A decorator of methods that one thread at a time comes to, see :func:`one_thread`.
+
+    Parameters
+    ----------
+    name : str
+        Of the attribute that is the System, whose ranks call the method together.
+    """
+    def decorate(method: Callable) -> Callable:
+        @wraps(method)
+        def alone(self, *args, **kwargs):
+            with one_thread(getattr(self, name).comm):
+                return method(self, *args, **kwargs)
+        return alone
+    return decorate

@@ -7,6 +7,13 @@ import pytest
 import torch
 from cases import samples
 from firedrake import *
+from firedrake.adjoint import (
+    Control,
+    ReducedFunctional,
+    continue_annotation,
+    pause_annotation,
+    set_working_tape,
+)
 from problems import CG, GMRES, HeatStep, smooth
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.func import grad as gradient_of
@@ -15,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import prdp_fem
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonSteps, ScheduledRefinement
 from prdp_fem.threads import one_thread
-from prdp_fem.torch import SolverLayer, to_torch
+from prdp_fem.torch import SolverLayer, from_torch, to_torch
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.parallel([1, 2, 3])
@@ -222,6 +229,32 @@ def test_two_threads_have_the_numbers_of_one():
     with ThreadPoolExecutor(2) as pool:
         for place, found in enumerate(pool.map(lambda place: diffusion.gradients(*requests[place % 4]), range(40))):
             assert_equal(found, expected[place % 4])
+
+
+@pytest.mark.parallel(1)
+def test_a_thread_that_solves_and_one_that_replays_beside_a_layer():
+    problem = HeatStep(8)
+    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
+    layer = SolverLayer(solver, [problem.u0])
+    continue_annotation()
+    with set_working_tape():
+        solver.solve()
+        functional = ReducedFunctional(assemble(problem.u**2*dx), Control(problem.u0))
+    pause_annotation()
+    tensor, control = samples(problem.u0), samples(problem.u0).numpy()
+
+    def replay():
+        value = functional(from_torch(torch.from_numpy(control), problem.u0.function_space()))
+        return [torch.tensor(value), to_torch(functional.derivative(), copy=True)]
+
+    requests = [lambda: [layer(tensor)], lambda: [to_torch(solver.solve(), copy=True)], replay]
+    expected = [request() for request in requests]
+    with ThreadPoolExecutor(3) as pool:
+        threads = [pool.submit(lambda request=request: [request() for _ in range(50)])
+                   for request in requests]
+        for thread, one in zip(threads, expected):
+            for found in thread.result():
+                assert_equal(found, one)
 
 
 def test_all_calls_of_one_other_thread():
