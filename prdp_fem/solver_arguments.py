@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 import firedrake
@@ -14,13 +16,15 @@ from prdp_fem.firedrake_internals import spaces_of_basis
 from prdp_fem.option_names import check_solver_parameters
 from prdp_fem.refinement import Refinement
 
-__all__ = ["OWN", "check_names", "check_refinement", "check_solver_arguments"]
+__all__ = ["OWN", "check_names", "check_numbers", "check_refinement", "check_solver_arguments"]
 
 # Arguments of this package's solvers, which Firedrake's do not have.
 OWN = ("refinement", "differentiation", "warm_start", "ksp_prefix", "device")
 _FIREDRAKES = (*inspect.signature(firedrake.NonlinearVariationalSolver.__init__).parameters,
                "ad_block_tag")
 _THEIRS = tuple(name for name in _FIREDRAKES if name not in ("self", "problem"))
+# As PETSc reads one.
+_INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
 _BASES = ("nullspace", "transpose_nullspace", "near_nullspace")
 
 
@@ -51,6 +55,33 @@ def check_refinement(refinement: Any) -> None:
     instance("refinement", refinement, (Refinement, type(None)),
              "a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
              "FixedRefinement(Iterations(20)) for a constant setting")
+
+
+def check_numbers(options: Mapping[str, Any], of: str) -> None:
+    """Make sure that PETSc makes no other numbers of integers among options.
+
+    Parameters
+    ----------
+    options : Mapping of str
+        Solver parameters, flat, together with what PETSc's options have in their place.
+    of : str
+        What they are for.
+
+    Raises
+    ------
+    ValueError
+        For the first that its integers cannot hold.
+    """
+    for name, value in options.items():
+        for number in value.split(",") if isinstance(value, str) else [value]:
+            if isinstance(number, str):
+                # Not int(), which refuses thousands of digits.
+                is_large = _INTEGER.fullmatch(number) is not None and abs(float(number)) > COUNT
+            else:
+                is_large = isinstance(number, Integral) and abs(number) > COUNT
+            if is_large:
+                raise ValueError(f"{of} has {name} {shown(value)}, and PETSc would make another "
+                                 f"integer of one beyond {COUNT} (a real number can be written as 1e10)")
 
 
 def check_solver_arguments(solution: Function, solver_type: type, refinement: Any, warm_start: Any,
@@ -89,11 +120,6 @@ def check_solver_arguments(solution: Function, solver_type: type, refinement: An
         raise TypeError(f"solver_parameters must have the names of options as keys, found "
                         f"{shown(wrong[0])}")
     check_solver_parameters(parameters or ())
-    for name, value in (parameters or {}).items():
-        if isinstance(value, int) and abs(value) > COUNT:
-            raise ValueError(f"solver_parameters has {name} {shown(value)}, and PETSc would make "
-                             f"another number of one beyond "
-                             f"{COUNT}")
     instance("appctx", context, (Mapping, type(None)), "a dictionary, or None")
     for name, value in others.items():
         if name.endswith("_callback") and value is not None and not callable(value):

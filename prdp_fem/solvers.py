@@ -41,7 +41,13 @@ from prdp_fem.persistence import options_of, refuse_persistent
 from prdp_fem.point import Point
 from prdp_fem.refined_ksp import SetByHand
 from prdp_fem.refinement import Refinement
-from prdp_fem.solver_arguments import OWN, check_names, check_refinement, check_solver_arguments
+from prdp_fem.solver_arguments import (
+    OWN,
+    check_names,
+    check_numbers,
+    check_refinement,
+    check_solver_arguments,
+)
 from prdp_fem.statistics import Statistics
 from prdp_fem.system import System
 from prdp_fem.tape import SolveBlock
@@ -82,6 +88,7 @@ class RefinedSolver:
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported: {remedy}")
         given = options_of(kwargs.get("solver_parameters"), kwargs.get("options_prefix"))
+        check_numbers(given, f"the solver for '{problem.u.name()}'")
         refuse_persistent(given)
         code = users_code(given)
         # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.

@@ -2,6 +2,7 @@
 import re
 from types import SimpleNamespace
 
+import firedrake
 import pytest
 from mpi4py import MPI
 from petsc4py import PETSc
@@ -351,6 +352,20 @@ def test_a_misspelt_package_is_a_warning(set_options):
     with pytest.warns(UserWarning, match="-pdrp_start 5 is not read by prdp_fem: is it meant to be "
                                          "-prdp_start?"):
         refinement_from_options()
+
+
+def test_numbers_that_petsc_would_turn_into_others_are_refused_for_solvers(set_options):
+    mesh = firedrake.UnitIntervalMesh(3)
+    V = firedrake.FunctionSpace(mesh, "CG", 1)
+    w, v = firedrake.TrialFunction(V), firedrake.TestFunction(V)
+    u = firedrake.Function(V, name="heat")
+    problem = firedrake.LinearVariationalProblem(w*v*firedrake.dx, v*firedrake.dx, u)
+    set_options(heat_ksp_max_it="8589934595")
+    with pytest.raises(ValueError, match="the solver for 'heat' has ksp_max_it '8589934595', and "
+                                         "PETSc would make another integer"):
+        prdp_fem.LinearVariationalSolver(problem, options_prefix="heat",
+                                         solver_parameters={"ksp_type": "cg"})
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={"ksp_divtol": "1e10"})
 
 
 def test_a_prefix_needs_no_underscore(set_options):

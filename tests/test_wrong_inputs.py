@@ -490,8 +490,12 @@ rows("solver_parameters of PETSc", lambda k, v: solver_of(k, solver_parameters=v
       {"ksp_type": "cg", "ksp_rtol": "x"}],
      "PETSc refuses the solver parameters for 'solution'")
 rows("solver_parameters too large", lambda k, v: solver_of(k, solver_parameters={**CG,
-    "ksp_max_it": v}), [2**31, -10**12, 99999999999],
-     "PETSc would make another number of one beyond 2147483647")
+    "ksp_max_it": v}), [2**31, -10**12, 99999999999, np.int64(2**33), "99999999999", "9"*5000],
+     "PETSc would make another integer of one beyond 2147483647")
+rows("solver_parameters too large inside", lambda k, v: solver_of(k, solver_parameters={
+    "ksp_type": "cg", "pc_type": "ksp", "ksp": v}),
+     [{"ksp_max_it": 2**31}, {"ksp": {"max_it": -2**31}}, {"pc_bjacobi_lengths": "1,99999999999"}],
+     "PETSc would make another integer of one beyond 2147483647")
 rows("appctx", lambda k, v: solver_of(k, appctx=v), ["x", 5, [1]], "appctx must be a dictionary",
      TypeError)
 rows("options_prefix", lambda k, v: solver_of(k, options_prefix=v), [5, ["heat_"]],
