@@ -860,6 +860,24 @@ def test_bad_states(change, message):
     assert run(refinement, [5]) == [2]  # … and it still runs: q = r = 5/4
 
 
+@pytest.mark.parametrize("make, entries", [
+    (lambda: ProgressiveRefinement(IterationLadder(), **EXACT), ["level", "history", "checkpoint"]),
+    (lambda: ProgressiveRefinement(IterationLadder(), **EXACT), ["level", "history"]),
+    (lambda: ScheduledRefinement([1, 2], {0: 0, 2: 1}), ["level", "history"])])
+def test_states_of_the_first_version_are_told_from_damaged_ones(make, entries):
+    """They had nothing of the ladder and the rule."""
+    source, refinement = make(), make()
+    run(source, [8, 8, 8, 9])
+    old = {entry: source.state_dict()[entry] for entry in entries}
+    with pytest.raises(ValueError) as error:
+        refinement.load_state_dict(old)
+    assert "saved by an earlier version of prdp_fem" in str(error.value)
+    assert (refinement.level, refinement.history) == (0, [])
+    # as the sentence says
+    refinement.load_state_dict({**refinement.state_dict(), **old})
+    assert (refinement.level, refinement.history) == (source.level, source.history)
+
+
 def test_state_of_another_ladder():
     source = ProgressiveRefinement(IterationLadder(stop=9), **EXACT)
     run(source, [8, 8, 8, 9, 10])
