@@ -415,6 +415,45 @@ def test_a_closure_is_that_of_a_plain_loop(options):
     assert_same(network.state_dict(), plain)
 
 
+class Sharpness(torch.optim.Optimizer):
+    """Sharpness-aware minimisation, as people write it: two evaluations a step, and a loss that is a tensor."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.losses = []
+
+    def step(self, closure):
+        closure = torch.enable_grad()(closure)
+        self.losses.append(closure().item())
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        before = [parameter.detach().clone() for parameter in parameters]
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(parameter.grad, alpha=0.05)
+            self.losses.append(closure().detach().item())
+            for parameter, old in zip(parameters, before):
+                parameter.copy_(old).sub_(parameter.grad, alpha=0.1)
+
+
+def test_what_a_closure_returns_is_a_tensor():
+    network, loss = regression()
+    start = copy.deepcopy(network.state_dict())
+    optimiser, order = Sharpness(network.parameters()), torch.Generator().manual_seed(7)
+    for samples in torch.randperm(10, generator=order).split(4):
+        def closure(samples=samples):
+            optimiser.zero_grad()
+            value = loss(samples)
+            value.backward()
+            return value
+        optimiser.step(closure)
+    plain = copy.deepcopy(network.state_dict())
+    network.load_state_dict(start)
+    inside = Sharpness(network.parameters())
+    trained(network, loss, inside, seed=7, epochs=1)
+    assert_same(network.state_dict(), plain)
+    assert inside.losses == optimiser.losses
+
+
 def test_an_error_among_the_evaluations_of_a_step_leaves_all_as_it_was():
     network, loss = regression()
     optimiser, before, calls = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), [], []
@@ -536,7 +575,7 @@ def test_optimisers_and_schedulers_that_cannot_do_their_work_are_refused():
     network, loss = regression()
     optimiser, tiny = (torch.optim.SGD(network.parameters(), lr=rate) for rate in (0.1, 1e-30))
     kinds = torch.optim.lr_scheduler
-    for options, words in [({"optimiser": torch.optim.LBFGS(network.parameters())}, 'line_search_fn="strong_wolfe"'),
+    for options, words in [({"optimiser": torch.optim.LBFGS(network.parameters())}, 'compares no losses.*line_search_fn="strong_wolfe"'),
                            ({"optimiser": optimiser, "scheduler": kinds.StepLR(tiny, 1)}, "scheduler is that of another optimiser"),
                            ({"optimiser": tiny, "scheduler": kinds.ReduceLROnPlateau(tiny)}, "would never reduce learning rates of 1e-30"),
                            ({"optimiser": optimiser, "scheduler": kinds.OneCycleLR(optimiser, 0.1, total_steps=2)},

@@ -189,13 +189,18 @@ class _Steps:
         weights = [parameter.detach().clone() for parameter in self._optimised()]
         state = copy.deepcopy(self._optimiser.state_dict())
         try:
-            self._optimiser.step(lambda: self._comm.allreduce(self._differentiate(batch, share)))
+            self._optimiser.step(lambda: self._evaluate(batch, share))
         except BaseException:
             with torch.no_grad():
                 for parameter, before in zip(self._optimised(), weights):
                     parameter.copy_(before)
             self._optimiser.load_state_dict(state)
             raise
+
+    def _evaluate(self, batch: torch.Tensor, share: float) -> torch.Tensor:
+        """What a closure does: the loss, a tensor as optimisers may take it for, with gradients."""
+        loss = self._comm.allreduce(self._differentiate(batch, share))
+        return torch.tensor(loss, dtype=torch.float64, device="cpu")
 
     def _differentiate(self, batch: torch.Tensor, share: float) -> float:
         """Have gradients of the loss, and return this rank's part of that."""
@@ -315,8 +320,10 @@ def _check_schedule(optimiser, scheduler, comm: MPI.Comm, epochs: int) -> None:
     if len(wanted) > 1:
         raise TypeError(f"{type(optimiser).__name__}.step must take nothing, or a closure, found {', '.join(wanted)}")
     if isinstance(optimiser, torch.optim.LBFGS) and optimiser.param_groups[0]["line_search_fn"] is None:
-        raise ValueError("LBFGS without a line search makes steps of a fixed length, and nothing tells those that go uphill: give it "
-                         "line_search_fn=\"strong_wolfe\"")
+        # Gradients of truncated solves are not quite those of the loss, and each batch has another.
+        raise ValueError("LBFGS without a line search compares no losses, so that nothing tells whether a step has gone uphill, as steps "
+                         "from a batch to the next, and by gradients of truncated solves, may: give it line_search_fn=\"strong_wolfe\", "
+                         "or write a loop of your own, which takes it as it is")
     if wanted and comm.size > 1:
         raise ValueError(f"{type(optimiser).__name__} compares values of the loss, of which each of {comm.size} ranks has a part that "
                          "need not add up to it: use an optimiser without a closure, or an ensemble with members of one rank")
