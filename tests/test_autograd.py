@@ -15,8 +15,10 @@ from firedrake.adjoint import (
     set_working_tape,
 )
 from problems import CG, GMRES, HeatStep, smooth
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.func import grad as gradient_of
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import prdp_fem
@@ -330,6 +332,11 @@ def test_graphs_that_would_do_without_the_solver_are_refused():
     for record in (torch.jit.trace, torch.export.export):
         with pytest.raises(RuntimeError, match="a SolverLayer cannot be part of a graph that is traced or exported"):
             record(layer, (tensor,))
+    for record in (make_fx(layer), make_fx(gradient_of(lambda values: layer(values).sum()))):
+        with pytest.raises(RuntimeError, match="a SolverLayer cannot be part of a graph that is traced or exported"):
+            record(tensor)
+    with pytest.raises(RuntimeError, match="nor be called with fake tensors"), FakeTensorMode():
+        layer(torch.zeros(tensor.shape))
 
 
 # Transforms

@@ -21,6 +21,11 @@ from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 __all__ = ["SolverLayer"]
 
 _DTYPES = (torch.float32, torch.float64)
+_TRACED = ("a SolverLayer cannot be part of a graph that is traced or exported, nor be called with fake tensors: use torch.compile, which "
+           "calls it as it is")
+# Under make_fx and FakeTensorMode a call's numbers would be constants of the graph; there are no public names.
+_mode = torch._C._get_dispatch_mode
+_MODES = torch._C._TorchDispatchModeKey
 
 
 class SolverLayer(torch.nn.Module):
@@ -202,14 +207,15 @@ class SolverLayer(torch.nn.Module):
         """
         is_compiling = torch.compiler.is_compiling()
         if torch.jit.is_tracing() or (is_compiling and torch.compiler.is_exporting()):
-            raise RuntimeError("a SolverLayer cannot be part of a graph that is traced or exported: "
-                               "use torch.compile, which calls it as it is")
+            raise RuntimeError(_TRACED)
         if is_compiling:
             torch._dynamo.graph_break(msg="a SolverLayer is not compiled, and splits the graph: leave fullgraph=True away")
             return _uncompiled()(self, tensors)
         return self._call(tensors)
 
     def _call(self, tensors: Sequence[torch.Tensor]):
+        if _mode(_MODES.PROXY) is not None or _mode(_MODES.FAKE) is not None:
+            raise RuntimeError(_TRACED)
         with one_thread(self._comm):
             if self._comm.size == 1:
                 self._check(tensors)
