@@ -19,6 +19,7 @@ from prdp_fem.finite import LARGEST, name_sample, require_finite
 from prdp_fem.functional import Functional
 from prdp_fem.inputs import same_bits
 from prdp_fem.ladders import Setting
+from prdp_fem.parallel import agree
 from prdp_fem.point import NO_VALUES, Point
 from prdp_fem.statistics import Statistics
 from prdp_fem.threads import one_thread
@@ -420,6 +421,9 @@ class TransformedCall:
     def values(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The outputs, where no transform is active."""
         with one_thread(self._comm):
+            # Transforms have hidden the axes that the layer has compared.
+            agree(self._comm, lambda: [tuple(tensor.shape[:-1]) for tensor in tensors], "batch axes, under transforms of torch.func,",
+                  "give all ranks the same samples")
             outputs, stamp = self._values(tensors), self._stamp()
         if self._expected is None:
             self._expected = stamp
