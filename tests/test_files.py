@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from firedrake import COMM_WORLD, Ensemble
 from jobs import run_ranks
@@ -24,6 +25,9 @@ from prdp_fem.job import Refused
 from prdp_fem.studies import CONVERGED, PRDP, Run, Study, draw_training
 from prdp_fem.studies.files import alone, write
 from prdp_fem.studies.report import read_runs, write_report
+
+
+CONVERGED_RUN, PRDP_RUN = "study-converged-seed1.json", "study-prdp-seed1.json"
 
 
 def history(epochs=4):
@@ -64,6 +68,50 @@ def epochs_in(path):
     return len(json.loads(path.read_text())["history"]["metric"])
 
 
+@pytest.mark.parallel(1)
+def test_a_run_that_is_put_off_is_not_lost_with_an_error_in_the_next(tmp_path):
+    folder = tmp_path/"runs"
+    study, trained = make_study(folder), []
+
+    def train(seed, refinement, label):
+        if trained:
+            folder.unlink()
+            raise ValueError("the training has diverged")
+        trained.append(label)
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        return history(), {}
+
+    with pytest.raises(ValueError, match="the training has diverged"):
+        study.run(train)
+    assert names(folder) == [CONVERGED_RUN]
+
+
+def test_what_is_kept_beside_may_be_numpys(tmp_path):
+    run(tmp_path, extras={"drag": np.float64(0.5), "lift": np.arange(3)})
+    assert Run.read(tmp_path/PRDP_RUN).extras == {"drag": 0.5, "lift": [0, 1, 2]}
+
+
+def test_what_json_does_not_take_is_refused_in_the_end(tmp_path, capfd):
+    with pytest.raises(Refused, match="what is to be kept must be plain numbers, strings and lists"):
+        run(tmp_path, extras={"drag": {1, 2}})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("returned", [None, history(), (history(), None), ({}, history())])
+def test_what_no_training_returns_is_named(tmp_path, returned):
+    with pytest.raises(TypeError, match="a training must return its History and a dictionary"):
+        make_study(tmp_path).run(lambda *_: returned)
+
+
+@pytest.mark.parallel(1)
+def test_a_script_that_changes_its_folder_has_all_runs_in_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"elsewhere").mkdir()
+    run(Path("runs"), meanwhile=lambda: monkeypatch.chdir(tmp_path/"elsewhere"))
+    assert names(tmp_path/"runs") == [CONVERGED_RUN, PRDP_RUN] and names(tmp_path/"elsewhere") == []
+
+
 @contextmanager
 def largest_file(size):
     """No file of this process can have more bytes, as on a disk that is full."""
@@ -75,7 +123,6 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-CONVERGED_RUN, PRDP_RUN = "study-converged-seed1.json", "study-prdp-seed1.json"
 
 
 # What is there already

@@ -92,8 +92,19 @@ class Run:
         return f"{study}-{schedule.name.replace(':', '-')}-seed{seed}.json"
 
     def write(self, path: Path) -> None:
-        """Put the run into a file, see :func:`prdp_fem.studies.files.write`."""
-        entries = json.loads(json.dumps(asdict(self)))  # as they are read again
+        """Put the run into a file, see :func:`prdp_fem.studies.files.write`.
+
+        Raises
+        ------
+        Refused
+            Where it cannot be written, or has something that JSON does not take.
+        """
+        try:
+            # as they are read again
+            entries = json.loads(json.dumps(asdict(self), default=_plain))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Refused(f"{path} cannot be written: what is to be kept must be plain numbers, "
+                          f"strings and lists ({error})") from None
         entries["checksum"] = _checksum(entries)
         write(path, json.dumps(entries, separators=(",", ":")) + "\n")
 
@@ -138,6 +149,13 @@ class Run:
             if type(run.machine.get(name, kind())) is not kind:
                 raise ValueError(f"{name} of the machine cannot be {str(run.machine[name])[:40]!r}")
         return run
+
+
+def _plain(value):
+    """NumPy's numbers and arrays as those that JSON takes; they are the same on the way back."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
 
 def _checksum(entries: dict[str, Any]) -> int:

@@ -66,7 +66,7 @@ class Study:
     def __init__(self, name: str, arguments: argparse.Namespace, *, ladder: Sequence[Setting], converged: Setting = RESIDUAL,
                  constant: Callable[[int], Setting] = Iterations, setup: dict[str, Any]):
         instance("name", name, str, "a string, since files are called by it")
-        if not name or "/" in name:
+        if not name or "/" in name or "\0" in name:
             raise ValueError(f"name must be one that files can have, found {shown(name)}")
         checked_setting(converged)
         instance("setup", setup, Mapping, "a dictionary")
@@ -75,7 +75,8 @@ class Study:
                             f"{shown(constant)}")
         self.name = name
         self.schedules, self.seeds = list(dict.fromkeys(arguments.schedules)), list(dict.fromkeys(arguments.seeds))
-        self.output, self.resume, self.ensemble = arguments.output, arguments.resume, arguments.ensemble
+        # Scripts may change their folder meanwhile.
+        self.output, self.resume, self.ensemble = arguments.output.absolute(), arguments.resume, arguments.ensemble
         self.ladder, self.converged, self.constant = checked_ladder(ladder), converged, constant
         setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
         if arguments.solver_options:
@@ -102,6 +103,8 @@ class Study:
 
         Raises
         ------
+        TypeError
+            Where ``train`` returns something else.
         Refused
             Where a run that is to be resumed was made with another set-up, or is none; where
             another process runs the same study into the same folder; in the end, where a run
@@ -114,19 +117,25 @@ class Study:
             lock = alone(self.output/f".{self.name}.lock")
             from_first_rank(COMM, lambda: held.enter_context(lock))
             kept = from_first_rank(COMM, self._there)
-            for seed, schedule in itertools.product(self.seeds, self.schedules):
-                run = kept.get((schedule, seed))
-                if run is None:
-                    refinement = schedule.refinement(ladder=self.ladder, converged=self.converged,
-                                                     constant=self.constant, comm=COMM)
-                    history, extras = train(seed, refinement, self.label(schedule, seed))
-                    run = Run(self.name, schedule.name, seed, history, self.setup, extras,
-                              machine(self.ensemble))
-                    trained[schedule, seed] = run
-                    if problem := from_first_rank(COMM, lambda: self._write(trained)):
-                        PETSc.Sys.Print(f"{problem}: it will be tried again")
-                    self._check_options()
-                runs[schedule][seed] = run
+            try:
+                for seed, schedule in itertools.product(self.seeds, self.schedules):
+                    run = kept.get((schedule, seed))
+                    if run is None:
+                        refinement = schedule.refinement(ladder=self.ladder, converged=self.converged,
+                                                         constant=self.constant, comm=COMM)
+                        history, extras = _checked(train(seed, refinement, self.label(schedule, seed)))
+                        run = Run(self.name, schedule.name, seed, history, self.setup, extras,
+                                  machine(self.ensemble))
+                        trained[schedule, seed] = run
+                        if problem := from_first_rank(COMM, lambda: self._write(trained)):
+                            PETSc.Sys.Print(f"{problem}: it will be tried again")
+                        self._check_options()
+                    runs[schedule][seed] = run
+            except BaseException:
+                # What was put off; without the other ranks, which may be elsewhere.
+                if COMM.rank == 0 and (problem := self._write(trained)):
+                    say(f"{problem}: what was to be in it is lost")
+                raise
             # Again, for the folder may have gone since.
             problem = from_first_rank(COMM, lambda: self._write(trained))
         if problem:
@@ -242,3 +251,12 @@ class Study:
         for name in names:
             PETSc.Sys.Print(f"\n{name}: " + ", ".join(
                 f"{schedule.title} {np.mean([run.extras[name] for run in by_seed.values()]):.2%}" for schedule, by_seed in runs.items()))
+
+
+def _checked(found) -> tuple[History, dict[str, Any]]:
+    """What a training has returned."""
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], History)
+            and isinstance(found[1], dict)):
+        raise TypeError(f"a training must return its History and a dictionary of what else is to be "
+                        f"kept, found {shown(found)}")
+    return found
