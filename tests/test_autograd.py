@@ -341,6 +341,15 @@ def test_graphs_that_would_do_without_the_solver_are_refused():
 
 # Transforms
 
+@pytest.mark.parallel(2)
+def test_ranks_with_other_batches_under_vmap_are_told():
+    problem = HeatStep(4)
+    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG), [problem.u0])
+    tensor = samples(problem.u0, (2 + COMM_WORLD.rank,))
+    with pytest.raises(ValueError, match="batch axes, under transforms of torch.func, must be the same on all ranks"):
+        vmap(layer)(tensor)
+
+
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
 def test_transforms_are_calls_one_by_one(differentiation):
     diffusion = Diffusion(differentiation)
