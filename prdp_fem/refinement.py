@@ -214,9 +214,9 @@ class Refinement:
         expected = self.state_dict().keys()
         if missing := expected - state.keys():
             if {"level", "history"} <= state.keys() <= {"level", "history", "checkpoint"}:
-                raise ValueError(f"the state was saved by an earlier version of prdp_fem, which did not "
-                                 f"note the ladder and the rule that it holds for: where they are those "
-                                 f"of this refinement, load {{**refinement.state_dict(), **state}}")
+                raise ValueError("the state was saved by an earlier version of prdp_fem, which did not "
+                                 "note the ladder and the rule that it holds for: where they are those "
+                                 "of this refinement, load {**refinement.state_dict(), **state}")
             raise ValueError(f"the state of a {type(self).__name__} lacks {sorted(missing)}; found "
                              f"{_names(state)}")
         if unknown := state.keys() - expected:

@@ -26,7 +26,6 @@ from prdp_fem.studies import CONVERGED, PRDP, Run, Study, draw_training
 from prdp_fem.studies.files import alone, write
 from prdp_fem.studies.report import read_runs, write_report
 
-
 CONVERGED_RUN, PRDP_RUN = "study-converged-seed1.json", "study-prdp-seed1.json"
 
 
