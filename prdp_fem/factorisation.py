@@ -9,6 +9,7 @@ operator.
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -18,11 +19,12 @@ from prdp_fem.nested import applies_factorisation
 
 __all__ = ["FactorisationCheck"]
 
-# Of its about 16 digits a solution is to have a quarter; a residual that has lost half of them is
-# a reason to look closer. Rounding errors take half where the condition is 10⁸, three quarters
-# where it is 10¹², and of a singular operator all, or all but two.
+# Without two digits a solution is none: of a singular operator rounding errors take all, or all but
+# one. Of its about 16 digits it is to have a quarter, or a warning says how many it has: rounding
+# errors take half where the condition is 10⁸, three quarters where it is 10¹², and more with large
+# penalties, which somebody may mean. A residual that has lost half is a reason to look closer.
 _EPSILON = np.finfo(PETSc.ScalarType).eps
-_WORST, _SUSPICIOUS = _EPSILON**0.25, _EPSILON**0.5
+_WORST, _FEW, _SUSPICIOUS = 1e-2, _EPSILON**0.25, _EPSILON**0.5
 
 
 class FactorisationCheck:
@@ -36,10 +38,13 @@ class FactorisationCheck:
     ----------
     name : str
         Of what is solved for, for messages.
+    other : FactorisationCheck or None
+        One of the same solver, which is to warn no second time.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, other: FactorisationCheck | None = None):
         self._name = name
+        self._warnings: list[str] = [] if other is None else other._warnings
         self.forget()
 
     def forget(self) -> None:
@@ -67,7 +72,8 @@ class FactorisationCheck:
         Raises
         ------
         firedrake.exceptions.ConvergenceError
-            Where the result is no solution, or where its digits are not determined.
+            Where the result is no solution, or where not two of its digits are determined; where
+            they are few, a RuntimeWarning says so, once.
         """
         if transposed in self._seen:
             return
@@ -87,7 +93,7 @@ class FactorisationCheck:
         size = right.norm()
         right.axpy(-1.0, product)
         residual = right.norm()
-        if residual > _WORST*size and _is_there(space) and not _is_there(left):
+        if residual > _FEW*size and _is_there(space) and not _is_there(left):
             # A right-hand side without a solution, of which no trace is left in x.
             raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
                                          "right-hand side")
@@ -126,6 +132,19 @@ class FactorisationCheck:
             raise self._error(ksp, kind, f"solved again, it is another one by {difference/size:.1e} "
                                          "of its size")
         self._is_determined = True
+        if difference > _FEW*size:
+            self._warn(ksp, kind, difference/size)
+
+    def _warn(self, ksp: PETSc.KSP, kind: str, difference: float) -> None:
+        if self._warnings:
+            return
+        self._warnings.append(
+            f"the {kind} solve for '{self._name}' with pc_type {ksp.getPC().getType()} determines "
+            f"no more than {int(-math.log10(difference))} digits (solved again, the solution is "
+            f"another one by {difference:.1e} of its size): the operator is nearly singular, or "
+            "has numbers of too many sizes, as with a large penalty")
+        if ksp.comm.rank == 0:
+            warnings.warn(self._warnings[0], RuntimeWarning, stacklevel=2)
 
     def _error(self, ksp: PETSc.KSP, kind: str, finding: str) -> ConvergenceError:
         return ConvergenceError(

@@ -43,14 +43,17 @@ class Krylov:
         Of what is solved for, for messages.
     prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
+    factorisation : FactorisationCheck or None
+        That of other solves of the same solver.
     """
 
-    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None):
+    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None,
+                 factorisation: FactorisationCheck | None = None):
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
         self._name, self._prefix = name, prefix
-        self._factorisation = FactorisationCheck(name)
+        self._factorisation = FactorisationCheck(name, factorisation)
         self.forget_operators()
 
     def forget_operators(self) -> None:

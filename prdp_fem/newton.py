@@ -55,13 +55,18 @@ class Newton:
         Of what is solved for, for messages.
     prefix : str or None
         Options prefix of the KSP that settings are put on; None for the only iterative one.
+
+    Attributes
+    ----------
+    factorisation : FactorisationCheck
+        What looks at direct solves.
     """
 
     def __init__(self, snes: PETSc.SNES, name: str, prefix: str | None):
         self.snes = snes
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
-        self._factorisation = FactorisationCheck(name)
+        self.factorisation = FactorisationCheck(name)
         # What options had said, while a setting is put on.
         self._options: tuple | None = None
 
@@ -78,7 +83,7 @@ class Newton:
     def reset(self) -> None:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
         reset_with_linear_solver(self.snes)
-        self._factorisation.forget()
+        self.factorisation.forget()
 
     def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
         """Solve from what is in x.
@@ -110,7 +115,7 @@ class Newton:
         made = snes.getIterationNumber()
         iterations = self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
         if made and self.solves_linear_systems:
-            self._factorisation.look_at_state(snes.getKSP(), x)
+            self.factorisation.look_at_state(snes.getKSP(), x)
         return made, iterations
 
     def _apply(self, steps: int | None, setting: Setting | None) -> None:

@@ -131,7 +131,7 @@ class System(ABC):
         ksp.setOperators(*operators(linear_solver))
         self._context = SolverContext(linear_solver)
         self._needs_context = True
-        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix)
+        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix, self._factorisation)
         # What the operator depends on that has changed since it was assembled: inputs by index, "mesh" and "state".
         self._changed: set = set()
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
@@ -541,6 +541,9 @@ class System(ABC):
     # Whether records of solves hold fields. Then these have methods ``fields_of(record)`` and ``with_fields(record, fields)``, by which
     # somebody else may keep them.
     keeps_fields = False
+
+    # What looks at the direct solves of its steps, where those are not made by the same KSP as derivatives.
+    _factorisation = None
 
     # Its derivatives
 

@@ -1,6 +1,8 @@
 """NaN and infinity, and operators without an inverse, are errors that say where; and what comes
 after them is as if nothing had been."""
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -408,6 +410,39 @@ def test_operators_that_are_nearly_singular_have_solutions(shift):
     layer.solve()
     mean = assemble(problem.u*dx)  # of all solutions, by a test function of one
     assert abs(mean*shift - 1.25) < 1e-6
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_operators_that_leave_few_digits(nonlinear):
+    """A large penalty takes digits, and somebody may mean it: a warning, on one rank, once."""
+    mesh = UnitSquareMesh(8, 8)
+    V = VectorFunctionSpace(mesh, "CG", 2)
+    v, u, w = TestFunction(V), Function(V, name="flow"), TrialFunction(V)
+    force = Function(V, name="force").interpolate(as_vector((SpatialCoordinate(mesh)[1], 0)))
+    penalty, bcs = Constant(1e13, name="penalty"), DirichletBC(V, 0, "on_boundary")
+
+    def a(w):
+        return (inner(grad(w), grad(v)) + penalty*div(w)*div(v))*dx
+    if nonlinear:
+        F = a(u) + inner(dot(grad(u), u) - force, v)*dx
+        solver = prdp_fem.NonlinearVariationalSolver(
+            NonlinearVariationalProblem(F, u, bcs=bcs), warm_start=False,
+            solver_parameters={**MUMPS, "snes_type": "ksponly"})
+    else:
+        solver = prdp_fem.LinearVariationalSolver(
+            LinearVariationalProblem(a(w), inner(force, v)*dx, u, bcs=bcs), solver_parameters=MUMPS)
+    layer = SolverLayer(solver, [penalty])
+    x = torch.tensor([[1e13], [1.1e13]], dtype=torch.float64, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            y = layer(x)
+            y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    said = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    assert len(said) == (COMM_WORLD.rank == 0)
+    for text in said:
+        assert re.search("solve for 'flow' with pc_type lu determines no more than [23] digits", text)
 
 
 def test_one_sample_has_an_operator_that_is_singular():
