@@ -69,8 +69,8 @@ def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
     ksp.setPC(pc)
     # Not the KSP, on which more may have been set by hand.
     pc.setFromOptions()
-    if pc.getType() == last.getType():
-        return
+    if last.getType() in (None, pc.getType()):
+        return  # None where it was never asked for, as by a SNES without linear solves
     # The type was set by hand, and so was the object of Python that is one.
     if last.getType() == PETSc.PC.Type.PYTHON:
         ksp.setPC(last)

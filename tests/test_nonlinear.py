@@ -391,3 +391,29 @@ def test_derivatives_have_the_options_of_the_ksp_where_steps_need_none(kind):
         assert solver.statistics.adjoint_iterations > 5
     expected, found = gradients
     assert np.linalg.norm(found - expected) < 1e-9*np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("snes", [
+    {"snes_type": "qn"}, {"snes_type": "ngmres"}, {"snes_type": "anderson"}], ids=lambda snes: snes["snes_type"])
+def test_derivatives_of_methods_without_linear_solves_are_made_as_options_say(snes):
+    """To PETSc their KSP has no options, but derivatives are linear solves; before and after a failure."""
+    mesh = UnitSquareMesh(4, 4)
+    V = FunctionSpace(mesh, "CG", 1)
+    u, v, f = Function(V, name="u"), TestFunction(V), Function(V, name="f")
+    problem = NonlinearVariationalProblem((u + 0.1*u**3 - f)*v*dx, u)
+    parameters = {**snes, "snes_rtol": 1e-12, "snes_max_it": 500, "ksp_type": "cg", "ksp_rtol": 1e-12, "pc_type": "jacobi"}
+    layer = SolverLayer(prdp_fem.NonlinearVariationalSolver(problem, solver_parameters=parameters, warm_start=False), [f])
+    exact = SolverLayer(prdp_fem.NonlinearVariationalSolver(problem, warm_start=False, solver_parameters={
+        "snes_rtol": 1e-13, "ksp_type": "gmres", "ksp_rtol": 1e-13, "pc_type": "jacobi"}), [f])
+    values, cotangent = (torch.as_tensor(1 + smooth(V, seed).dat.data_ro) for seed in (1, 2))
+
+    def gradient(layer):
+        x = values.clone().requires_grad_()
+        return torch.autograd.grad(layer(x), x, cotangent)[0].numpy()
+    first, expected = gradient(layer), gradient(exact)
+    ksp = layer.solver.system._linear_solver.snes.getKSP()
+    assert (ksp.getType(), ksp.getPC().getType()) == ("cg", "jacobi")
+    np.testing.assert_allclose(first, expected, rtol=0, atol=1e-6*abs(expected).max(initial=0.0))
+    with pytest.raises(ConvergenceError):
+        layer(float("nan")*values)
+    np.testing.assert_array_equal(gradient(layer), first)
