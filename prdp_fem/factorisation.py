@@ -15,7 +15,8 @@ import numpy as np
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
-from prdp_fem.nested import applies_factorisation
+from prdp_fem.nested import has_factorisation, is_direct
+from prdp_fem.unrolled.settings import described
 
 __all__ = ["FactorisationCheck"]
 
@@ -77,7 +78,7 @@ class FactorisationCheck:
         """
         if transposed in self._seen:
             return
-        if not applies_factorisation(ksp) or not math.isfinite(x.norm()):
+        if not has_factorisation(ksp) or not math.isfinite(x.norm()):
             return
         A, _ = ksp.getOperators()
         multiply = A.multTranspose if transposed else A.mult
@@ -93,7 +94,8 @@ class FactorisationCheck:
         size = right.norm()
         right.axpy(-1.0, product)
         residual = right.norm()
-        if residual > _FEW*size and _is_there(space) and not _is_there(left):
+        if (residual > _FEW*size and is_direct(ksp)
+                and _is_there(space) and not _is_there(left)):
             # A right-hand side without a solution, of which no trace is left in x.
             raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
                                          "right-hand side")
@@ -101,9 +103,19 @@ class FactorisationCheck:
             self._solve_again(ksp, product, x, kind, transposed)
         self._seen.add(transposed)  # unless it has raised, and will again
 
+    def look_at_step(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        """Note what is suspicious of a step that a SNES makes; collective. It costs a product."""
+        if self._is_determined and has_factorisation(ksp):
+            A, _ = ksp.getOperators()
+            product, _ = self._vectors(A)
+            A.mult(x, product)
+            product.axpy(-1.0, b)
+            # Not again here, which is inside the KSP's solve.
+            self._is_determined = not product.norm() > _SUSPICIOUS*b.norm()
+
     def look_at_state(self, ksp: PETSc.KSP, x: PETSc.Vec) -> None:
         """Look, where nobody has yet, at the steps of a SNES, with its state; collective."""
-        if not self._is_determined and applies_factorisation(ksp) and math.isfinite(x.norm()):
+        if not self._is_determined and has_factorisation(ksp) and math.isfinite(x.norm()):
             A, _ = ksp.getOperators()
             product, projected = self._vectors(A)
             x.copy(projected)
@@ -125,15 +137,29 @@ class FactorisationCheck:
         if size == 0:
             return  # which tells nothing
         again = x.duplicate()
-        (ksp.solveTranspose if transposed else ksp.solve)(product, again)
+        if is_direct(ksp):
+            (ksp.solveTranspose if transposed else ksp.solve)(product, again)
+        else:
+            self._apply(ksp, product, again, transposed)
         again.axpy(-1.0, x)
         difference = again.norm()
         if not difference <= _WORST*size:
+            if not is_direct(ksp) and "diagonally scaled" in described(ksp):
+                return  # and so is what was factorised
             raise self._error(ksp, kind, f"solved again, it is another one by {difference/size:.1e} "
                                          "of its size")
         self._is_determined = True
         if difference > _FEW*size:
             self._warn(ksp, kind, difference/size)
+
+    def _apply(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, transposed: bool) -> None:
+        """What an iteration would do first, whatever it is told."""
+        A, _ = ksp.getOperators()
+        pc = ksp.getPC()
+        (pc.applyTranspose if transposed else pc.apply)(b, x)
+        space = A.getTransposeNullSpace() if transposed else A.getNullSpace()
+        if _is_there(space):
+            space.remove(x)
 
     def _warn(self, ksp: PETSc.KSP, kind: str, difference: float) -> None:
         if self._warnings:

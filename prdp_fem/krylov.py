@@ -176,7 +176,7 @@ class Krylov:
 
     def _checked(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
         checked_iterations = refined.checked_iterations
-        is_direct = refined.ksp.getType() in _DIRECT
+        is_direct = refined.ksp.getType() in _DIRECT or refined.ksp.getPC().getType() in ("lu", "cholesky")
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)

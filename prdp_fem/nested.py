@@ -8,8 +8,8 @@ import numpy as np
 from firedrake.petsc import PETSc
 
 __all__ = ["SELF_CONTAINED", "all_inside", "applies_factorisation", "find_iterative",
-           "has_failed_inside", "has_memory_inside", "has_truncated_inside",
-           "has_untransposable_inside", "krylov_method_inside", "needs_set_up", "preconditioners"]
+           "has_factorisation", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
+           "has_untransposable_inside", "is_direct", "krylov_method_inside", "needs_set_up", "preconditioners"]
 
 # Preconditioners that are made from a matrix alone, and have all they need once they are set up.
 SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
@@ -27,7 +27,7 @@ _REMEMBERING_METHODS = frozenset({"lgmres", "dgmres", "qmrcgs"})
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
 
 
-def _is_direct(ksp: PETSc.KSP) -> bool:
+def is_direct(ksp: PETSc.KSP) -> bool:
     """Whether a KSP only applies its preconditioner."""
     return ksp.getType() in (PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE)
 
@@ -35,7 +35,9 @@ def _is_direct(ksp: PETSc.KSP) -> bool:
 def needs_set_up(ksp: PETSc.KSP, prefix: str | None = None) -> bool:
     """Whether :func:`find_iterative` can only tell once the preconditioner is set up."""
     kind = ksp.getPC().getType()
-    return prefix is not None or kind in _NESTING or (_is_direct(ksp) and kind in _MULTIGRID)
+    if prefix == "" and not is_direct(ksp):
+        return False  # the KSP itself
+    return prefix is not None or kind in _NESTING or (is_direct(ksp) and kind in _MULTIGRID)
 
 
 def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
@@ -56,7 +58,7 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
     """
     outer = ksp.getOptionsPrefix() or ""
     found = list(_walk(ksp, False))
-    iterative = [(nested, smooths) for nested, smooths in found if not _is_direct(nested)]
+    iterative = [(nested, smooths) for nested, smooths in found if not is_direct(nested)]
     listing = ", ".join(f"'{_shortened(nested, outer)}' (ksp_type {nested.getType()})" for nested, _ in iterative)
     if prefix is not None:
         named = [nested for nested, _ in iterative if (nested.getOptionsPrefix() or "") in (prefix, outer + prefix)]
@@ -81,8 +83,13 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
 
 def applies_factorisation(ksp: PETSc.KSP) -> bool:
     """Whether all that a KSP does is to apply a factorisation of its operator."""
+    return is_direct(ksp) and has_factorisation(ksp)
+
+
+def has_factorisation(ksp: PETSc.KSP) -> bool:
+    """Whether the preconditioner of a KSP is a factorisation of its operator."""
     A, P = ksp.getOperators()
-    return _is_direct(ksp) and A.handle == P.handle and _is_factorisation(ksp.getPC())
+    return A.handle == P.handle and _is_factorisation(ksp.getPC())
 
 
 def _is_factorisation(pc: PETSc.PC) -> bool:
@@ -102,7 +109,7 @@ def _is_factorisation(pc: PETSc.PC) -> bool:
 
 def has_truncated_inside(ksp: PETSc.KSP) -> bool:
     """Whether there is an iteration in the preconditioner that makes it another one with each setting."""
-    return any(not smooths and not _is_direct(nested) for nested, smooths in _walk_preconditioner(ksp.getPC(), False))
+    return any(not smooths and not is_direct(nested) for nested, smooths in _walk_preconditioner(ksp.getPC(), False))
 
 
 def krylov_method_inside(ksp: PETSc.KSP) -> str | None:

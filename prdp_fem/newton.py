@@ -6,6 +6,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.factorisation import FactorisationCheck
 from prdp_fem.ladders import NewtonSteps, Setting
+from prdp_fem.nested import is_direct
 from prdp_fem.refined_ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
 
 __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
@@ -67,6 +68,8 @@ class Newton:
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
         self.factorisation = FactorisationCheck(name)
+        if is_direct(snes.getKSP()):
+            snes.getKSP().setPostSolve(self.factorisation.look_at_step)
         # What options had said, while a setting is put on.
         self._options: tuple | None = None
 
