@@ -154,7 +154,7 @@ class Krylov:
     def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
         """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
         refined.apply(setting, False, is_absolute=False)
-        solve_and_check = self._checked(refined, solve, kind)
+        solve_and_check = self._relative(refined.ksp, self._checked(refined, solve, kind))
         smallest = math.inf if refined.may_have_thresholds else _SMALL
 
         def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -168,6 +168,21 @@ class Krylov:
             x.scale(math.ldexp(1.0, exponent))
             return iterations
         return solve_scaled
+
+    @staticmethod
+    def _relative(ksp: PETSc.KSP, solve: Callable) -> Callable:
+        """A solve that nothing absolute stops: not PETSc's own tolerance either, which residuals of a large operator are below."""
+        def solve_to_the_end(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            iterations = solve(b, x)
+            if ksp.getConvergedReason() == PETSc.KSP.ConvergedReason.CONVERGED_ATOL:
+                atol = ksp.getTolerances()[1]
+                ksp.setTolerances(atol=0.0)
+                try:
+                    iterations = solve(b, x)
+                finally:
+                    ksp.setTolerances(atol=atol)
+            return iterations
+        return solve_to_the_end
 
     def _solver(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool,
                 kind: str) -> Callable:

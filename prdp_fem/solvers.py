@@ -122,13 +122,8 @@ class RefinedSolver:
                 with solver.inserted_options():
                     solver.snes.getKSP().setFromOptions()
             share_transfers(self, solver)
-            ksp = solver.snes.getKSP()
-            if ksp.getType() is None:
-                # Of a SNES without linear solves, which leaves the options of a KSP alone.
-                with solver.inserted_options():
-                    ksp.setFromOptions()
             if self._set_by_hand is not None:
-                self._set_by_hand.put_on(ksp)
+                self._set_by_hand.put_on(solver.snes.getKSP())
             assemble_directly(solver)
             return solver
 
