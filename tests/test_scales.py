@@ -104,18 +104,15 @@ def test_unrolled_gradients_are_linear_too(ksp, nonlinear):
 @pytest.mark.parametrize("is_refined", [True, False])
 def test_gradients_do_not_depend_on_the_units_of_an_operator(is_refined):
     """Where that is large, all residuals of an adjoint solve are below PETSc's own absolute tolerance."""
-    gradients = []
     for units in (1.0, 2.0**200, 2.0**400):
         problem = Reaction()
         problem.problem = LinearVariationalProblem(Constant(units)*problem.a, Constant(units)*problem.source*TestFunction(problem.V)*dx,
                                                    problem.problem.u, bcs=problem.bc)
         refinement = FixedRefinement(Tolerance(1e-11)) if is_refined else None
         solver = problem.solver({"ksp_type": "cg", "pc_type": "jacobi", "ksp_rtol": 1e-11}, refinement)
-        gradients.append(problem.gradient(SolverLayer(solver, [problem.source]), 1.0))
+        gradient = problem.gradient(SolverLayer(solver, [problem.source]), 1.0)
+        assert relative(gradient, problem.exact()) < 1e-9  # of the same mesh: ranks share out each in their own way
         assert abs(solver.snes.ksp.getTolerances()[1] - 1e-50) < 1e-60
-    assert relative(gradients[0], problem.exact()) < 1e-9
-    assert relative(gradients[1], gradients[0]) < 1e-9
-    assert relative(gradients[2], gradients[0]) < 1e-9
 
 
 @pytest.mark.parametrize("rtol", [1e-10, 1e-50, 0.0])
