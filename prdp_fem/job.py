@@ -95,7 +95,10 @@ def _end(comm: MPI.Comm, show: Callable, kind, value, trace) -> None:
                 print(f"rank {comm.rank} of {comm.size} raised, and ends the job:", file=sys.stderr)
             elif not issubclass(kind, Refused):
                 print(f"all {comm.size} ranks raised:", file=sys.stderr)
-            _say(show, kind, value, trace)
+            if all_raised or issubclass(kind, Refused):
+                _say(show, kind, value, trace)
+            else:
+                show(kind, value, trace)
             said = {message}
             for rank, other in sorted(messages.items()):
                 if other not in said:

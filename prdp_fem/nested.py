@@ -9,7 +9,7 @@ from firedrake.petsc import PETSc
 
 __all__ = ["SELF_CONTAINED", "all_inside", "applies_factorisation", "find_iterative",
            "has_factorisation", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
-           "has_untransposable_inside", "is_direct", "krylov_method_inside", "needs_set_up", "preconditioners"]
+           "has_untransposable_inside", "is_direct", "krylov_method_inside", "needs_set_up", "all_preconditioners"]
 
 # Preconditioners that are made from a matrix alone, and have all they need once they are set up.
 SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
@@ -119,18 +119,18 @@ def krylov_method_inside(ksp: PETSc.KSP) -> str | None:
 
 def has_memory_inside(ksp: PETSc.KSP) -> bool:
     """Whether a preconditioner in a KSP keeps something of the values it was first set up with."""
-    return any(pc.getType() in _WITH_MEMORY for pc in preconditioners(ksp))
+    return any(pc.getType() in _WITH_MEMORY for pc in all_preconditioners(ksp))
 
 
 def has_untransposable_inside(ksp: PETSc.KSP) -> bool:
     """Whether there is a preconditioner in a KSP that PETSc refuses to apply transposed."""
     return any(pc.getType() in _TRANSPOSABLE_IF_SYMMETRIC and pc.getOperators()[1].isSymmetricKnown() != (True, True)
-               for pc in preconditioners(ksp))
+               for pc in all_preconditioners(ksp))
 
 
 def has_failed_inside(ksp: PETSc.KSP) -> bool:
     """Whether a preconditioner in a KSP has noted, on this rank, that its operator is none for it, such as a singular one."""
-    return any(pc.getFailedReason() != 0 for pc in preconditioners(ksp))
+    return any(pc.getFailedReason() != 0 for pc in all_preconditioners(ksp))
 
 
 def all_inside(ksp: PETSc.KSP) -> list[PETSc.KSP]:
@@ -138,7 +138,7 @@ def all_inside(ksp: PETSc.KSP) -> list[PETSc.KSP]:
     return [inside for inside, _ in _walk(ksp, False)]
 
 
-def preconditioners(ksp: PETSc.KSP) -> Iterator[PETSc.PC]:
+def all_preconditioners(ksp: PETSc.KSP) -> Iterator[PETSc.PC]:
     """The preconditioner of a KSP and all inside it."""
     return _preconditioners(ksp.getPC())
 

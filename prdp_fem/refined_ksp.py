@@ -83,7 +83,7 @@ def forget_zero_pivots(ksp: PETSc.KSP) -> None:
 
     They would stay there, whatever values these get.
     """
-    for pc in nested.preconditioners(ksp):
+    for pc in nested.all_preconditioners(ksp):
         pc.setFailedReason(PETSc.PC.FailedReason.NOERROR)
         for matrix in pc.getOperators():
             _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.handle))

@@ -35,15 +35,18 @@ from firedrake.adjoint import *
 from torch import *
 before = dict(globals())
 import prdp_fem
-modules = ["prdp_fem", *(found.name for found in pkgutil.walk_packages(prdp_fem.__path__,
-"prdp_fem."))] for module in modules:
+found = pkgutil.walk_packages(prdp_fem.__path__, "prdp_fem.")
+modules = ["prdp_fem", *(module.name for module in found)]
+for module in modules:
     exec(f"from {module} import *")
-    changed = [name for name, value in before.items() if globals()[name] is not value and name !=
-    "before"] assert not changed, (module, changed)
+    changed = [name for name, value in before.items()
+               if globals()[name] is not value and name != "before"]
+    assert not changed, (module, changed)
     assert not set(dir(__builtins__)) & set(importlib.import_module(module).__all__), module
-assert ProgressiveRefinement is prdp_fem.ProgressiveRefinement and SolverLayer is
-prdp_fem.torch.SolverLayer assert issubclass(prdp_fem.LinearVariationalSolver,
-LinearVariationalSolver) and prdp_fem.LinearVariationalSolver is not LinearVariationalSolver
+assert ProgressiveRefinement is prdp_fem.ProgressiveRefinement
+assert SolverLayer is prdp_fem.torch.SolverLayer
+assert issubclass(prdp_fem.LinearVariationalSolver, LinearVariationalSolver)
+assert prdp_fem.LinearVariationalSolver is not LinearVariationalSolver
 print(len(modules))
 """
 

@@ -273,7 +273,8 @@ def test_against_petsc_and_torch(matrices, method, preconditioner):
 
         inputs = *tensors[:2], tensors[2]*(guess is not None)
         expected = results(*inputs)
-        bounds = {name: 1e-11*torch.linalg.norm(value) for name, value in expected.items()}
+        # Some derivatives after one iteration are zero.
+        bounds = {name: 1e-11*(torch.linalg.norm(value) or 1.0) for name, value in expected.items()}
         bounds["value"] = 1e-13*torch.linalg.norm(expected["value"])
         bounds["x"] = 1e-11*torch.linalg.norm(cotangent)
         if method == "bcgs":

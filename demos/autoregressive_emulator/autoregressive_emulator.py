@@ -35,7 +35,7 @@ from mpi4py import MPI
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
-from prdp_fem.studies import Study, command_line, draw_training, save, triangle_mesh
+from prdp_fem.studies import Study, command_line, draw_training, save_figure, triangle_mesh
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, SolverLayer, deal, to_torch, total, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
@@ -253,7 +253,7 @@ def draw_growth(path):
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(alpha=0.25)
     axes.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_lake(path, run, title, stream):
@@ -282,7 +282,7 @@ def draw_lake(path, run, title, stream):
     for axes in panels.flat:
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.set_frame_on(False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 cells, stream = field.cells, field.gather(to_torch(stream, copy=True)).numpy()  # collective

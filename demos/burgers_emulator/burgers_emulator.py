@@ -29,7 +29,7 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonLadder, NewtonSteps, NonlinearVariationalSolver, Tolerance
-from prdp_fem.studies import Study, command_line, draw_training, save
+from prdp_fem.studies import Study, command_line, draw_training, save_figure
 from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
 arguments = command_line(__file__, __doc__, configure=lambda parser: parser.add_argument(
@@ -253,7 +253,7 @@ def draw_fields(path, u0, reference, prediction):
             colours = axes.imshow(speed.reshape(field.grid).T, origin="lower", extent=(0, 1, 0, 1), cmap="viridis", vmin=0, vmax=top)
             axes.set(title=title, xticks=[], yticks=[])
             figure.colorbar(colours, ax=axes, shrink=0.9)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 schedule, run = study.representative(runs)

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
 from prdp_fem.parallel import from_first_rank
-from prdp_fem.studies import Study, command_line, draw_training, save, triangle_mesh
+from prdp_fem.studies import Study, command_line, draw_training, save_figure, triangle_mesh
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, Partition, ResNet, SolverLayer, deal, to_torch, total, train
 
 # The command line
@@ -320,7 +320,7 @@ def draw_fields(path, u2, reference, u0):
     if dimension > 1:
         for axes in panels:
             axes.set(aspect="equal", xticks=[], yticks=[])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 cells = field.cells  # collective at first

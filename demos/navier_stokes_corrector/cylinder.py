@@ -50,7 +50,7 @@ from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, 
 from prdp_fem.job import Refused
 from prdp_fem.parallel import from_first_rank
 from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, triangle_mesh
-from prdp_fem.studies.files import save, write
+from prdp_fem.studies.files import save_figure, write
 from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, deal, from_torch, to_torch, total, train
 
 HERE = Path(__file__).resolve().parent
@@ -501,7 +501,7 @@ def draw_forces(path):
         axes.grid(alpha=0.25)
     panels[1].set_xlabel("time")
     figure.legend(*panels[1].get_legend_handles_labels(), loc="outside upper center", ncols=1, fontsize="small", frameon=False)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def vorticity(whole):
@@ -522,7 +522,7 @@ def draw_flow(path, fields):
     figure.colorbar(colours, ax=panels, shrink=0.6, label="vorticity")
     for axes in (first, *panels):
         axes.set(aspect="equal", xticks=[], yticks=[])
-    save(figure, path)
+    save_figure(figure, path)
 
 
 schedule, chosen = study.representative(runs)

@@ -36,7 +36,7 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
-from prdp_fem.studies import Study, command_line, draw_training, save
+from prdp_fem.studies import Study, command_line, draw_training, save_figure
 from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
 arguments = command_line(__file__, __doc__)
@@ -277,7 +277,7 @@ def draw_flow(path, velocities):
     right.yaxis.set_major_formatter(lambda error, _: f"{100*error:g} %")
     right.grid(alpha=0.25)
     right.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 schedule, run = study.representative(runs)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from prdp_fem import IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.history import Account, History
 from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, triangle_mesh
-from prdp_fem.studies.files import save
+from prdp_fem.studies.files import save_figure
 
 PLATE = Path(__file__).resolve().parent.parent/"heat_emulator"/"plate.msh"  # made by Gmsh from plate.geo
 RIM = 2                                                                     # its physical group "rim"
@@ -504,7 +504,7 @@ def draw_costs(path):
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize="small")
         axes.grid(alpha=0.25)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def gathered(fields):
@@ -530,7 +530,7 @@ def draw_fields(path, chosen, parts):
         colours = axes.tripcolor(x, y, triangles, field, cmap="RdBu_r", vmin=-limit, vmax=limit, shading="gouraud")
         figure.colorbar(colours, ax=axes, shrink=0.9)
         axes.set(title=title, aspect="equal", xticks=[], yticks=[], facecolor="0.8")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 found = {}

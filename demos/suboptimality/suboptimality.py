@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from prdp_fem import FixedRefinement, Iterations, LinearVariationalSolver
 from prdp_fem.parallel import from_first_rank
-from prdp_fem.studies import save, triangle_mesh
+from prdp_fem.studies import save_figure, triangle_mesh
 from prdp_fem.studies.command_line import Parser, count
 from prdp_fem.studies.files import put_aside, write
 from prdp_fem.torch import SolverLayer, deal, to_torch
@@ -336,7 +336,7 @@ def draw(path):
         axes.set_xlabel("iterations $K$", fontsize=12)
     figure.supylabel("relative error", fontsize=12)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=12)
-    save(figure, path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def write_results(path):

@@ -6,11 +6,11 @@ except ImportError as error:
 
 from prdp_fem.studies.command_line import command_line
 from prdp_fem.studies.figures import draw_training
-from prdp_fem.studies.files import save
+from prdp_fem.studies.files import save_figure
 from prdp_fem.studies.meshes import triangle_mesh
 from prdp_fem.studies.runs import Run
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 from prdp_fem.studies.study import Study
 
-__all__ = ["CONVERGED", "PRDP", "Run", "Schedule", "Study", "command_line", "draw_training", "save",
+__all__ = ["CONVERGED", "PRDP", "Run", "Schedule", "Study", "command_line", "draw_training", "save_figure",
            "triangle_mesh"]

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from prdp_fem.studies.files import save
+from prdp_fem.studies.files import save_figure
 from prdp_fem.studies.runs import Run, Runs
 from prdp_fem.studies.savings import TOLERATED, savings
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
@@ -34,7 +34,7 @@ def draw_training(runs: Runs, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _plot_errors(left, runs)
     _plot_iterations(right, runs)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_study(runs: Runs, path: Path) -> None:
@@ -50,7 +50,7 @@ def draw_study(runs: Runs, path: Path) -> None:
     _plot_errors(left, runs)
     _plot_iterations(middle, runs)
     _plot_costs(right, runs)
-    save(figure, path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _first_seed(runs: Runs) -> dict[Schedule, Run]:

@@ -21,7 +21,7 @@ from petsc4py import PETSc
 
 from prdp_fem.job import Refused
 
-__all__ = ["alone", "put_aside", "save", "say", "stamp", "write"]
+__all__ = ["alone", "put_aside", "save_figure", "say", "stamp", "write"]
 
 
 def say(message: str) -> None:
@@ -57,7 +57,7 @@ def write(path: Path, content: str | bytes) -> None:
         raise Refused(f"{path} cannot be written: {problem}") from None
 
 
-def save(figure: Figure, path: Path, *, dpi: float = 110) -> None:
+def save_figure(figure: Figure, path: Path, *, dpi: float = 110) -> None:
     """Draw a figure into a PNG file, see :func:`write`.
 
     Where it takes the place of another one, this says so.

@@ -252,7 +252,7 @@ class GraphNetwork(nn.Module):
         self.gates = nn.ModuleList()
         if features is not None:
             instance("features", features, torch.Tensor, "a tensor, or None")
-            if features.is_complex() or not features.isfinite().all():
+            if features.is_complex() or not (features.is_meta or features.isfinite().all()):
                 raise ValueError("features must be finite real numbers, found others among them")
             if features.ndim != 2 or features.shape[1] != nodes:
                 raise ValueError(f"features must have shape (k, {nodes}), found {tuple(features.shape)}")
