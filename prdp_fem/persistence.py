@@ -51,6 +51,11 @@ def refuse_persistent(options: Mapping) -> None:
         if found is not None:
             raise ValueError(f"{name} {value} {found}, so that a solve would not be a function of its inputs: "
                              f"{_remedy(name)}")
+    if options.get("snes_type") == "qn" and options.get("snes_qn_type", "lbfgs") == "lbfgs":
+        # By matrices whose sums depend on where PETSc has put them.
+        raise ValueError("snes_qn_type lbfgs (that of snes_type qn where options name none) rounds "
+                         "differently from solve to solve, so that a solve would not be a function "
+                         "of its inputs: use snes_qn_type broyden, or snes_type newtonls or ngmres")
 
 
 def _persistence(name: str, value) -> str | None:

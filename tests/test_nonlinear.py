@@ -394,7 +394,7 @@ def test_derivatives_have_the_options_of_the_ksp_where_steps_need_none(kind):
 
 
 @pytest.mark.parametrize("snes", [
-    {"snes_type": "qn"}, {"snes_type": "ngmres"}, {"snes_type": "anderson"}], ids=lambda snes: snes["snes_type"])
+    {"snes_type": "qn", "snes_qn_type": "broyden"}, {"snes_type": "ngmres"}, {"snes_type": "anderson"}], ids=lambda snes: snes["snes_type"])
 def test_derivatives_of_methods_without_linear_solves_are_made_as_options_say(snes):
     """To PETSc their KSP has no options, but derivatives are linear solves; before and after a failure."""
     mesh = UnitSquareMesh(4, 4)

@@ -176,8 +176,8 @@ def test_a_machine_may_be_without_torch(monkeypatch):
 
 def test_a_run_that_cannot_be_written_leaves_nothing_behind(tmp_path):
     run = run_of(PRDP, 0.01, [1]*20)
-    run.extras["drag"] = np.float32(1)
-    with pytest.raises(TypeError, match="float32"):
+    run.extras["drag"] = object()
+    with pytest.raises(ValueError, match="object"):
         run.write(tmp_path/"run.json")
     assert not list(tmp_path.iterdir())
     (tmp_path/"run.json").mkdir()

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property
+from pathlib import Path
 
 import firedrake
 import firedrake.adjoint as adjoint
@@ -161,7 +162,7 @@ class Things:
 
     @cached_property
     def arguments(self):
-        return argparse.Namespace(schedules=[], seeds=[1], output=None, resume=False, ensemble=None,
+        return argparse.Namespace(schedules=[], seeds=[1], output=Path("output"), resume=False, ensemble=None,
                                   size="quick", solver_options="")
 
     def coordinates(self, value, node=3):
