@@ -8,7 +8,7 @@ from problems import CG, CONVERGED, GMRES, HeatStep, whole
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, ScheduledRefinement
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 
 def controlled(matrix, refinement=None, parameters=CG, **options):

@@ -27,7 +27,7 @@ from prdp_fem.threads import one_thread
 from prdp_fem.torch import SolverLayer, from_torch, to_torch
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 
 class Diffusion:

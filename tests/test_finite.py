@@ -19,7 +19,7 @@ from prdp_fem.finite import is_finite
 from prdp_fem.torch import SolverLayer, to_torch
 from prdp_fem.unrolled import UnrolledKSP
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
+pytestmark = pytest.mark.parallel([1, 2])
 
 MUMPS = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps",
          "mat_type": "aij"}
