@@ -331,7 +331,7 @@ def test_a_singular_jacobian_is_an_error_with_the_name_of_the_solution():
     (lambda p: prdp_fem.NonlinearVariationalSolver(p).solve(bounds=(p.u, p.u)), ValueError, "'u' with bounds is a variational inequality"),
     (lambda p: prdp_fem.NonlinearVariationalSolver(p, pre_function_callback=print), ValueError, "pre_function_callback is not supported"),
     (lambda p: prdp_fem.NonlinearVariationalSolver(p, refinement=FixedRefinement(Iterations(3))), ValueError, "the solver is direct"),
-    (lambda p: prdp_fem.NonlinearVariationalSolver(p, refinement=FixedRefinement(Iterations(3)), solver_parameters={"snes_type": "qn"}),
+    (lambda p: prdp_fem.NonlinearVariationalSolver(p, refinement=FixedRefinement(Iterations(3)), solver_parameters={"snes_type": "qn", "snes_qn_type": "broyden"}),
      ValueError, "no linear solves to refine"),
     (lambda p: prdp_fem.NonlinearVariationalSolver(p, refinement=FixedRefinement(Iterations(3)),
                                                    solver_parameters={**CG, "snes_ksp_ew": None}), ValueError, "snes_ksp_ew"),
