@@ -8,8 +8,7 @@ from problems import CG, GMRES, equality, smooth, whole
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
 
-# Each solver has a mesh of its own, which several ranks would not share alike.
-pytestmark = pytest.mark.parallel([1])
+# On one rank: each solver has a mesh of its own, which several would not share alike.
 
 LU = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}
 
@@ -189,13 +188,13 @@ def no_tape():
         yield
 
 
-# Rows in which ranks have a part, and rows of one kind each.
-SHARED = {"bjacobi", "asm", "ksp in ksp", "gamg, chebyshev", "mg, matfree", "AssembledPC", "schur"}
-KINDS = SHARED | {"composite, ksp", "mg, star", "PMGPC", "multiplicative", "schur, nest", "MassInvPC", "mg in fieldsplit"}
+# Rows that are tried as all kinds of solvers.
+KINDS = {"bjacobi", "asm", "ksp in ksp", "gamg, chebyshev", "mg, matfree", "AssembledPC", "schur",
+         "composite, ksp", "mg, star", "PMGPC", "multiplicative", "schur, nest", "MassInvPC",
+         "mg in fieldsplit"}
 EACH = ([(name, "linear") for name in ROWS] + [(name, "nonlinear") for name in ROWS if name in KINDS]
         + [(name, "assembled") for name in ROWS if name in KINDS - WITHOUT_LINEAR_SOLVER])
-TABLE = [pytest.param(name, kind, id=f"{name}-{kind}", marks=[] if name in SHARED and kind == "linear" else [pytest.mark.ranks(1)])
-         for name, kind in EACH]
+TABLE = [pytest.param(name, kind, id=f"{name}-{kind}") for name, kind in EACH]
 
 
 @pytest.mark.parametrize("name, kind", TABLE)
