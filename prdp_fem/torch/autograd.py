@@ -128,13 +128,8 @@ def _first_order(backward):
     return checked
 
 
-class _OfFirstOrder(torch.autograd.Function):
-    """A backward pass that may be differentiated, which raises, or be asked for a batch of cotangents by a transform of torch.func."""
-
-    @staticmethod
-    def forward(backward, call, cotangent, *tensors):
-        with one_thread(call.comm):
-            return backward(call, cotangent)
+class _OnceOnly(torch.autograd.Function):
+    """A derivative, which has none itself."""
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -147,6 +142,15 @@ class _OfFirstOrder(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *_):
         raise RuntimeError(_ONCE_ONLY)
+
+
+class _OfFirstOrder(_OnceOnly):
+    """A backward pass that may be differentiated, which raises, or be asked for a batch of cotangents by a transform of torch.func."""
+
+    @staticmethod
+    def forward(backward, call, cotangent, *tensors):
+        with one_thread(call.comm):
+            return backward(call, cotangent)
 
     @staticmethod
     def vmap(info, in_dims, backward, call, cotangent, *tensors):
@@ -453,7 +457,7 @@ class _Transformed(_Reverse):
         return _Transformed.apply(call, *_with_first_axis(tensors, in_dims[1:])), 0
 
 
-class _TransformedBackward(torch.autograd.Function):
+class _TransformedBackward(_OnceOnly):
     """Gradients of a call by the tensors that are wanted: called with it, which are, the cotangents of outputs and the tensors."""
 
     @staticmethod
@@ -466,18 +470,6 @@ class _TransformedBackward(torch.autograd.Function):
         outputs, cotangents = zip(*pairs)
         gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
         return tuple(torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(_ONCE_ONLY)
-
-    @staticmethod
-    def jvp(ctx, *_):
-        raise RuntimeError(_ONCE_ONLY)
 
     @staticmethod
     def vmap(info, in_dims, call, wanted, *given):
