@@ -1,21 +1,30 @@
-"""Progressively refined differentiable physics for Firedrake and PETSc."""
-# First, as it says what is wrong with Firedrake.
-import prdp_fem.release  # noqa: F401  # isort: split
-from prdp_fem.differentiation import Implicit, Unrolled
-from prdp_fem.job import end_together
-from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, NewtonSteps, Setting, Tolerance, ToleranceLadder
-from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Record, Refinement, ScheduledRefinement
-from prdp_fem.solvers import LinearVariationalSolver as LinearVariationalSolver
-from prdp_fem.solvers import NonlinearVariationalSolver as NonlinearVariationalSolver
-from prdp_fem.solvers import control, refinement_from_options
-from prdp_fem.unrolled import SteepestDescent
+"""Progressively refined differentiable physics for Firedrake and PETSc.
 
-# Without LinearVariationalSolver and NonlinearVariationalSolver: a star import leaves a script's
-# names from Firedrake and torch alone.
-__all__ = ["FixedRefinement", "Implicit", "IterationLadder", "Iterations", "NewtonLadder",
-           "NewtonSteps", "ProgressiveRefinement",
-           "Record", "Refinement", "ScheduledRefinement", "Setting", "SteepestDescent", "Tolerance",
-           "ToleranceLadder", "Unrolled",
-           "control", "refinement_from_options"]
+The first use of a name imports Firedrake, so that what needs none, as ``prdp_fem.refinement``, is
+light to import. Where Firedrake is there already, that is now. Either is collective on
+``COMM_WORLD``; on several ranks it puts a ``sys.excepthook`` in the place of PyOP2's, by which a
+rank that raises ends the job (see :mod:`prdp_fem.ranks.job`).
+"""
+import importlib
+import importlib.util
+import sys
+from typing import TYPE_CHECKING
 
-end_together()
+if TYPE_CHECKING or "firedrake" in sys.modules:
+    from prdp_fem._public import *  # noqa: F403
+    from prdp_fem._public import LinearVariationalSolver as LinearVariationalSolver
+    from prdp_fem._public import NonlinearVariationalSolver as NonlinearVariationalSolver
+    from prdp_fem._public import __all__ as __all__
+elif importlib.util.find_spec("firedrake") is None:
+    importlib.import_module("prdp_fem.release")  # which says so
+else:
+
+    def __getattr__(name: str):
+        """A module of the package, or what the package exports."""
+        if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}"):
+            return importlib.import_module(f"{__name__}.{name}")
+        try:
+            return getattr(importlib.import_module("prdp_fem._public"), name)
+        except AttributeError:
+            message = f"module '{__name__}' has no attribute '{name}'"
+            raise AttributeError(message, name=name) from None

@@ -19,8 +19,8 @@ from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotat
 from firedrake.petsc import PETSc
 from pyop2.configuration import configuration
 
-from prdp_fem.device import DEVICES, HOST, failure, is_built_for
-from prdp_fem.parallel import from_first_rank
+from prdp_fem.memory.devices import DEVICES, HOST, failure, is_built_for
+from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.solvers import LinearVariationalSolver
 from prdp_fem_installation.imports import Import, look
 from prdp_fem_installation.openblas import candidates, processor

@@ -10,7 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from prdp_fem.arguments import instance, shown
-from prdp_fem.refinement import Refinement, checked_metric
+from prdp_fem.refinement.rules import Refinement, checked_metric
 from prdp_fem.statistics import Statistics
 
 __all__ = ["Account", "History"]

@@ -11,12 +11,16 @@ from firedrake.utils import complex_mode
 from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
-from prdp_fem.assembled import AssembledForm
 from prdp_fem.citation import cite
-from prdp_fem.context import coefficients_in, over_copies, users_code
-from prdp_fem.device import AUTO, HOST, Device, find_device
-from prdp_fem.differentiation import Implicit, Unrolled, differentiation_of
-from prdp_fem.firedrake_internals import (
+from prdp_fem.krylov.ksp import SetByHand
+from prdp_fem.krylov.nested import SELF_CONTAINED
+from prdp_fem.krylov.persistence import options_of, refuse_persistent
+from prdp_fem.krylov.snes import reset_with_linear_solver, solves_linear_systems
+from prdp_fem.memory.devices import AUTO, HOST, Device, find_device
+from prdp_fem.memory.memory import Memory, is_copied, memory_of
+from prdp_fem.problem.assembled import AssembledForm
+from prdp_fem.problem.context import coefficients_in, over_copies, users_code
+from prdp_fem.problem.firedrake_internals import (
     Callbacks,
     Predecessor,
     assemble_directly,
@@ -26,34 +30,31 @@ from prdp_fem.firedrake_internals import (
     problem_of,
     share_transfers,
 )
-from prdp_fem.forms import Forms, LinearForms, NonlinearForms
-from prdp_fem.inputs import local_values, set_local_values, vector_like
-from prdp_fem.ladders import Setting, checked_setting
-from prdp_fem.linear import LinearSystem
-from prdp_fem.memory import Memory, is_copied, memory_of
-from prdp_fem.nested import SELF_CONTAINED
-from prdp_fem.newton import reset_with_linear_solver, solves_linear_systems
-from prdp_fem.nonlinear import NonlinearSystem
-from prdp_fem.option_names import check_option_names
-from prdp_fem.options import refinement_from_options
-from prdp_fem.parallel import agree
-from prdp_fem.persistence import options_of, refuse_persistent
-from prdp_fem.point import Point
-from prdp_fem.refined_ksp import SetByHand
-from prdp_fem.refinement import Refinement
-from prdp_fem.solver_arguments import (
+from prdp_fem.problem.forms import Forms, LinearForms, NonlinearForms
+from prdp_fem.problem.inputs import local_values, set_local_values, vector_like
+from prdp_fem.problem.point import Point
+from prdp_fem.ranks.agreement import agree
+from prdp_fem.ranks.job import end_together
+from prdp_fem.ranks.threads import by_one_thread
+from prdp_fem.refinement.ladders import Setting, checked_setting
+from prdp_fem.refinement.option_names import check_option_names
+from prdp_fem.refinement.options import refinement_from_options
+from prdp_fem.refinement.rules import Refinement
+from prdp_fem.solution.differentiation import Implicit, Unrolled, differentiation_of
+from prdp_fem.solution.linear import LinearSystem
+from prdp_fem.solution.nonlinear import NonlinearSystem
+from prdp_fem.solution.solver_arguments import (
     OWN,
     check_names,
     check_numbers,
     check_refinement,
     check_solver_arguments,
 )
+from prdp_fem.solution.system import System
+from prdp_fem.solution.unrolled_linear import UnrolledLinearSystem
+from prdp_fem.solution.unrolled_nonlinear import UnrolledNonlinearSystem
 from prdp_fem.statistics import Statistics
-from prdp_fem.system import System
 from prdp_fem.tape import SolveBlock
-from prdp_fem.threads import by_one_thread
-from prdp_fem.unrolled_linear import UnrolledLinearSystem
-from prdp_fem.unrolled_nonlinear import UnrolledNonlinearSystem
 
 __all__ = ["RefinedSolver", "control", "refinement_from_options"]  # as that of the package
 
@@ -593,3 +594,7 @@ def _assembled_problem(solver: firedrake.LinearSolver, arguments: dict) -> tuple
                                        aP=None if P is A else assembled[1].form,
                                        form_compiler_parameters=parameters)
     return problem, assembled
+
+
+# Importing Firedrake is collective, too.
+end_together()

@@ -27,7 +27,7 @@ class Statistics:
         Wall-clock time of whole solves on this rank: right-hand sides, assembly and KSP.
     copies_to_device, copies_to_host : int
         How often this rank has moved a vector or a matrix to a device, and back. What a preconditioner moves that is not on the device,
-        ``-log_view`` tells, and :func:`prdp_fem.device.transfers`.
+        ``-log_view`` tells, and :func:`prdp_fem.memory.devices.transfers`.
     bytes_to_device, bytes_to_host : int
         How much that was.
     """

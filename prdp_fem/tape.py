@@ -11,11 +11,11 @@ from pyadjoint import Block, get_working_tape
 from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
-from prdp_fem.firedrake_internals import assigned_from, has_schedule, is_lost, maybe_disk_checkpoint
-from prdp_fem.inputs import Input, is_real, local_values, set_local_values
-from prdp_fem.point import Direction, Point
-from prdp_fem.system import System
-from prdp_fem.threads import by_one_thread
+from prdp_fem.problem.firedrake_internals import assigned_from, has_schedule, is_lost, maybe_disk_checkpoint
+from prdp_fem.problem.inputs import Input, is_real, local_values, set_local_values
+from prdp_fem.problem.point import Direction, Point
+from prdp_fem.ranks.threads import by_one_thread
+from prdp_fem.solution.system import System
 
 __all__ = ["SolveBlock"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from firedrake import *
 from mesh_files import gmsh_file
 
-from prdp_fem.job import Refused
+from prdp_fem.ranks.job import Refused
 from prdp_fem.studies import triangle_mesh
 
 DEMOS = Path(__file__).resolve().parent.parent/"demos"

@@ -8,7 +8,7 @@ from firedrake.assemble import get_assembler
 from problems import HeatStep
 
 import prdp_fem
-from prdp_fem.firedrake_internals import CoordinateAssembler
+from prdp_fem.problem.firedrake_internals import CoordinateAssembler
 
 
 def diffusion(mesh):

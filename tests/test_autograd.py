@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import prdp_fem
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, NewtonSteps, ScheduledRefinement
-from prdp_fem.threads import one_thread
+from prdp_fem.ranks.threads import one_thread
 from prdp_fem.torch import SolverLayer, from_torch, to_torch
 
 torch.set_num_threads(1)

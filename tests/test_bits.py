@@ -17,7 +17,7 @@ from firedrake.petsc import PETSc
 from jobs import run_ranks
 from problems import HeatStep
 
-from prdp_fem.batch import Batch, BatchStore
+from prdp_fem.memory.batch import Batch, BatchStore
 
 HERE = Path(__file__).parent
 # What a processor must have for them.

@@ -17,8 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps, Tolerance
-from prdp_fem.device import DEVICES, HOST, Device, failure, find_device, transfers, usable_devices
-from prdp_fem.memory import DeviceMemory
+from prdp_fem.memory.devices import DEVICES, HOST, Device, failure, find_device, transfers, usable_devices
+from prdp_fem.memory.memory import DeviceMemory
 from prdp_fem.torch import SolverLayer, from_torch, to_torch
 
 pytestmark = pytest.mark.parallel([1, 2])

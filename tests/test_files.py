@@ -21,7 +21,7 @@ from jobs import run_ranks
 
 from prdp_fem import IterationLadder
 from prdp_fem.history import History
-from prdp_fem.job import Refused
+from prdp_fem.ranks.job import Refused
 from prdp_fem.studies import CONVERGED, PRDP, Run, Study, draw_training
 from prdp_fem.studies.files import alone, write
 from prdp_fem.studies.report import read_runs, write_report
@@ -495,7 +495,7 @@ def test_the_report_ends_with_a_sentence(tmp_path, make, message):
 SCRIPT = """
 import sys
 from mpi4py import MPI
-from prdp_fem.job import Refused
+from prdp_fem.ranks.job import Refused
 from prdp_fem.studies.command_line import Parser
 
 Parser(description="A program.").parse()

@@ -15,7 +15,7 @@ from problems import equality as equality_of_parts
 
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
-from prdp_fem.finite import is_finite
+from prdp_fem.ranks.finite import is_finite
 from prdp_fem.torch import SolverLayer, to_torch
 from prdp_fem.unrolled import UnrolledKSP
 

@@ -21,8 +21,19 @@ def test_nothing_but_the_bridge_needs_torch(module):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("module", ["prdp_fem", "prdp_fem.history", "prdp_fem.ladders", "prdp_fem.refinement", "prdp_fem.options",
-                                    "prdp_fem.solvers", "prdp_fem.studies", "prdp_fem.torch"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "prdp_fem",
+        "prdp_fem.history",
+        "prdp_fem.ladders",
+        "prdp_fem.refinement",
+        "prdp_fem.refinement.options",
+        "prdp_fem.solvers",
+        "prdp_fem.studies",
+        "prdp_fem.torch",
+    ],
+)
 def test_what_is_promised_is_there(module):
     imported = __import__(module, fromlist=["__all__"])
     assert all(hasattr(imported, name) for name in imported.__all__)

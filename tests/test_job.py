@@ -8,14 +8,14 @@ import subprocess
 import pytest
 from jobs import run_ranks
 
-import prdp_fem.job
+import prdp_fem.ranks.job
 
 # Without Firedrake, whose import takes most of the time of a job as short as these.
 ALONE = f"""
 import importlib.util, os, signal, sys, threading, time
 from mpi4py import MPI
 
-specification = importlib.util.spec_from_file_location("job", {prdp_fem.job.__file__!r})
+specification = importlib.util.spec_from_file_location("job", {prdp_fem.ranks.job.__file__!r})
 job = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(job)
 job.end_together()
@@ -28,7 +28,7 @@ PATIENT = f"{ALONE}\njob._GRACE = job._LOWER_RANK_GRACE = job._FINALISATION = 30
 SOLVER = """
 import sys
 from firedrake import *
-import prdp_fem.job
+import prdp_fem.ranks.job
 from prdp_fem import IterationLadder, LinearVariationalSolver, ProgressiveRefinement
 
 mesh = UnitSquareMesh(8, 8)
@@ -41,7 +41,7 @@ options = {"refinement": ProgressiveRefinement(IterationLadder()), "solver_param
 
 # As PATIENT above.
 ALL_RAISE = """
-job = prdp_fem.job
+job = prdp_fem.ranks.job
 job._GRACE = job._LOWER_RANK_GRACE = job._FINALISATION = 300
 """
 MINE = "sys.excepthook = mine = lambda kind, value, trace: sys.stdout.write(f'mine: {value}\\n')"

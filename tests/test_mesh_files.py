@@ -12,7 +12,7 @@ from fuzz_meshes import tried
 from jobs import run_ranks
 from mesh_files import LINES, SQUARE, TRIANGLES, gmsh_file
 
-from prdp_fem.job import Refused
+from prdp_fem.ranks.job import Refused
 from prdp_fem.studies import triangle_mesh
 
 DEMOS = Path(__file__).resolve().parent.parent/"demos"

@@ -7,7 +7,7 @@ import torch
 from firedrake import *
 
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, ResNet
-from prdp_fem.torch.networks import _neighbour_means, _SparseProduct
+from prdp_fem.training.networks import _neighbour_means, _SparseProduct
 
 torch.set_num_threads(1)
 

@@ -8,10 +8,9 @@ from mpi4py import MPI
 from petsc4py import PETSc
 
 import prdp_fem
-from prdp_fem import options as module
-from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, ToleranceLadder
-from prdp_fem.options import refinement_from_options
-from prdp_fem.refinement import ProgressiveRefinement
+from prdp_fem.refinement import IterationLadder, Iterations, NewtonLadder, ProgressiveRefinement, ToleranceLadder
+from prdp_fem.refinement import options as module
+from prdp_fem.refinement.options import refinement_from_options
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from firedrake import COMM_SELF, COMM_WORLD
 
-from prdp_fem.parallel import agree, from_first_rank
+from prdp_fem.ranks.agreement import agree, from_first_rank
 
 
 @pytest.mark.parallel([1, 2, 3])

@@ -5,7 +5,7 @@ import torch
 from firedrake import COMM_WORLD
 
 from prdp_fem.torch import GradientReduction, total
-from prdp_fem.torch.reduction import check_replicas
+from prdp_fem.training.reduction import check_replicas
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 torch.set_num_threads(1)

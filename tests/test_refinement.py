@@ -14,8 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpi4py import MPI
 
-from prdp_fem.ladders import IterationLadder, Iterations, NewtonLadder, NewtonSteps, Tolerance, ToleranceLadder
-from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Record, ScheduledRefinement
+from prdp_fem.refinement import (
+    FixedRefinement,
+    IterationLadder,
+    Iterations,
+    NewtonLadder,
+    NewtonSteps,
+    ProgressiveRefinement,
+    Record,
+    ScheduledRefinement,
+    Tolerance,
+    ToleranceLadder,
+)
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 

@@ -38,9 +38,9 @@ from prdp_fem import (
     control,
     refinement_from_options,
 )
-from prdp_fem.device import find_device
-from prdp_fem.differentiation import differentiation_of
 from prdp_fem.history import Account, History
+from prdp_fem.memory.devices import find_device
+from prdp_fem.solution.differentiation import differentiation_of
 from prdp_fem.statistics import Statistics
 from prdp_fem.studies import Schedule, Study
 from prdp_fem.torch import (

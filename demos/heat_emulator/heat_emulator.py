@@ -34,7 +34,7 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
-from prdp_fem.parallel import from_first_rank
+from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.studies import Study, command_line, draw_training, save_figure, triangle_mesh
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, Partition, ResNet, SolverLayer, deal, to_torch, total, train
 

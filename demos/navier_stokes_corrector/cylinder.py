@@ -47,8 +47,8 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
-from prdp_fem.job import Refused
-from prdp_fem.parallel import from_first_rank
+from prdp_fem.ranks.agreement import from_first_rank
+from prdp_fem.ranks.job import Refused
 from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, triangle_mesh
 from prdp_fem.studies.files import save_figure, write
 from prdp_fem.torch import Gathering, GraphNetwork, SolverLayer, deal, from_torch, to_torch, total, train

@@ -41,7 +41,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from prdp_fem import FixedRefinement, Iterations, LinearVariationalSolver
-from prdp_fem.parallel import from_first_rank
+from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.studies import save_figure, triangle_mesh
 from prdp_fem.studies.command_line import Parser, count
 from prdp_fem.studies.files import put_aside, write

@@ -12,8 +12,8 @@ from firedrake import Ensemble
 from mpi4py import MPI
 from petsc4py import PETSc
 
-from prdp_fem.job import say_refusals
-from prdp_fem.parallel import from_first_rank
+from prdp_fem.ranks.agreement import from_first_rank
+from prdp_fem.ranks.job import say_refusals
 from prdp_fem.studies.schedules import Schedule
 
 __all__ = ["Parser", "SOLVER_PREFIX", "command_line", "count"]
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self) -> tuple[argparse.Namespace, list[str]]:
         """What was read, and what is left for PETSc.
 
-        What is wrong later on, see :class:`~prdp_fem.job.Refused`, is said without a traceback.
+        What is wrong later on, see :class:`~prdp_fem.ranks.job.Refused`, is said without a traceback.
         """
         say_refusals()
         for word in sys.argv[1:]:

@@ -19,7 +19,7 @@ from typing import IO
 from matplotlib.figure import Figure
 from petsc4py import PETSc
 
-from prdp_fem.job import Refused
+from prdp_fem.ranks.job import Refused
 
 __all__ = ["alone", "put_aside", "save_figure", "say", "stamp", "write"]
 

@@ -18,8 +18,8 @@ from firedrake import Mesh
 from firedrake.mesh import MeshGeometry, plex_from_cell_list
 from mpi4py import MPI
 
-from prdp_fem.job import Refused
-from prdp_fem.parallel import from_first_rank
+from prdp_fem.ranks.agreement import from_first_rank
+from prdp_fem.ranks.job import Refused
 
 __all__ = ["triangle_mesh"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from firedrake import Ensemble
 
 from prdp_fem.history import History
-from prdp_fem.job import Refused
+from prdp_fem.ranks.job import Refused
 from prdp_fem.studies.files import write
 from prdp_fem.studies.schedules import Schedule
 

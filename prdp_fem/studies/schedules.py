@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from prdp_fem.arguments import count, instance, shown
-from prdp_fem.ladders import Iterations, Setting
-from prdp_fem.refinement import FixedRefinement, ProgressiveRefinement, Refinement
+from prdp_fem.refinement.ladders import Iterations, Setting
+from prdp_fem.refinement.rules import FixedRefinement, ProgressiveRefinement, Refinement
 
 __all__ = ["CONVERGED", "PRDP", "Schedule"]
 
@@ -112,7 +112,7 @@ class Schedule:
         constant : callable
             From a number of iterations to a setting.
         comm : mpi4py.MPI.Comm or None
-            See :class:`~prdp_fem.refinement.Refinement`.
+            See :class:`~prdp_fem.refinement.rules.Refinement`.
         """
         if self.kind == "constant":
             return FixedRefinement(constant(self.iterations), comm=comm)

@@ -16,10 +16,10 @@ from mpi4py import MPI
 
 from prdp_fem.arguments import instance, shown
 from prdp_fem.history import History
-from prdp_fem.job import Refused
-from prdp_fem.ladders import Iterations, Setting, Tolerance, checked_ladder, checked_setting
-from prdp_fem.parallel import from_first_rank
-from prdp_fem.refinement import Refinement
+from prdp_fem.ranks.agreement import from_first_rank
+from prdp_fem.ranks.job import Refused
+from prdp_fem.refinement.ladders import Iterations, Setting, Tolerance, checked_ladder, checked_setting
+from prdp_fem.refinement.rules import Refinement
 from prdp_fem.studies.command_line import SOLVER_PREFIX
 from prdp_fem.studies.files import alone, put_aside, say, stamp
 from prdp_fem.studies.runs import LAST_EPOCHS, Run, Runs, machine

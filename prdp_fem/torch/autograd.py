@@ -14,15 +14,15 @@ import torch
 from firedrake.exceptions import ConvergenceError
 from mpi4py import MPI
 
-from prdp_fem.boundary import BoundaryData
-from prdp_fem.finite import LARGEST, name_sample, require_finite
-from prdp_fem.functional import Functional
-from prdp_fem.inputs import same_bits
-from prdp_fem.ladders import Setting
-from prdp_fem.parallel import agree
-from prdp_fem.point import NO_VALUES, Point
+from prdp_fem.problem.boundary import BoundaryData
+from prdp_fem.problem.functional import Functional
+from prdp_fem.problem.inputs import same_bits
+from prdp_fem.problem.point import NO_VALUES, Point
+from prdp_fem.ranks.agreement import agree
+from prdp_fem.ranks.finite import LARGEST, name_sample, require_finite
+from prdp_fem.ranks.threads import one_thread
+from prdp_fem.refinement.ladders import Setting
 from prdp_fem.statistics import Statistics
-from prdp_fem.threads import one_thread
 from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
 __all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall", "in_numbers", "transforms_are_active"]

@@ -8,8 +8,8 @@ from firedrake.functionspaceimpl import WithGeometryBase
 from firedrake.petsc import PETSc
 
 from prdp_fem.arguments import flag, instance, shown
-from prdp_fem.device import DEVICES, usable_devices
-from prdp_fem.inputs import local_values, set_local_values
+from prdp_fem.memory.devices import DEVICES, usable_devices
+from prdp_fem.problem.inputs import local_values, set_local_values
 from prdp_fem.torch.placement import solver_device
 
 __all__ = ["from_torch", "to_torch"]

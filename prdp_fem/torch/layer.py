@@ -8,13 +8,13 @@ import torch
 import ufl
 from firedrake import Cofunction, Constant, Function
 
-from prdp_fem.boundary import BoundaryData
-from prdp_fem.device import find_device
-from prdp_fem.functional import Functional
-from prdp_fem.inputs import is_real, local_values, name_of, set_local_values
-from prdp_fem.parallel import agree
+from prdp_fem.memory.devices import find_device
+from prdp_fem.problem.boundary import BoundaryData
+from prdp_fem.problem.functional import Functional
+from prdp_fem.problem.inputs import is_real, local_values, name_of, set_local_values
+from prdp_fem.ranks.agreement import agree
+from prdp_fem.ranks.threads import one_thread
 from prdp_fem.solvers import RefinedSolver
-from prdp_fem.threads import one_thread
 from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve, Surroundings, TransformedCall, in_numbers, transforms_are_active
 from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 

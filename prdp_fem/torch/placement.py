@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from firedrake.petsc import PETSc
 
-from prdp_fem.device import HOST, Device
+from prdp_fem.memory.devices import HOST, Device
 from prdp_fem.statistics import Statistics
 
 __all__ = ["CPU", "ordered", "placed", "room", "solver_device", "tensor_device", "to_host"]

@@ -13,8 +13,8 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
+from prdp_fem.krylov.view import described, setting
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent, SparsityPattern, is_assembled, local_values
-from prdp_fem.unrolled.settings import described, setting
 
 __all__ = ["Preconditioner", "preconditioner_of"]
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from firedrake.petsc import PETSc
 
-from prdp_fem.finite import require_finite
-from prdp_fem.nested import krylov_method_inside
+from prdp_fem.krylov.nested import krylov_method_inside
+from prdp_fem.krylov.view import described, setting, settings
+from prdp_fem.ranks.finite import require_finite
 from prdp_fem.unrolled import methods
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
-from prdp_fem.unrolled.settings import described, setting, settings
 from prdp_fem.unrolled.steepest_descent import SteepestDescent
 from prdp_fem.unrolled.tangents import Tangents
 from prdp_fem.unrolled.trace import Trace, TracedScalar, TracedVector

@@ -1,0 +1,360 @@
+"""A setting put on a PETSc KSP, or on one inside its preconditioner; what counts as failure, and how many iterations were spent."""
+from __future__ import annotations
+
+import ctypes
+import sys
+from functools import cached_property
+
+from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
+from mpi4py import MPI
+
+from prdp_fem.krylov import nested
+from prdp_fem.refinement.ladders import Setting
+from prdp_fem.krylov.petsc_errors import cause_of, remedy
+
+__all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
+           "in_a_sentence", "reason_names", "renew_preconditioner", "reset", "set_up"]
+
+_NEVER = 1e300
+# PETSc's own ksp_atol, which stops nothing.
+_NO_ATOL = 1e-50
+# Below it, a relative tolerance is none: an absolute one is to decide.
+_NO_RTOL = sys.float_info.epsilon
+# The relative tolerance then, where the absolute one is not meant: what is below would only stir rounding errors.
+_FLOOR = 1e-12
+# These methods stop below thresholds that are not relative to the right-hand side, or may, as those in Python.
+_WITH_THRESHOLDS = frozenset({"minres", "symmlq", "python"})
+# petsc4py has no name for what is called of it.
+_LIBRARY = ctypes.CDLL(PETSc.__file__)
+
+
+def reason_names(reasons: type) -> dict[int, str]:
+    """The names of the converged reasons of a PETSc class, by their values."""
+    return {value: name for name, value in vars(reasons).items() if not name.startswith("_") and isinstance(value, int)}
+
+
+_REASONS = reason_names(PETSc.KSP.ConvergedReason)
+_REMEDIES = {
+    "DIVERGED_MAX_IT": "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance or a stronger pc_type",
+    "DIVERGED_DTOL": "the iteration does not converge for this operator: try another ksp_type or pc_type, or damp it "
+                     "(ksp_richardson_scale)",
+    "DIVERGED_NANORINF": "look for NaN or infinity in the controls and coefficients, or for an operator that is singular",
+    "DIVERGED_INDEFINITE_MAT": "the operator is not positive definite: use ksp_type minres or gmres",
+    "DIVERGED_INDEFINITE_PC": "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",
+    "DIVERGED_PCSETUP_FAILED": "the preconditioner could not be set up: the operator may be singular, or need another pc_type",
+}
+
+
+def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
+    """What to raise for an error that has come out of PETSc: what Python has raised inside it, if that is where it comes from."""
+    cause = cause_of(error)
+    if not isinstance(cause, PETSc.Error):
+        return cause
+    return ConvergenceError(f"{what}: {remedy(cause)}")
+
+
+def renew_preconditioner(ksp: PETSc.KSP) -> None:
+    """Put a new preconditioner, of the same options, in the place of the one there is; inside its solver's context."""
+    operators = ksp.getOperators()
+    _exchange_preconditioner(ksp)
+    ksp.setOperators(*operators)
+
+
+def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
+    last = ksp.getPC()
+    pc = PETSc.PC().create(ksp.comm)
+    pc.setOptionsPrefix(last.getOptionsPrefix())
+    pc.setDM(last.getDM())
+    ksp.setPC(pc)
+    # Not the KSP, on which more may have been set by hand.
+    pc.setFromOptions()
+    if last.getType() in (None, pc.getType()):
+        return  # None where it was never asked for, as by a SNES without linear solves
+    # The type was set by hand, and so was the object of Python that is one.
+    if last.getType() == PETSc.PC.Type.PYTHON:
+        ksp.setPC(last)
+    else:
+        pc.setType(last.getType())
+
+
+def forget_zero_pivots(ksp: PETSc.KSP) -> None:
+    """Forget those that PETSc has noted on preconditioners and matrices.
+
+    They would stay there, whatever values these get.
+    """
+    for pc in nested.all_preconditioners(ksp):
+        pc.setFailedReason(PETSc.PC.FailedReason.NOERROR)
+        for matrix in pc.getOperators():
+            _LIBRARY.MatFactorClearError(ctypes.c_void_p(matrix.handle))
+            if matrix.getType() in ("mpiaij", "mpibaij"):
+                diagonal_block = matrix.getDiagonalBlock()
+                _LIBRARY.MatFactorClearError(ctypes.c_void_p(diagonal_block.handle))
+
+
+def reset(ksp: PETSc.KSP) -> None:
+    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
+    forget_zero_pivots(ksp)
+    ksp.reset()
+    pc = ksp.getPC()
+    kind = pc.getType()
+    if kind in nested.SELF_CONTAINED:
+        # A reset takes from factorisations what options say of them; a type that was set by hand
+        # has none, and would give way to theirs.
+        if PETSc.Options(pc.getOptionsPrefix()).getString("pc_type", kind) == kind:
+            pc.setFromOptions()
+    elif kind is not None:  # as it is where a SNES solves no linear systems
+        # What is inside is not made anew by itself.
+        _exchange_preconditioner(ksp)
+
+
+class SetByHand:
+    """What was set on a KSP by hand, to be set on others of the same options.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+    by_options : PETSc.KSP
+        One on which nothing else was set than the same options say.
+    """
+
+    def __init__(self, ksp: PETSc.KSP, by_options: PETSc.KSP):
+        pcs = ksp.getPC(), by_options.getPC()
+        self._type, self._pc_type = (None if one.getType() == other.getType() else one.getType()
+                                     for one, other in ((ksp, by_options), pcs))
+        if self._pc_type == PETSc.PC.Type.PYTHON:
+            self._pc_type = None  # the object of Python that it is belongs to one KSP
+        tolerances = ksp.getTolerances(), by_options.getTolerances()
+        self._tolerances = None if tolerances[0] == tolerances[1] else tolerances[0]
+
+    def put_on(self, ksp: PETSc.KSP) -> None:
+        """Set it on another KSP that is not set up."""
+        if self._type is not None:
+            ksp.setType(self._type)
+        if self._pc_type is not None:
+            ksp.getPC().setType(self._pc_type)
+        if self._tolerances is not None:
+            ksp.setTolerances(*self._tolerances)
+
+
+def abandon_preconditioner(ksp: PETSc.KSP) -> None:
+    """Put a new one in the place of a preconditioner that an error of PETSc's has left half-way.
+
+    What is left is never destroyed, nor reset: some, such as multigrid, would destroy vectors and matrices that are not
+    theirs. The KSP is to be reset before its next use.
+    """
+    forget_zero_pivots(ksp)
+    ksp.getPC().incRef()
+    _exchange_preconditioner(ksp)
+
+
+def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
+    """Set a KSP up for the present values of its operators, whatever it was set up for before; inside its solver's context.
+
+    Raises
+    ------
+    firedrake.exceptions.ConvergenceError
+        Where the preconditioner refuses them; to be reset before its next use.
+    """
+    if nested.has_memory_inside(ksp):
+        # To reset one that remembers is not enough, since smoothers estimate eigenvalues from what they had.
+        renew_preconditioner(ksp)
+    ksp.setOperators(A, P)
+    try:
+        ksp.setUp()
+        ksp.setUpOnBlocks()
+    except PETSc.Error as error:
+        abandon_preconditioner(ksp)
+        said = in_a_sentence(error, f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up")
+        raise said from said.__cause__
+
+
+class RefinedKSP:
+    """A KSP with the one that settings are put on: itself, or one inside its preconditioner.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+        With its operators and options.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+    in_snes : bool
+        Whether a SNES calls its solves.
+    """
+
+    def __init__(self, ksp: PETSc.KSP, name: str, prefix: str | None, *, in_snes: bool = False):
+        self.ksp = ksp
+        self.name, self._prefix, self._in_snes = name, prefix, in_snes
+        self._refined: PETSc.KSP | None = None
+        # What options had said of KSPs, before something else was put on them.
+        self._options: dict[int, tuple] = {}
+        # The others beside the one that settings are put on; None where they are to be looked for.
+        self._others: list[PETSc.KSP] | None = None
+        self._is_budget = False
+        self._hidden_iterations = 0
+        self._hidden_failure: str | None = None
+
+    @property
+    def is_found(self) -> bool:
+        """Whether it is known which KSP settings are put on, without anything set up."""
+        return self._refined is not None
+
+    def find(self) -> None:
+        """Find the KSP that settings are put on; once the preconditioner is set up where that may have one inside."""
+        refined = nested.find_iterative(self.ksp, self._prefix)
+        if refined.handle == self.ksp.handle:
+            refined = self.ksp
+        if refined is not self.ksp or self._in_snes:
+            refined.setPostSolve(self._after_hidden_solve)
+        self._refined = refined
+        self._others = None
+
+    def find_without_setup(self) -> None:
+        """Find it where that takes no preconditioner that is set up."""
+        if not nested.needs_set_up(self.ksp, self._prefix):
+            self.find()
+
+    def set_up(self) -> None:
+        """To be called where the preconditioner was set up anew: KSPs inside may be others now."""
+        if self.ksp.getPC().getType() in nested.SELF_CONTAINED:
+            return
+        if self.is_nested:
+            self.find()
+        self._others = None
+
+    @cached_property
+    def may_have_thresholds(self) -> bool:
+        """Whether something in it may look at absolute sizes, whatever tolerances say; not all inside a preconditioner can be told."""
+        return self.ksp.getType() in _WITH_THRESHOLDS or self.ksp.getPC().getType() not in nested.SELF_CONTAINED
+
+    @property
+    def is_budget(self) -> bool:
+        """Whether a budget of iterations is on the KSP."""
+        return self._is_budget
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether settings are put on a KSP inside the preconditioner."""
+        return self._refined is not None and self._refined is not self.ksp
+
+    def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        self._hidden_iterations += ksp.getIterationNumber()
+        reason = ksp.getConvergedReason()
+        if reason < 0 and not (self._is_budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
+            self._hidden_failure = _failure(ksp)
+
+    def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> None:
+        """Put a setting on the KSP; None, or a setting of None, for what its options say.
+
+        Parameters
+        ----------
+        setting : Setting or None
+        guess : bool
+            Whether solves start from what is in the solution vector.
+        is_absolute : bool
+            Whether the absolute tolerances that options say, of all KSPs, are meant for such right-hand sides; else nothing absolute
+            stops a solve.
+        """
+        if setting is not None and setting.max_it is None:
+            setting = None
+        if setting is not None and self._refined is None:
+            self.find()
+        self._is_budget = setting is not None and setting.budget
+        self._hidden_iterations, self._hidden_failure = 0, None
+        refined = self.ksp if self._refined is None else self._refined
+        for ksp in self._beside(refined):
+            self._put(ksp, None, guess and ksp is self.ksp, is_absolute)
+        self._put(refined, setting, guess and refined is self.ksp, is_absolute)
+        self.ksp.setInitialGuessNonzero(guess)
+
+    def _beside(self, refined: PETSc.KSP) -> list[PETSc.KSP]:
+        """The KSPs, but the one that settings are put on, of which something is changed."""
+        if self._others is None:
+            if self.ksp.getPC().getType() in nested.SELF_CONTAINED:
+                self._others = []
+            else:
+                everywhere = {ksp.handle: ksp for ksp in [*nested.all_inside(self.ksp)[1:], self.ksp]}
+                self._options = {handle: kept for handle, kept in self._options.items() if handle in everywhere}
+                everywhere.pop(refined.handle, None)
+                self._others = [ksp for ksp in everywhere.values() if ksp is self.ksp or self._atol(ksp) > _NO_ATOL]
+        return self._others
+
+    def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool, is_absolute: bool) -> None:
+        if setting is None and not guess and (is_absolute or self._atol(ksp) <= _NO_ATOL):
+            if ksp.handle in self._options:
+                _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options.pop(ksp.handle)
+                ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+                ksp.setErrorIfNotConverged(error_if_not_converged)
+                ksp.setNormType(norm)
+            return
+        if ksp.handle not in self._options:
+            self._options[ksp.handle] = ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType()
+        _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options[ksp.handle]
+        if setting is not None:
+            rtol, max_it = setting.rtol, setting.max_it
+            # PETSc would take a used-up budget for an error; what is one is decided in checked_iterations.
+            error_if_not_converged = False
+            if setting.budget and norm == PETSc.KSP.NormType.PRECONDITIONED and ksp.getType() == PETSc.KSP.Type.CG:
+                # For a budget any norm will do to see the floor and NaN by, and the natural one costs CG nothing.
+                norm = PETSc.KSP.NormType.NATURAL
+        if ksp.getNormType() != norm:
+            ksp.setNormType(norm)
+        if guess:
+            divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
+        if not is_absolute and atol > _NO_ATOL:
+            if setting is None and rtol < _NO_RTOL:
+                rtol = _FLOOR
+            atol = _NO_ATOL
+        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+        ksp.setErrorIfNotConverged(error_if_not_converged)
+
+    def _atol(self, ksp: PETSc.KSP) -> float:
+        """The absolute tolerance that options say."""
+        return self._options[ksp.handle][1][1] if ksp.handle in self._options else ksp.getTolerances()[1]
+
+    def checked_iterations(self, kind: str) -> int:
+        """The iterations that the last solve has spent, on the KSP that settings are put on.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where it failed.
+        """
+        ksp = self.ksp
+        reason = ksp.getConvergedReason()
+        if reason < 0 and not (reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self._is_budget and not self.is_nested):
+            raise ConvergenceError(f"the {kind} solve for '{self.name}' {self.failure()}")
+        return self._account() if self.is_nested else ksp.getIterationNumber()
+
+    def checked_newton_iterations(self, iterations: int) -> int:
+        """The iterations that the steps of a SNES have spent, where they were those of ``ksp``: see :meth:`checked_iterations`."""
+        return iterations if self._refined is None else self._account()
+
+    def _account(self) -> int:
+        failure, comm = self._hidden_failure, self.ksp.comm
+        if self._refined.comm.size < comm.size and comm.tompi4py().allreduce(failure is not None, MPI.LOR):
+            # The block of another rank, which raises the same.
+            failure = failure or "has failed on another rank"
+        if failure is not None:
+            raise ConvergenceError(f"a linear solve inside that for '{self.name}' {failure}")
+        iterations, self._hidden_iterations = self._hidden_iterations, 0
+        return iterations
+
+    def failure(self) -> str:
+        """What went wrong in the last solve."""
+        return self._hidden_failure or _failure(self.ksp)
+
+
+def _failure(ksp: PETSc.KSP) -> str:
+    reason = ksp.getConvergedReason()
+    name = _REASONS.get(reason, str(reason))
+    A, _ = ksp.getOperators()
+    missing = [argument for argument, space in (("nullspace", A.getNullSpace()), ("transpose_nullspace", A.getTransposeNullSpace()))
+               if not (space and space.handle)]
+    remedies = [f"give the solver {missing[0]}=, too"] if len(missing) == 1 else []
+    if name in _REMEDIES:
+        remedies.append(_REMEDIES[name])
+    return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after {ksp.getIterationNumber()} "
+            f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {', or '.join(remedies)}" if remedies else ""))

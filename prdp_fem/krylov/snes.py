@@ -1,0 +1,144 @@
+"""A setting put on a PETSc SNES and its KSP."""
+from __future__ import annotations
+
+from firedrake.exceptions import ConvergenceError
+from firedrake.petsc import PETSc
+
+from prdp_fem.krylov.factorisation import FactorisationCheck
+from prdp_fem.krylov.ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
+from prdp_fem.krylov.nested import is_direct
+from prdp_fem.refinement.ladders import NewtonSteps, Setting
+
+__all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
+
+# Those that make each step by a linear solve.
+_WITH_LINEAR_SOLVES = frozenset({"newtonls", "newtontr", "newtontrdc", "newtonal", "ksponly"})
+# Those that go on with directions, or with a residual, of their last solve.
+_REMEMBERING = frozenset({"qn", "ncg", "nrichardson"})
+_MANY = 2**30
+_REASONS = reason_names(PETSc.SNES.ConvergedReason)
+_REMEDIES = {
+    "DIVERGED_MAX_IT": "allow more steps (snes_max_it), looser tolerances (snes_rtol, snes_atol), or a number of steps that is meant to "
+                       "be used up (a NewtonLadder); with truncated linear solves Newton's method needs more steps",
+    "DIVERGED_LINE_SEARCH": "truncated linear solves may give no direction of descent: use snes_linesearch_type basic, or more iterations",
+    "DIVERGED_LINEAR_SOLVE": "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type",
+    "DIVERGED_FUNCTION_NANORINF": "look for NaN or infinity in the controls, coefficients and the guess",
+    "DIVERGED_DTOL": "the steps lead away from a solution: try a better guess or a line search (snes_linesearch_type bt)",
+}
+
+
+def reset_with_linear_solver(snes: PETSc.SNES) -> None:
+    """Have a SNES, its KSP and its preconditioner set up anew at the next solve.
+
+    Inside the solver's context. What was set on SNES and KSP stays.
+    """
+    forget_zero_pivots(snes.getKSP())  # before it lets go of what has them
+    snes.reset()
+    # Its DM, which all solvers of a function space share, would restrict its solution to coarser
+    # meshes whenever multigrid is set up, and there is none until the next solve.
+    snes.setDM(snes.getDM())
+    reset(snes.getKSP())
+
+
+def solves_linear_systems(snes: PETSc.SNES) -> bool:
+    """Whether a SNES makes its steps by linear solves; another one leaves the options of its KSP unread."""
+    return snes.getType() in _WITH_LINEAR_SOLVES
+
+
+class Newton:
+    """A SNES that is told at each solve how many steps to make, and how far to go in each.
+
+    Parameters
+    ----------
+    snes : PETSc.SNES
+        With its callbacks and options.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+
+    Attributes
+    ----------
+    factorisation : FactorisationCheck
+        What looks at direct solves.
+    """
+
+    def __init__(self, snes: PETSc.SNES, name: str, prefix: str | None):
+        self.snes = snes
+        self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
+        self._name = name
+        self.factorisation = FactorisationCheck(name)
+        if is_direct(snes.getKSP()):
+            snes.getKSP().setPostSolve(self.factorisation.look_at_step)
+        # What options had said, while a setting is put on.
+        self._options: tuple | None = None
+
+    @property
+    def solves_linear_systems(self) -> bool:
+        """Whether there is a KSP to put settings on."""
+        return solves_linear_systems(self.snes)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the SNES starts with what it has learnt in its last solve, unless it is reset."""
+        return self.snes.getType() in _REMEMBERING
+
+    def reset(self) -> None:
+        """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
+        reset_with_linear_solver(self.snes)
+        self.factorisation.forget()
+
+    def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
+        """Solve from what is in x.
+
+        Parameters
+        ----------
+        x : PETSc.Vec
+            The guess, with boundary values, and then the solution.
+        setting : Setting, NewtonSteps or None
+            How far to go; None for what the options say.
+
+        Returns
+        -------
+        tuple of int
+            Newton steps, and KSP iterations.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the options' tolerances are not reached, unless the steps were a budget.
+        """
+        snes = self.snes
+        steps = setting.steps if isinstance(setting, NewtonSteps) else None
+        self._apply(steps, setting)
+        snes.solve(None, x)
+        reason = snes.getConvergedReason()
+        if reason < 0 and not (steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT):
+            self._raise(reason)
+        made = snes.getIterationNumber()
+        iterations = self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
+        if made and self.solves_linear_systems:
+            self.factorisation.look_at_state(snes.getKSP(), x)
+        return made, iterations
+
+    def _apply(self, steps: int | None, setting: Setting | None) -> None:
+        if self.solves_linear_systems:
+            self.refined.apply(setting, False)
+        if self._options is None:
+            if setting is None:
+                return
+            self._options = self.snes.getTolerances(), self.snes.getMaxKSPFailures()
+        (rtol, atol, stol, max_it), failures = self._options
+        self.snes.setTolerances(rtol=rtol, atol=atol, stol=stol, max_it=max_it if steps is None else steps)
+        # SNES would take a used-up budget of iterations for an error.
+        self.snes.setMaxKSPFailures(_MANY if setting is not None and setting.budget else failures)
+        if setting is None:
+            self._options = None
+
+    def _raise(self, reason: int) -> None:
+        name = _REASONS.get(reason, str(reason))
+        inside = f" (a linear solve {self.refined.failure()})" if name == "DIVERGED_LINEAR_SOLVE" else ""
+        remedy = _REMEDIES.get(name)
+        raise ConvergenceError(f"the nonlinear solve for '{self._name}' with snes_type {self.snes.getType()} failed: {name} after "
+                               f"{self.snes.getIterationNumber()} steps, residual norm {self.snes.getFunctionNorm():.3e}{inside}"
+                               + (f"; {remedy}" if remedy else ""))

@@ -1,0 +1,300 @@
+"""The solves of a linear system and its transpose."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cached_property
+
+import numpy as np
+from firedrake.petsc import PETSc
+
+from prdp_fem.krylov import nested
+from prdp_fem.krylov.factorisation import FactorisationCheck
+from prdp_fem.krylov.ksp import RefinedKSP
+from prdp_fem.refinement.ladders import Setting
+
+__all__ = ["Krylov"]
+
+# Methods defined for symmetric operators and preconditioners only: for them a transposed solve is a solve.
+_SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
+                                "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
+# PETSc's transposed solve by these is not one: it multiplies by the operator where it should by its transpose.
+_NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
+# Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
+_SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
+_INFINITY = PETSc.NormType.NORM_INFINITY
+_DIRECT = frozenset({PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE})
+
+
+class Krylov:
+    """The solves of a linear system and its transpose, each told how far to go.
+
+    They depend on nothing but their arguments: each starts from zero, or from the guess that it is given.
+
+    Parameters
+    ----------
+    ksp : PETSc.KSP
+        With its operators and options.
+    transposed : callable
+        A context manager with a KSP for the transposed operator, set up for its present values; used only where method or
+        preconditioner cannot be transposed.
+    name : str
+        Of what is solved for, for messages.
+    prefix : str or None
+        Options prefix of the KSP that settings are put on; None for the only iterative one.
+    factorisation : FactorisationCheck or None
+        That of other solves of the same solver.
+    """
+
+    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None,
+                 factorisation: FactorisationCheck | None = None):
+        self.refined = RefinedKSP(ksp, name, prefix)
+        self.ksp = ksp
+        self._transposed = transposed
+        self._name, self._prefix = name, prefix
+        self._factorisation = FactorisationCheck(name, factorisation)
+        self.forget_operators()
+
+    def forget_operators(self) -> None:
+        """Forget what was known of the operators, which are other matrices from now on."""
+        for known in ("_probe", "_one_sided_null_space"):
+            vars(self).pop(known, None)
+        self._factorisation.forget()
+        self._refined_transposed: RefinedKSP | None = None
+        self._transposable: bool | None = None
+        self._symmetric: bool | None = None
+        self._symmetric_after: set[frozenset] = set()
+        self._has_symmetric_operator: bool | None = None
+        self._has_symmetric_parts: bool | None = None
+        self._changed: frozenset = frozenset()
+
+    def operator_changed(self, inputs: frozenset) -> None:
+        """Forget what was known of the operator's values.
+
+        Parameters
+        ----------
+        inputs : frozenset
+            What it depends on that has changed. Where it was symmetric after a change of the same, it is taken for symmetric again.
+        """
+        if not (self._symmetric and inputs in self._symmetric_after):
+            self._changed = inputs if self._symmetric is not None else self._changed | inputs
+            self._symmetric = None
+        self._has_symmetric_operator = self._has_symmetric_parts = None
+        self._factorisation.renew()
+        self.refined.set_up()
+
+    def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+        """A function that solves A x = b for b and x, and returns the iterations spent.
+
+        It holds until another is asked for.
+
+        Parameters
+        ----------
+        setting : Setting or None
+            How far to go; None for what the KSP's options say.
+        guess : bool
+            Start from ``x`` instead of zero.
+        kind : str
+            What messages call the solve.
+
+        Notes
+        -----
+        The function raises :class:`firedrake.exceptions.ConvergenceError` on NaN, breakdown or divergence, and where a tolerance
+        is not reached; not for a used-up budget.
+        """
+        if kind == "forward":
+            return self._solver(self.refined, self.ksp.solve, setting, guess, kind)
+        return self._projected(self._scaled(self.refined, self.ksp.solve, setting, kind))
+
+    def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+        """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
+        solve = self._transposed_solver(setting)
+        return solve if self._one_sided_null_space is None else self._projected(solve)
+
+    def _transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+        if self.is_symmetric():
+            return self._scaled(self.refined, self.ksp.solve, setting, "adjoint")
+        if self._is_transposable():
+            return self._scaled(self.refined, self.ksp.solveTranspose, setting, "adjoint")
+
+        def solve(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            with self._transposed() as ksp:
+                if self._refined_transposed is None:
+                    self._refined_transposed = RefinedKSP(ksp, self._name, self._prefix)
+                self._refined_transposed.set_up()
+                return self._scaled(self._refined_transposed, ksp.solve, setting, "adjoint")(b, x)
+        return solve
+
+    def _projected(self, solve: Callable) -> Callable:
+        """With the null space of a symmetric operator for that of its transpose, where nobody has named one."""
+        space = self._one_sided_null_space
+        if space is None or not self._operator_is_symmetric():
+            return solve
+
+        def solve_projected(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            space.remove(b)
+            iterations = solve(b, x)
+            space.remove(x)
+            return iterations
+        return solve_projected
+
+    @cached_property
+    def _one_sided_null_space(self) -> PETSc.NullSpace | None:
+        """The null space of the operator, where none of its transpose is known."""
+        A, _ = self.ksp.getOperators()
+        space, transposed = A.getNullSpace(), A.getTransposeNullSpace()
+        return space if space and space.handle and not (transposed and transposed.handle) else None
+
+    def _operator_is_symmetric(self) -> bool:
+        if self._has_symmetric_operator is None:
+            self._has_symmetric_operator = self._probe.finds_symmetric(self.ksp.getOperators()[0].mult)
+        return self._has_symmetric_operator
+
+    def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
+        """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
+        refined.apply(setting, False, is_absolute=False)
+        solve_and_check = self._relative(refined.ksp, self._checked(refined, solve, kind))
+        smallest = math.inf if refined.may_have_thresholds else _SMALL
+
+        def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            size = b.norm(_INFINITY)
+            if smallest < size < _LARGE or not 0 < size < math.inf:
+                return solve_and_check(b, x)
+            # By a power of two, that changes no bit but where numbers of the solve had been too small or too large to have all.
+            exponent = min(max(math.frexp(size)[1], -_MOST), _MOST)
+            b.scale(math.ldexp(1.0, -exponent))
+            iterations = solve_and_check(b, x)
+            x.scale(math.ldexp(1.0, exponent))
+            return iterations
+        return solve_scaled
+
+    @staticmethod
+    def _relative(ksp: PETSc.KSP, solve: Callable) -> Callable:
+        """A solve that nothing absolute stops: not PETSc's own tolerance either, which residuals of a large operator are below."""
+        def solve_to_the_end(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            iterations = solve(b, x)
+            if ksp.getConvergedReason() == PETSc.KSP.ConvergedReason.CONVERGED_ATOL:
+                atol = ksp.getTolerances()[1]
+                ksp.setTolerances(atol=0.0)
+                try:
+                    iterations = solve(b, x)
+                finally:
+                    ksp.setTolerances(atol=atol)
+            return iterations
+        return solve_to_the_end
+
+    def _solver(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool,
+                kind: str) -> Callable:
+        refined.apply(setting, guess)
+        return self._checked(refined, solve, kind)
+
+    def _checked(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
+        checked_iterations = refined.checked_iterations
+        is_direct = refined.ksp.getType() in _DIRECT or refined.ksp.getPC().getType() in ("lu", "cholesky")
+
+        def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
+            solve(b, x)
+            iterations = checked_iterations(kind)
+            if is_direct:
+                self._factorisation.look(refined.ksp, b, x, kind, solve == refined.ksp.solveTranspose)
+            return iterations
+        return solve_and_check
+
+    @cached_property
+    def _probe(self) -> _Probe:
+        return _Probe(self.ksp.getOperators()[0])
+
+    def is_symmetric(self) -> bool:
+        """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
+        if self._symmetric is None:
+            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._operator_is_symmetric()
+            if self._symmetric:
+                self._symmetric_after.add(self._changed)
+        return self._symmetric
+
+    def has_symmetric_parts(self) -> bool:
+        """Whether operator and preconditioner are symmetric, both as they are now, and whatever the method asks for."""
+        if self._has_symmetric_parts is None:
+            self._has_symmetric_parts = self._operator_is_symmetric() and self._probe.finds_symmetric(self.ksp.getPC().apply)
+        return self._has_symmetric_parts
+
+    def _is_transposable(self) -> bool:
+        """Whether method and preconditioner have a transpose; of the latter PETSc tells only by trying."""
+        if self._transposable is None:
+            A, P = self.ksp.getOperators()
+            pc = self.ksp.getPC()
+            # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
+            if (self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp)
+                    or nested.has_untransposable_inside(self.ksp) or _has_python_blocks(A)):
+                self._transposable = False
+                return False
+            try:
+                # A Python matrix may have no transposed product, or one that is none of its transpose.
+                self._transposable = (self._probe.finds_transposed_operator(A)
+                                      and self._probe.finds_transposed(pc))
+            except (PETSc.Error, AttributeError, NotImplementedError):
+                self._transposable = False
+                self._probe.keep_for_ever()
+                del self._probe
+            if not self._transposable:
+                # A failed try leaves its mark on the preconditioners inside.
+                pc.reset()
+                self.ksp.setOperators(A, P)
+                self.ksp.setUp()
+                self.refined.set_up()
+        return self._transposable
+
+
+def _has_python_blocks(A: PETSc.Mat) -> bool:
+    """Whether a matrix is one of blocks, of which some are Python's, as those of a Real space are.
+
+    PyOP2 adds the transposed products of these up wrongly, by whatever their entries are to others.
+    """
+    if A.getType() != PETSc.Mat.Type.NEST:
+        return False
+    rows, columns = A.getNestSize()
+    blocks = (A.getNestSubMatrix(row, column) for row in range(rows) for column in range(columns))
+    return any(block.handle and block.getType() == PETSc.Mat.Type.PYTHON for block in blocks)
+
+
+class _Probe:
+    """Two vectors without a pattern, the same at every call, and room for their products.
+
+    Parameters
+    ----------
+    A : PETSc.Mat
+    """
+
+    def __init__(self, A: PETSc.Mat):
+        self.x, self.y = A.createVecs()
+        index = np.arange(*self.x.getOwnershipRange())
+        self.x.setArray(np.sin(1 + 1.3*index))
+        self.y.setArray(np.cos(2 + 0.7*index))
+        self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
+
+    def keep_for_ever(self) -> None:
+        """Never destroy the vectors, of which a preconditioner that was left by an error may have some, and destroy them."""
+        for vector in (self.x, self.y, self.Ax, self.Ay):
+            vector.incRef()
+
+    def finds_symmetric(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> bool:
+        """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""
+        multiply(self.x, self.Ax)
+        multiply(self.y, self.Ay)
+        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
+        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
+
+    def finds_transposed_operator(self, A: PETSc.Mat) -> bool:
+        """Compare (A x, y) with (x, Aᵀ y)."""
+        A.mult(self.x, self.Ax)
+        A.multTranspose(self.y, self.Ay)
+        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
+        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-10*size
+
+    def finds_transposed(self, pc: PETSc.PC) -> bool:
+        """Compare (P x, y) with (x, Pᵀ y)."""
+        pc.apply(self.x, self.Ax)
+        forward = self.Ax.dot(self.y)
+        pc.applyTranspose(self.y, self.Ay)
+        return bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6*abs(forward)) and pc.getFailedReason() == 0

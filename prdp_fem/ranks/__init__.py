@@ -1,0 +1,4 @@
+"""What ranks do together: agree, take turns, and end."""
+
+# Its modules are imported by their names.
+__all__: list[str] = []
