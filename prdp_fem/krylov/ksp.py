@@ -10,8 +10,8 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from prdp_fem.krylov import nested
-from prdp_fem.refinement.ladders import Setting
 from prdp_fem.krylov.petsc_errors import cause_of, remedy
+from prdp_fem.refinement.ladders import Setting
 
 __all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
            "in_a_sentence", "reason_names", "renew_preconditioner", "reset", "set_up"]
@@ -190,6 +190,10 @@ class RefinedKSP:
         self._refined: PETSc.KSP | None = None
         # What options had said of KSPs, before something else was put on them.
         self._options: dict[int, tuple] = {}
+        # What was put on the KSP last, and the tolerances that it then had: most solves ask for the
+        # same again.
+        self._asked: tuple | None = None
+        self._left: tuple | None = None
         # The others beside the one that settings are put on; None where they are to be looked for.
         self._others: list[PETSc.KSP] | None = None
         self._is_budget = False
@@ -210,6 +214,7 @@ class RefinedKSP:
             refined.setPostSolve(self._after_hidden_solve)
         self._refined = refined
         self._others = None
+        self._asked = None
 
     def find_without_setup(self) -> None:
         """Find it where that takes no preconditioner that is set up."""
@@ -264,10 +269,18 @@ class RefinedKSP:
         self._is_budget = setting is not None and setting.budget
         self._hidden_iterations, self._hidden_failure = 0, None
         refined = self.ksp if self._refined is None else self._refined
-        for ksp in self._beside(refined):
-            self._put(ksp, None, guess and ksp is self.ksp, is_absolute)
-        self._put(refined, setting, guess and refined is self.ksp, is_absolute)
+        beside = self._beside(refined)
+        if not beside and not is_absolute:
+            is_absolute = self._atol(refined) <= _NO_ATOL
+        limits = None if setting is None else (setting.rtol, setting.max_it, setting.budget)
+        asked = refined.getType(), limits, guess, is_absolute
+        # It may have been set by hand since, or by somebody who has the same KSP.
         self.ksp.setInitialGuessNonzero(guess)
+        if beside or asked != self._asked or refined.getTolerances() != self._left:
+            for ksp in beside:
+                self._put(ksp, None, guess and ksp is self.ksp, is_absolute)
+            self._put(refined, setting, guess and refined is self.ksp, is_absolute)
+            self._asked, self._left = asked, refined.getTolerances()
 
     def _beside(self, refined: PETSc.KSP) -> list[PETSc.KSP]:
         """The KSPs, but the one that settings are put on, of which something is changed."""
