@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import cached_property
+from typing import Any
 
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
@@ -11,12 +12,14 @@ from mpi4py import MPI
 
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.petsc_errors import cause_of, remedy
-from prdp_fem.refinement.ladders import Setting
+from prdp_fem.refinement.ladders import Setting, is_frozen
 
 __all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
            "in_a_sentence", "reason_names", "renew_preconditioner", "reset", "set_up"]
 
 _NEVER = 1e300
+# Another one than any, None included.
+_NO_SETTING = object()
 # PETSc's own ksp_atol, which stops nothing.
 _NO_ATOL = 1e-50
 # Below it, a relative tolerance is none: an absolute one is to decide.
@@ -191,9 +194,12 @@ class RefinedKSP:
         # What options had said of KSPs, before something else was put on them.
         self._options: dict[int, tuple] = {}
         # What was put on the KSP last, and the tolerances that it then had: most solves ask for the
-        # same again.
+        # same again. That nothing absolute stops a solve is the same as its opposite where there is
+        # no absolute tolerance.
+        self._setting: Any = _NO_SETTING
         self._asked: tuple | None = None
         self._left: tuple | None = None
+        self._ignores_absolute = False
         # The others beside the one that settings are put on; None where they are to be looked for.
         self._others: list[PETSc.KSP] | None = None
         self._is_budget = False
@@ -250,7 +256,7 @@ class RefinedKSP:
         if reason < 0 and not (self._is_budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
             self._hidden_failure = _failure(ksp)
 
-    def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> None:
+    def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> bool:
         """Put a setting on the KSP; None, or a setting of None, for what its options say.
 
         Parameters
@@ -261,26 +267,38 @@ class RefinedKSP:
         is_absolute : bool
             Whether the absolute tolerances that options say, of all KSPs, are meant for such right-hand sides; else nothing absolute
             stops a solve.
+
+        Returns
+        -------
+        bool
+            Whether something was changed: not where the last solve has left it as it is to be.
         """
+        ksp = self.ksp
+        # It may have been set by hand since, or by somebody who has the same KSP.
+        ksp.setInitialGuessNonzero(guess)
+        self._hidden_iterations, self._hidden_failure = 0, None
+        # Tolerances of another KSP, inside, are looked at below.
+        asked = ksp.getType(), guess, self._ignores_absolute or is_absolute
+        if (setting is self._setting and asked == self._asked
+                and ksp.getTolerances() == self._left):
+            return False
+        is_kept = setting is None or is_frozen(setting)
+        self._setting = setting if is_kept else _NO_SETTING
         if setting is not None and setting.max_it is None:
             setting = None
         if setting is not None and self._refined is None:
             self.find()
         self._is_budget = setting is not None and setting.budget
-        self._hidden_iterations, self._hidden_failure = 0, None
-        refined = self.ksp if self._refined is None else self._refined
+        refined = ksp if self._refined is None else self._refined
         beside = self._beside(refined)
-        if not beside and not is_absolute:
-            is_absolute = self._atol(refined) <= _NO_ATOL
-        limits = None if setting is None else (setting.rtol, setting.max_it, setting.budget)
-        asked = refined.getType(), limits, guess, is_absolute
-        # It may have been set by hand since, or by somebody who has the same KSP.
-        self.ksp.setInitialGuessNonzero(guess)
-        if beside or asked != self._asked or refined.getTolerances() != self._left:
-            for ksp in beside:
-                self._put(ksp, None, guess and ksp is self.ksp, is_absolute)
-            self._put(refined, setting, guess and refined is self.ksp, is_absolute)
-            self._asked, self._left = asked, refined.getTolerances()
+        for other in beside:
+            self._put(other, None, guess and other is ksp, is_absolute)
+        self._put(refined, setting, guess and refined is ksp, is_absolute)
+        is_alone = not beside and refined is ksp
+        self._ignores_absolute = is_alone and self._atol(ksp) <= _NO_ATOL
+        self._asked = ksp.getType(), guess, self._ignores_absolute or is_absolute
+        self._left = ksp.getTolerances() if is_alone else None
+        return True
 
     def _beside(self, refined: PETSc.KSP) -> list[PETSc.KSP]:
         """The KSPs, but the one that settings are put on, of which something is changed."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from functools import cached_property
 
 import numpy as np
+from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov import nested
@@ -23,8 +24,11 @@ _SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg
 _NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
 # Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
 _SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
+# A residual norm whose square, and those of its larger parts, have all bits.
+_FAINT = 1e-100
 _INFINITY = PETSc.NormType.NORM_INFINITY
 _DIRECT = frozenset({PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE})
+_BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
 
 
 class Krylov:
@@ -68,6 +72,8 @@ class Krylov:
         self._has_symmetric_operator: bool | None = None
         self._has_symmetric_parts: bool | None = None
         self._changed: frozenset = frozenset()
+        # The functions that solve, by the kind of solve, while nothing that they were made for changes.
+        self._solves: dict[str, Callable] = {}
 
     def operator_changed(self, inputs: frozenset) -> None:
         """Forget what was known of the operator's values.
@@ -81,6 +87,7 @@ class Krylov:
             self._changed = inputs if self._symmetric is not None else self._changed | inputs
             self._symmetric = None
         self._has_symmetric_operator = self._has_symmetric_parts = None
+        self._solves.clear()
         self._factorisation.renew()
         self.refined.set_up()
 
@@ -104,7 +111,11 @@ class Krylov:
         is not reached; not for a used-up budget.
         """
         if kind == "forward":
-            return self._solver(self.refined, self.ksp.solve, setting, guess, kind)
+            if self.refined.apply(setting, guess):
+                self._solves.clear()
+            if kind not in self._solves:
+                self._solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
+            return self._solves[kind]
         return self._projected(self._scaled(self.refined, self.ksp.solve, setting, kind))
 
     def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
@@ -153,51 +164,71 @@ class Krylov:
 
     def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
         """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
-        refined.apply(setting, False, is_absolute=False)
-        solve_and_check = self._relative(refined.ksp, self._checked(refined, solve, kind))
-        smallest = math.inf if refined.may_have_thresholds else _SMALL
+        if refined.apply(setting, False, is_absolute=False):
+            self._solves.clear()
+        if kind not in self._solves:
+            self._solves[kind] = self._scaled_anew(refined, solve, kind)
+        return self._solves[kind]
+
+    def _scaled_anew(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
+        solve_and_check = self._checked(refined, solve, kind, is_relative=True)
+        ksp, has_thresholds = refined.ksp, refined.may_have_thresholds
+        smallest = math.inf if has_thresholds else _SMALL
+
+        def is_sized(b: PETSc.Vec) -> bool:
+            size = b.norm(_INFINITY)
+            return smallest < size < _LARGE or not 0 < size < math.inf
 
         def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
-            size = b.norm(_INFINITY)
-            if smallest < size < _LARGE or not 0 < size < math.inf:
+            if not has_thresholds:
+                # Most often the residual is known afterwards, and tells at no cost that numbers of
+                # the solve had all their bits.
+                try:
+                    iterations = solve_and_check(b, x)
+                except ConvergenceError:
+                    if is_sized(b):
+                        raise
+                else:
+                    if _FAINT < ksp.getResidualNorm() < 1/_FAINT or is_sized(b):
+                        return iterations
+            elif is_sized(b):
                 return solve_and_check(b, x)
-            # By a power of two, that changes no bit but where numbers of the solve had been too small or too large to have all.
-            exponent = min(max(math.frexp(size)[1], -_MOST), _MOST)
+            # By a power of two, that changes no bit but where numbers of the solve had been too
+            # small or too large to have all.
+            exponent = min(max(math.frexp(b.norm(_INFINITY))[1], -_MOST), _MOST)
             b.scale(math.ldexp(1.0, -exponent))
             iterations = solve_and_check(b, x)
             x.scale(math.ldexp(1.0, exponent))
             return iterations
         return solve_scaled
 
-    @staticmethod
-    def _relative(ksp: PETSc.KSP, solve: Callable) -> Callable:
-        """A solve that nothing absolute stops: not PETSc's own tolerance either, which residuals of a large operator are below."""
-        def solve_to_the_end(b: PETSc.Vec, x: PETSc.Vec) -> int:
-            iterations = solve(b, x)
-            if ksp.getConvergedReason() == PETSc.KSP.ConvergedReason.CONVERGED_ATOL:
-                atol = ksp.getTolerances()[1]
-                ksp.setTolerances(atol=0.0)
-                try:
-                    iterations = solve(b, x)
-                finally:
-                    ksp.setTolerances(atol=atol)
-            return iterations
-        return solve_to_the_end
+    def _checked(self, refined: RefinedKSP, solve: Callable, kind: str, *,
+                 is_relative: bool = False) -> Callable:
+        """A solve that raises where it failed, and returns its iterations.
 
-    def _solver(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, guess: bool,
-                kind: str) -> Callable:
-        refined.apply(setting, guess)
-        return self._checked(refined, solve, kind)
-
-    def _checked(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
-        checked_iterations = refined.checked_iterations
-        is_direct = refined.ksp.getType() in _DIRECT or refined.ksp.getPC().getType() in ("lu", "cholesky")
+        Where it is relative nothing absolute stops it: not PETSc's own tolerance either, which
+        residuals of a large operator are below.
+        """
+        ksp, is_nested = refined.ksp, refined.is_nested
+        is_direct = ksp.getType() in _DIRECT or ksp.getPC().getType() in ("lu", "cholesky")
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)
-            iterations = checked_iterations(kind)
+            reason = ksp.getConvergedReason()
+            if reason == _BY_SIZE and is_relative:
+                atol = ksp.getTolerances()[1]
+                ksp.setTolerances(atol=0.0)
+                try:
+                    solve(b, x)
+                finally:
+                    ksp.setTolerances(atol=atol)
+                reason = ksp.getConvergedReason()
+            if reason < 0 or is_nested:
+                iterations = refined.checked_iterations(kind)
+            else:
+                iterations = ksp.getIterationNumber()
             if is_direct:
-                self._factorisation.look(refined.ksp, b, x, kind, solve == refined.ksp.solveTranspose)
+                self._factorisation.look(ksp, b, x, kind, solve == ksp.solveTranspose)
             return iterations
         return solve_and_check
 

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["Batch", "BatchStore", "chunks"]
+__all__ = ["Batch", "BatchStore", "Entries", "chunks"]
 
 # Rows are worked through in chunks that fit into a processor's cache, so that they stay small whatever the batch.
 _CHUNK_SIZE = 2**18
@@ -35,6 +36,22 @@ def _aligned(rows: int, size: int) -> np.ndarray:
     room = np.zeros(rows*stride + line)
     start = -room.ctypes.data % _ALIGNMENT//itemsize
     return room[start:start + rows*stride].reshape(rows, stride)[:, :size]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Some entries of vectors of a layout.
+
+    Attributes
+    ----------
+    dofs : numpy.ndarray
+        Their rank-local indices.
+    others : numpy.ndarray or PETSc.Vec
+        Zero there, and one elsewhere; a vector on a device, an array on the host.
+    """
+
+    dofs: np.ndarray
+    others: np.ndarray | PETSc.Vec
 
 
 class Batch:
@@ -78,10 +95,15 @@ class Batch:
         self.array[...] = values
         self.changed()
 
-    def fill_inside(self, values: np.ndarray, entries: np.ndarray) -> None:
-        """Copy values in, and zero, whatever the values there are, for some entries of each row; see :meth:`zero`."""
+    def fill_inside(self, values: np.ndarray, entries: Entries) -> None:
+        """Copy values in, and zero, whatever the values there are, for some entries of each row."""
         self.array[...] = values
-        self.array[:, entries] = 0.0
+        self.array[:, entries.dofs] = 0.0
+        self.changed()
+
+    def fill_times_zero(self, values: np.ndarray, entries: Entries) -> None:
+        """Copy values in, times zero for some entries: what is not finite there is NaN then."""
+        np.multiply(values, entries.others, out=self.array)
         self.changed()
 
     def read(self, out: np.ndarray) -> None:
@@ -116,9 +138,9 @@ class Batch:
         """Multiply all rows by a number."""
         self.array *= factor
 
-    def zero(self, entries: np.ndarray) -> None:
-        """Set some entries of each row, by their rank-local indices, to zero. Values are finite."""
-        self.array[:, entries] = 0.0
+    def zero(self, entries: Entries) -> None:
+        """Set some entries of each row to zero. Values are finite."""
+        self.array[:, entries.dofs] = 0.0
 
     def multiply(self, matrix: PETSc.Mat, out: Batch) -> None:
         """Set the rows of another batch to the products of a matrix with these."""

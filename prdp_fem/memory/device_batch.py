@@ -2,29 +2,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
 from firedrake.petsc import PETSc
 
-__all__ = ["DeviceBatch", "Entries"]
+from prdp_fem.memory.batch import Entries
 
-
-@dataclass
-class Entries:
-    """Some entries of vectors of a layout.
-
-    Attributes
-    ----------
-    dofs : numpy.ndarray
-        Their rank-local indices.
-    others : PETSc.Vec
-        Zero there, and one elsewhere; on the device.
-    """
-
-    dofs: np.ndarray
-    others: PETSc.Vec
+__all__ = ["DeviceBatch"]
 
 
 class DeviceBatch:
@@ -68,6 +53,11 @@ class DeviceBatch:
                 # PETSc has x/0 = 0 but for x = 0, and 0/0 = 1; a product alone would keep NaN and infinity.
                 one.pointwiseDivide(one, entries.others)
                 one.pointwiseMult(one, entries.others)
+
+    def fill_times_zero(self, values, entries: Entries | None) -> None:
+        """Copy values in, times zero for some entries: what is not finite there is NaN then."""
+        self.fill(values)
+        self.zero(entries)
 
     def read(self, out) -> None:
         """Copy the values to rows, of shape (rows, n): an array of NumPy, or a tensor on the device."""

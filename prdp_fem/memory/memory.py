@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 from firedrake.petsc import PETSc
 
-from prdp_fem.memory.batch import Batch, BatchStore
-from prdp_fem.memory.device_batch import DeviceBatch, Entries
+from prdp_fem.memory.batch import Batch, BatchStore, Entries
+from prdp_fem.memory.device_batch import DeviceBatch
 from prdp_fem.memory.devices import HOST, Device
 from prdp_fem.memory.explicit_transpose import ExplicitTranspose
 from prdp_fem.statistics import Statistics
@@ -72,8 +72,13 @@ class Memory:
         return A, P
 
     def entries(self, like: PETSc.Vec, dofs: np.ndarray):
-        """Rank-local entries of vectors of a layout, for :meth:`Batch.zero`; None for no entries on any rank."""
-        return dofs
+        """Rank-local entries of vectors of a layout, for :meth:`Batch.zero`.
+
+        On a device None is no entries on any rank.
+        """
+        others = np.ones(like.getLocalSize())
+        others[dofs] = 0.0
+        return Entries(dofs.astype(np.intp), others)
 
     has_explicit_transposes = False
 

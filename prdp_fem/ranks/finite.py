@@ -30,7 +30,8 @@ def is_finite(values, largest: float = LARGEST) -> bool:
         return bool((values.abs() <= largest).all())
     # One pass, and no array of truths: the sum of squares is NaN or infinite where a number is. It
     # may be so, or be too large, where none is: only then one has to look closer.
-    return bool(np.vdot(values, values) <= largest or (np.abs(values) <= largest).all())
+    flat = values.ravel()
+    return bool(flat.dot(flat) <= largest or (np.abs(values) <= largest).all())
 
 
 def require_finite(comm: MPI.Comm, arrays: Sequence, describe: Callable[[int], str], *,

@@ -17,7 +17,7 @@ from prdp_fem.arguments import count, flag, fraction, shown
 
 __all__ = ["Setting", "Iterations", "Tolerance", "NewtonSteps", "IterationLadder",
            "ToleranceLadder", "NewtonLadder", "checked_ladder",
-           "checked_setting", "in_numbers", "setting_of"]
+           "checked_setting", "in_numbers", "is_frozen", "setting_of"]
 
 
 @runtime_checkable
@@ -169,6 +169,11 @@ class NewtonSteps:
 _FROZEN = frozenset({Iterations, Tolerance})
 _SETTING = ("a setting must have the attributes rtol, max_it and budget, as Iterations(20) and "
             "Tolerance(1e-6) have")
+
+
+def is_frozen(setting: Any) -> bool:
+    """Whether a setting is the same for ever, as those of the package are, but for Newton's."""
+    return type(setting) in _FROZEN
 
 
 def checked_setting(setting: Any) -> Setting:

@@ -82,7 +82,8 @@ class _Work:
     def _leave(self) -> None:
         self._event.end()
         _ANNOTATION.__exit__()
-        vars(self._system.statistics)[f"{self._kind}_seconds"] += time.perf_counter() - self._start
+        seconds = _SECONDS[self._kind]
+        vars(self._system.statistics)[seconds] += time.perf_counter() - self._start
 
 
 class System(ABC):
@@ -594,17 +595,21 @@ class System(ABC):
             Where the solve fails, or where a cotangent or a derivative is not finite; with the row
             as attribute ``row``.
         """
-        if not (self.is_serial and is_finite(cotangents)):
+        if not self.is_serial:
             self._require_finite_cotangents(cotangents)
         before = self.statistics.adjoint_solves
         try:
             by_mesh = self._solve_adjoint(point, setting, cotangents, solutions, records, gradients,
                                           {} if varying is None else varying, boundary, guess,
                                           meshes)
+            self._require_finite_derivatives(gradients, boundary, guess, by_mesh, largest)
         except ConvergenceError as error:
-            error.row = self.statistics.adjoint_solves - before
+            # What is not finite in a cotangent is so in all that is made of it: one looks there
+            # only where something has failed.
+            self._require_finite_cotangents(cotangents)
+            if "row" not in vars(error):
+                error.row = self.statistics.adjoint_solves - before
             raise
-        self._require_finite_derivatives(gradients, boundary, guess, by_mesh, largest)
         return by_mesh
 
     def _require_finite_cotangents(self, *cotangents) -> None:
@@ -617,19 +622,11 @@ class System(ABC):
     def _require_finite_derivatives(self, gradients: Mapping, boundary: np.ndarray | None,
                                     guess: np.ndarray | None, by_mesh: Mapping,
                                     largest: float = LARGEST) -> None:
-        results = [*gradients.values()]
-        if boundary is not None:
-            results.append(boundary)
-        if guess is not None:
-            results.append(guess)
+        results = [*gradients.values(), *(rows for rows in (boundary, guess) if rows is not None)]
         if by_mesh:
             results += [local_values(cofunction)[None] for cofunction in by_mesh.values()]
-        if self.is_serial:
-            for rows in results:
-                if not is_finite(rows, largest):
-                    break
-            else:
-                return
+        if self.is_serial and all([is_finite(rows, largest) for rows in results]):
+            return
 
         def describe(place: int) -> str:
             names = [f"'{self.inputs[index].name}'" for index in gradients]
@@ -688,7 +685,7 @@ class System(ABC):
     def _inner(self, cotangents) -> Batch | DeviceBatch:
         """Rows of cotangents, zero at boundary dofs."""
         inner = self._cotangents(len(cotangents))
-        inner.fill_inside(cotangents, self._boundary_entries)
+        inner.fill_times_zero(cotangents, self._boundary_entries)
         return inner
 
     def _gradient(self, index: int, multipliers: Batch | DeviceBatch, out) -> None:
@@ -812,4 +809,6 @@ class System(ABC):
 
 
 _ANNOTATION = stop_annotating()
-_EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in ("forward", "adjoint", "tangent")}
+_KINDS = ("forward", "adjoint", "tangent")
+_EVENTS = {kind: PETSc.Log.Event(f"PRDP{kind.capitalize()}") for kind in _KINDS}
+_SECONDS = {kind: f"{kind}_seconds" for kind in _KINDS}

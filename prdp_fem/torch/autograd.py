@@ -27,8 +27,9 @@ from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
 __all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall", "in_numbers", "transforms_are_active"]
 
-# Among the arguments of Solve: where the boundary values and the guess are, and how many come before the inputs' tensors.
-_BOUNDARY, _GUESS, _BEFORE_TENSORS = 5, 6, 7
+# Among the arguments of Solve: where the boundary values and the guess are, and how many come before
+# the inputs' tensors.
+_BOUNDARY, _GUESS, _BEFORE_TENSORS = 1, 2, 3
 _LARGEST_SINGLE = torch.finfo(torch.float32).max
 
 # What torch.autograd.Function asks at each call, too; there are no public names.
@@ -170,13 +171,14 @@ class _Reverse(torch.autograd.Function):
 class Solve(_Reverse):
     """The solve of a batch, sample by sample: each gives the same bits, whatever stands beside it in the batch.
 
-    Called with the solver, the surroundings, the device of the tensors, the batch axes, the places of the inputs among the system's, the
-    boundary values and the guess (tensors, or None for what the problem has), and the inputs' tensors; gives float64.
+    Called with a tuple (the solver, the surroundings, the device of the tensors, the batch axes, and
+    the places of the inputs among the system's), the boundary values and the guess (tensors, or None
+    for what the problem has), and the inputs' tensors; gives float64.
     """
 
     @staticmethod
-    def forward(ctx, solver, surroundings: Surroundings, device: torch.device, batch: torch.Size, indices: Sequence[int], boundary, guess,
-                *tensors: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, call: tuple, boundary, guess, *tensors: torch.Tensor) -> torch.Tensor:
+        solver, surroundings, device, batch, indices = call
         system, statistics, setting = solver.system, solver.statistics, solver.setting
         if surroundings.plan is None:
             assembles = boundary is not None or system.needs_solutions(indices)

@@ -23,9 +23,13 @@ __all__ = ["SolverLayer"]
 _DTYPES = (torch.float32, torch.float64)
 _TRACED = ("a SolverLayer cannot be part of a graph that is traced or exported, nor be called with fake tensors: use torch.compile, which "
            "calls it as it is")
-# Under make_fx and FakeTensorMode a call's numbers would be constants of the graph; there are no public names.
+# Under make_fx and FakeTensorMode a call's numbers would be constants of the graph; there are no
+# public names. To count modes is to know, most often, that there are none.
+_count_modes = torch._C._len_torch_dispatch_stack
 _mode = torch._C._get_dispatch_mode
 _MODES = torch._C._TorchDispatchModeKey
+# As torch.nn.Module asks at each call.
+_tracing_state = torch._C._get_tracing_state
 
 
 class SolverLayer(torch.nn.Module):
@@ -206,7 +210,7 @@ class SolverLayer(torch.nn.Module):
         ``grad``, ``vjp``, ``jacrev``) but those in forward mode, and second derivatives.
         """
         is_compiling = torch.compiler.is_compiling()
-        if torch.jit.is_tracing() or (is_compiling and torch.compiler.is_exporting()):
+        if _tracing_state() or (is_compiling and torch.compiler.is_exporting()):
             raise RuntimeError(_TRACED)
         if is_compiling:
             torch._dynamo.graph_break(msg="a SolverLayer is not compiled, and splits the graph: leave fullgraph=True away")
@@ -214,7 +218,7 @@ class SolverLayer(torch.nn.Module):
         return self._call(tensors)
 
     def _call(self, tensors: Sequence[torch.Tensor]):
-        if _mode(_MODES.PROXY) is not None or _mode(_MODES.FAKE) is not None:
+        if _count_modes() and (_mode(_MODES.PROXY) is not None or _mode(_MODES.FAKE) is not None):
             raise RuntimeError(_TRACED)
         with one_thread(self._comm):
             if self._comm.size == 1:
@@ -240,8 +244,8 @@ class SolverLayer(torch.nn.Module):
             guess = tensors[self._guess]
             if not self.solver.system.depends_on_guess:
                 guess = guess.detach()
-        solution = Solve.apply(self.solver, self._surroundings["solve"], self.device, batch, self._indices, boundary, guess,
-                               *(tensors[place] for place in self._places))
+        call = self.solver, self._surroundings["solve"], self._device, batch, self._indices
+        solution = Solve.apply(call, boundary, guess, *[tensors[place] for place in self._places])
         outputs = tuple(output(solution, batch, tensors) for output in self._outputs)
         if all(tensor.dtype is torch.float32 for tensor in tensors):
             outputs = tuple(output.to(torch.float32) for output in outputs)
