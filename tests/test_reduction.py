@@ -1,4 +1,6 @@
 """Gradients added up over ranks, against sums by hand."""
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,10 @@ def make_network(seed=0):
 def part_of_loss(network, rank):
     x = torch.full((2, 3), 1.0 + rank, dtype=torch.float64)
     return (network(x)**2).sum()*(rank + 1) + (network.single**2).sum()
+
+
+def double_gradient(parameter):
+    parameter.grad.mul_(2)
 
 
 def expected_gradients():
@@ -95,7 +101,72 @@ def test_gradients_that_would_be_wrong_are_an_error():
         if COMM_WORLD.size > 1:
             with pytest.raises(RuntimeError, match="a second backward pass"):
                 part_of_loss(network, COMM_WORLD.rank).backward()
+            # Which has added to them already.
+            with pytest.raises(RuntimeError, match="changed while they were added up"):
+                gradients.finish()
+
+
+@pytest.mark.filterwarnings("ignore:'0.weight' of the network has hooks")
+def test_which_hooks_see_the_whole_gradient():
+    """Those of the optimiser's steps; what users are told to use where those of parameters see a part."""
+    network, seen = make_network(), {}
+    weight = network[0].weight
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.0)
+
+    def note(name, gradient):
+        seen[name] = gradient.detach().clone()
+
+    weight.register_hook(lambda gradient: note("parameter", gradient))
+    weight.register_post_accumulate_grad_hook(lambda _: note("accumulated", weight.grad))
+    optimiser.register_step_pre_hook(lambda *_: note("before a step", weight.grad))
+    optimiser.register_step_post_hook(lambda *_: note("after a step", weight.grad))
+    with GradientReduction(network, COMM_WORLD, bucket_size=1) as gradients:
+        gradients.zero()
+        part_of_loss(network, COMM_WORLD.rank).backward()
         gradients.finish()
+        optimiser.step()
+    alone = make_network()
+    part_of_loss(alone, COMM_WORLD.rank).backward()
+    part, whole = alone[0].weight.grad, expected_gradients()[1]
+    assert COMM_WORLD.size == 1 or not torch.allclose(part, whole, rtol=0.1)
+    for name, expected in (("parameter", part), ("accumulated", part),
+                           ("before a step", whole), ("after a step", whole)):
+        torch.testing.assert_close(seen[name], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_warning_tells_of_hooks_of_parameters(kind):
+    network = make_network()
+    hook = getattr(network[2].bias, kind)(lambda _: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with GradientReduction(network, COMM_WORLD):
+            pass
+        hook.remove()
+        # Nor are those of the reduction itself hooks of a user's.
+        with GradientReduction(network, COMM_WORLD):
+            pass
+    found = [str(warning.message) for warning in caught]
+    expected = COMM_WORLD.size > 1 and COMM_WORLD.rank == 0
+    assert len(found) == expected and all("'2.bias' of the network has hooks" in one for one in found)
+
+
+@pytest.mark.parametrize("bucket_size", [1, 2**22])
+def test_changes_that_would_be_lost_are_an_error(bucket_size):
+    """Of a gradient whose reduction has started, by a hook that comes behind the reduction's own."""
+    network = make_network()
+    with GradientReduction(network, COMM_WORLD, bucket_size=bucket_size) as gradients:
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(double_gradient)
+        gradients.zero()
+        part_of_loss(network, COMM_WORLD.rank).backward()
+        if COMM_WORLD.size > 1:
+            with pytest.raises(RuntimeError, match="changed while they were added up"):
+                gradients.finish()
+        else:
+            gradients.finish()
+            torch.testing.assert_close(network.single.grad, torch.full((5,), 4.0))
 
 
 def test_networks_that_differ_are_an_error_on_all_ranks():

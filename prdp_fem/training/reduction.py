@@ -5,6 +5,7 @@ ranks have alike.
 """
 from __future__ import annotations
 
+import warnings
 import zlib
 from functools import partial
 
@@ -110,6 +111,12 @@ class GradientReduction:
     Which parameters are trained may change from step to step, as in a loop without buckets: what is frozen, and what no rank's
     backward pass has come to, has no gradient after a step, so that optimisers leave it alone.
 
+    What comes after :meth:`finish` sees the gradient, as does a hook that
+    ``optimiser.register_step_pre_hook`` takes. Hooks of parameters (``register_hook``,
+    ``register_post_accumulate_grad_hook``) and of modules are called in the backward pass, where
+    each rank has its part. What they make of it is added up, which is right where it is linear in
+    the gradient, as a mask is, and wrong where it is not, as clipping.
+
     Parameters
     ----------
     network : torch.nn.Module
@@ -130,6 +137,11 @@ class GradientReduction:
     ValueError
         For a network without parameters to train; on all ranks, where their networks have other parameters.
 
+    Warns
+    -----
+    UserWarning
+        On several ranks, by the first of them, where parameters have hooks.
+
     Examples
     --------
     In a training loop of one's own, in which ``loss`` is this rank's part of the loss::
@@ -140,6 +152,9 @@ class GradientReduction:
                 loss(samples).backward()
                 gradients.finish()
                 optimiser.step()
+
+    Gradients are clipped behind ``finish()``. A ``torch.amp.GradScaler`` scales this rank's part of
+    the loss, and makes the step.
     """
 
     def __init__(self, network: torch.nn.Module, comm: MPI.Comm, *, bucket_size: int = 2**22):
@@ -149,6 +164,8 @@ class GradientReduction:
         self._network, self._ranks, self._bucket_size = network, comm, bucket_size
         parameters = self._trained()
         agree(comm, lambda: _checked_shapes(parameters), "shapes of the network's parameters")
+        if comm.size > 1 and comm.rank == 0:
+            _warn_of_hooks(network)
         # A communicator of its own: the backward pass communicates, too, in an order of its own.
         self._comm = comm.Dup() if comm.size > 1 else comm
         self._hooks: list = []
@@ -190,6 +207,8 @@ class GradientReduction:
             self._put_in_buckets(parameters)
         self._requests: list[MPI.Request] = []
         self._reduced: list[torch.Tensor] = []
+        # torch counts what is written to a tensor and its parts.
+        self._versions: list[int] = []
         self._missing = [set(range(len(parts))) for parts in self._parts]
         self._network.zero_grad()
         for bucket, parts in zip(self.buckets, self._parts):
@@ -200,8 +219,10 @@ class GradientReduction:
     def _note(self, bucket: int, place: int, _: torch.nn.Parameter) -> None:
         """The backward pass has come through a parameter of a bucket."""
         if bucket < len(self._requests):
-            raise RuntimeError("a second backward pass has come to gradients whose reduction has started: add losses up, and call backward "
-                               "once between zero() and finish(); a checkpoint inside the network needs use_reentrant=False")
+            raise RuntimeError("a second backward pass has come to gradients whose reduction has "
+                               "started: add losses up, and call backward once between zero() and "
+                               "finish(), or leave it to train(), which does so; a checkpoint "
+                               "inside the network needs use_reentrant=False")
         self._missing[bucket].discard(place)
         if self._comm.size > 1:
             # In the order of the buckets, which is the same on all ranks, however their backward passes run.
@@ -213,6 +234,7 @@ class GradientReduction:
         place = len(self._requests)
         bucket, count, missing = self.buckets[place], len(self._parts[place]), self._missing[place]
         bucket[-count:] = torch.tensor([one not in missing for one in range(count)], device="cpu").to(bucket)
+        self._versions.append(bucket._version)
         self._reduced.append(_for_mpi(bucket))
         self._requests.append(self._comm.Iallreduce(MPI.IN_PLACE, self._reduced[-1].numpy()))
 
@@ -223,15 +245,22 @@ class GradientReduction:
         Raises
         ------
         RuntimeError
-            Where gradients are no longer where they were at :meth:`zero`.
+            Where gradients are no longer where they were at :meth:`zero`, or have been written to
+            while they were added up.
         """
+        if self._comm.size > 1:
+            while len(self._requests) < len(self.buckets):
+                self._start()
+            # Before any error: MPI must not write to what Python has thrown away.
+            MPI.Request.Waitall(self._requests)
         if any(parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr()
                for parts in self._parts for parameter, part in parts):
             raise RuntimeError("gradients have been replaced since zero(): leave optimiser.zero_grad() and create_graph=True away")
         if self._comm.size > 1:
-            while len(self._requests) < len(self.buckets):
-                self._start()
-            MPI.Request.Waitall(self._requests)
+            if [bucket._version for bucket in self.buckets] != self._versions:
+                raise RuntimeError("gradients have been changed while they were added up, as by a "
+                                   "hook of a parameter, and the change would be lost: make it "
+                                   "after finish(), as hooks of optimiser.register_step_pre_hook do")
             for bucket, reduced in zip(self.buckets, self._reduced):
                 if bucket is not reduced:
                     bucket.copy_(reduced)
@@ -272,6 +301,16 @@ class GradientReduction:
 
 # Kept for MPI, which may still write to them.
 _ABANDONED: list[tuple] = []
+
+
+def _warn_of_hooks(network: torch.nn.Module) -> None:
+    # There are no public names.
+    hooked = [name for name, parameter in network.named_parameters()
+              if parameter._backward_hooks or parameter._post_accumulate_grad_hooks]
+    if hooked:
+        warnings.warn(f"'{hooked[0]}' of the network has hooks, which see a rank's part of its "
+                      "gradient, and not the sum over the ranks: optimiser.register_step_pre_hook "
+                      "takes hooks that see the sum", stacklevel=3)
 
 
 def _checked_shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
