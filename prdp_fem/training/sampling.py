@@ -67,7 +67,8 @@ class EnsembleSampler:
     Examples
     --------
     >>> for samples, share in EnsembleSampler(200, 20, seed=1, ensemble=ensemble):  # doctest: +SKIP
-    ...     (share*loss(samples)).backward()
+    ...     if share:  # the mean over no samples is no number
+    ...         (share*loss(samples)).backward()
     """
 
     def __init__(self, samples: int, batch_size: int, *, seed: int = 0, ensemble: Ensemble | None = None):
