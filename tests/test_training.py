@@ -415,6 +415,53 @@ def test_a_closure_is_that_of_a_plain_loop(options):
     assert_same(network.state_dict(), plain)
 
 
+@pytest.mark.parallel(2)
+def test_a_closure_in_an_ensemble_adds_up_parts_to_the_bit():
+    """Line searches compare losses, and what LBFGS makes of rounding is large after a few steps: only equal bits show equal functions.
+
+    The sum of two numbers does not depend on their order.
+    """
+    network, loss = regression()
+    start = copy.deepcopy(network.state_dict())
+    optimiser, order = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), torch.Generator().manual_seed(7)
+    parameters = list(network.parameters())
+    for _ in range(4):
+        for samples in torch.randperm(10, generator=order).split(5):
+            def closure(samples=samples):
+                value, gradients = 0.0, [torch.zeros_like(parameter) for parameter in parameters]
+                for mine in samples.tensor_split(2):
+                    part = loss(mine)
+                    value += len(mine)/5*part.item()
+                    for gradient, more in zip(gradients, torch.autograd.grad(len(mine)/5*part, parameters)):
+                        gradient += more
+                for parameter, gradient in zip(parameters, gradients):
+                    parameter.grad = gradient
+                return value
+            optimiser.step(closure)
+    plain = copy.deepcopy(network.state_dict())
+    network.load_state_dict(start)
+    trained(network, loss, torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), seed=7, epochs=4, batch_size=5,
+            ensemble=Ensemble(COMM_WORLD, 1))
+    assert_same(network.state_dict(), plain)
+
+
+def test_what_lbfgs_would_move_though_it_is_frozen_is_refused():
+    """Steps go by the gradients of earlier ones."""
+    network, loss = regression()
+    frozen, before = network.layers[0][0].weight, []
+
+    def validate():
+        frozen.requires_grad_(False)
+        before.append(frozen.detach().clone())
+        return 1.0
+
+    with pytest.raises(ValueError, match="have been frozen, and LBFGS would move them"):
+        trained(network, loss, torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), validate=validate)
+    assert len(before) == 1 and torch.equal(frozen, before[0])
+    trained(network, loss, torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"), validate=validate)
+    assert torch.equal(frozen, before[0])
+
+
 class Sharpness(torch.optim.Optimizer):
     """Sharpness-aware minimisation, as people write it: two evaluations a step, and a loss that is a tensor."""
 
@@ -582,6 +629,29 @@ def test_optimisers_and_schedulers_that_cannot_do_their_work_are_refused():
                             "OneCycleLR was made for 2 steps")]:
         with pytest.raises(ValueError, match=words):
             trained(network, loss, **options)
+
+
+@pytest.mark.parallel(2)
+@pytest.mark.parametrize("tracks", [True, False])
+def test_statistics_of_a_members_part_of_a_batch_are_refused(tracks):
+    """But not those of a whole batch, which ranks that share the unknowns see, nor those that are kept."""
+    class Kept(torch.nn.BatchNorm1d):
+        def train(self, mode=True):
+            return super().train(False)
+
+    def network_with(layer):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(3, 2), layer)
+        x = torch.linspace(-1, 1, 30).view(10, 3)
+        return network, lambda samples: calls.append(samples) or network(x[samples]).square().mean(), torch.optim.Adam(network.parameters())
+
+    calls = []
+    with pytest.raises(ValueError, match="'1' of the network takes statistics of a batch, of which each of 2 members"):
+        trained(*network_with(torch.nn.BatchNorm1d(2, track_running_stats=tracks)), ensemble=Ensemble(COMM_WORLD, 1))
+    assert not calls
+    trained(*network_with(torch.nn.BatchNorm1d(2, track_running_stats=tracks)), ensemble=Ensemble(COMM_WORLD, 2))
+    if tracks:
+        trained(*network_with(Kept(2)), ensemble=Ensemble(COMM_WORLD, 1))
 
 
 @pytest.mark.parallel(2)

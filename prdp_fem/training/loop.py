@@ -45,7 +45,8 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     ----------
     network : torch.nn.Module
         Whose parameters are trained; equal on all ranks. What ``requires_grad`` says of them at a batch holds at that batch; what is
-        frozen, and what the loss does not depend on, stays as it is.
+        frozen, and what the loss does not depend on, stays as it is. It is put into the modes of
+        ``network.train()`` before an epoch and ``network.eval()`` before ``validate``.
     loss : callable
         From sample numbers (a tensor of integers, shape (batch,)) to this rank's part of the loss: the sum over the ranks that share the
         unknowns is the loss. A functional that a solver layer returns is whole on each rank, and counts once: it is not divided. What all
@@ -55,7 +56,11 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
         Returns the metric, finite and not negative; lower is better. That of rank 0 counts. Called without gradients, at the physics of
         the epoch.
     optimiser : torch.optim.Optimizer
-        One whose step needs a closure, such as LBFGS, is given one for each batch.
+        One whose step needs a closure, such as LBFGS, is given one for each batch. Its hooks are
+        those of a plain loop: one that ``optimiser.register_step_pre_hook`` takes can look at
+        gradients, or clip them (but not where the step has a closure, which makes them later), and
+        one that ``register_step_post_hook`` takes can average weights, as by
+        ``torch.optim.swa_utils.AveragedModel``.
     refinement : Refinement
     solvers : iterable of LinearVariationalSolver or NonlinearVariationalSolver
         Whose iterations and seconds are counted; they follow the refinement.
@@ -68,6 +73,7 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
         Of the order of the samples.
     scheduler : torch.optim.lr_scheduler.LRScheduler or None
         Called after each epoch; one that needs the metric, such as ReduceLROnPlateau, with that.
+        One to be called after each batch goes into a hook of ``optimiser.register_step_post_hook``.
     comm : mpi4py.MPI.Comm
         The ranks that share the samples' unknowns; left aside where there is an ensemble.
     ensemble : firedrake.Ensemble or None
@@ -85,11 +91,29 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     ------
     TypeError, ValueError
         Before any work for arguments of another kind, counts below one, a network without parameters, an optimiser that has others, a
-        mesh on other ranks, a solver that follows another refinement, a scheduler of another optimiser, and on several ranks that share
-        the unknowns for an optimiser that takes a closure; where ranks have different networks.
+        mesh on other ranks, a solver that follows another refinement, a scheduler of another
+        optimiser, or one that ends before the epochs do, an optimiser whose steps torch would
+        refuse, one that takes a closure on several ranks that share the unknowns, and layers that
+        take statistics of batches in an ensemble; where ranks have different networks.
     ValueError
         Where the loss or a gradient is not finite, with weights and the optimiser's state as before that batch; where weights are not
         after an epoch, and where the metric is no number, negative or not finite: training has diverged.
+
+    Warns
+    -----
+    UserWarning
+        Where no solver follows the refinement, or a solver none, and on several ranks where
+        parameters have hooks.
+
+    Notes
+    -----
+    On several ranks hooks of parameters (``register_hook``,
+    ``register_post_accumulate_grad_hook``) see a rank's part of a gradient, and those of the
+    optimiser's steps the whole: see :class:`~prdp_fem.torch.GradientReduction`, which is for other
+    loops, too, such as those in which a ``torch.amp.GradScaler`` leaves steps out.
+
+    How fast a difference by rounding grows is up to the optimiser: LBFGS on batches made 1e-2 of
+    1e-15 within six steps, on one rank as between numbers of ranks.
     """
     members = MPI.COMM_SELF
     if not isinstance(comm, MPI.Comm):
@@ -104,7 +128,8 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
         _check_arguments(network, loss, validate, optimiser, refinement, scheduler)
         _check_count("epochs", epochs)
         _check_solvers(solvers, refinement, sharing)
-        _check_schedule(optimiser, scheduler, sharing, epochs)
+        _check_optimiser(network, optimiser, comm, sharing)
+        _check_scheduler(optimiser, scheduler, epochs)
         return epochs, samples, batch_size, seed, refinement.level, refinement.setting
 
     solvers = list(solvers) if isinstance(solvers, Iterable) else solvers
@@ -118,6 +143,7 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
         check_replicas(network, optimiser, comm)
         for _ in bar:
             network.train()
+            agree(members, partial(_check_statistics, network, members), "layers of the network")
             for batch, share in sampler:
                 steps.step(batch, share)
             check_replicas(network, optimiser, comm)
@@ -174,6 +200,10 @@ class _Steps:
             raise ValueError("the network has no parameters to train")
         if not set(optimised) <= set(map(id, parameters)):
             raise ValueError("the optimiser has parameters that are not the network's: make them parts of one torch.nn.Module")
+        if isinstance(self._optimiser, torch.optim.LBFGS) and not set(self._known) <= set(optimised):
+            raise ValueError("parameters have been frozen, and LBFGS would move them by gradients "
+                             "that it remembers: freeze them before training, or call train() "
+                             "again with a new optimiser")
         self._known = optimised
 
     def _optimised(self) -> list[torch.Tensor]:
@@ -314,33 +344,123 @@ def _check_solvers(solvers, refinement: Refinement, comm: MPI.Comm) -> None:
         raise ValueError("no solver follows the refinement that train() is given: make them with it, or set solver.refinement")
 
 
-def _check_schedule(optimiser, scheduler, comm: MPI.Comm, epochs: int) -> None:
-    """Raise for optimisers and schedulers whose steps want what there is not; the ranks of ``comm`` share the unknowns."""
+def _check_optimiser(network, optimiser, comm: MPI.Comm, sharing: MPI.Comm) -> None:
+    """Raise for optimisers that want what there is not; ranks of ``sharing`` share the unknowns."""
+    name = type(optimiser).__name__
     wanted = _required(type(optimiser).step, leave=1)
     if len(wanted) > 1:
-        raise TypeError(f"{type(optimiser).__name__}.step must take nothing, or a closure, found {', '.join(wanted)}")
+        raise TypeError(f"{name}.step must take nothing, or a closure, found {', '.join(wanted)}")
     if isinstance(optimiser, torch.optim.LBFGS) and optimiser.param_groups[0]["line_search_fn"] is None:
         # Gradients of truncated solves are not quite those of the loss, and each batch has another.
         raise ValueError("LBFGS without a line search compares no losses, so that nothing tells whether a step has gone uphill, as steps "
                          "from a batch to the next, and by gradients of truncated solves, may: give it line_search_fn=\"strong_wolfe\", "
                          "or write a loop of your own, which takes it as it is")
-    if wanted and comm.size > 1:
-        raise ValueError(f"{type(optimiser).__name__} compares values of the loss, of which each of {comm.size} ranks has a part that "
+    if wanted and sharing.size > 1:
+        raise ValueError(f"{name} compares values of the loss, of which each of {sharing.size} ranks has a part that "
                          "need not add up to it: use an optimiser without a closure, or an ensemble with members of one rank")
+    # torch says the rest at the first step, when there has been work.
+    for group in optimiser.param_groups:
+        if group.get("differentiable"):
+            raise ValueError(f"{name} with differentiable=True makes steps that are "
+                             "differentiated, which parameters do not allow: leave it away")
+        if group.get("capturable") and any(parameter.is_cpu for parameter in group["params"]):
+            raise ValueError(f"{name} with capturable=True makes steps for CUDA graphs, found "
+                             "parameters on the CPU: leave it away")
+    if isinstance(optimiser, torch.optim.SparseAdam):
+        if comm.size > 1:
+            raise ValueError("SparseAdam takes sparse gradients only, and those that are added up "
+                             "over ranks are dense: use another optimiser, or one rank")
+        _check_sparsity(network, optimiser)
+
+
+def _check_sparsity(network: torch.nn.Module, optimiser: torch.optim.SparseAdam) -> None:
+    """Raise for parameters of torch's own layers that have dense gradients."""
+    optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]
+                 if parameter.requires_grad}
+    for layer in network.modules():
+        if not type(layer).__module__.startswith("torch.nn.") or getattr(layer, "sparse", False):
+            continue
+        for name, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) in optimised:
+                raise ValueError("SparseAdam takes sparse gradients only, and that by the "
+                                 f"{name} of a {type(layer).__name__} is dense: use another "
+                                 "optimiser, or layers with sparse=True")
+
+
+def _check_scheduler(optimiser, scheduler, epochs: int) -> None:
+    """Raise for schedulers that cannot make a step after each epoch."""
     if scheduler is None:
         return
     if len(wanted := _required(scheduler.step)) > 1:
         raise TypeError(f"{type(scheduler).__name__}.step must take nothing, or the metric, found {', '.join(wanted)}")
     if getattr(scheduler, "optimizer", optimiser) is not optimiser:
         raise ValueError("scheduler is that of another optimiser than the one that train() is given: give both the same object")
-    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+    if isinstance(scheduler, _SCHEDULERS.ReduceLROnPlateau):
         rates = [group["lr"] for group in optimiser.param_groups]
         if all(rate*(1 - scheduler.factor) <= scheduler.eps for rate in rates):
             raise ValueError(f"ReduceLROnPlateau would never reduce learning rates of {', '.join(f'{rate:g}' for rate in rates)}, since it "
                              f"makes no change of at most eps={scheduler.eps:g}: make it with a smaller eps")
-    if isinstance(scheduler, torch.optim.lr_scheduler.OneCycleLR) and scheduler.last_epoch + epochs > scheduler.total_steps:
-        raise ValueError(f"OneCycleLR was made for {scheduler.total_steps} steps, of which it has made {scheduler.last_epoch}, and "
-                         f"train() makes one after each of {epochs} epochs: make it with total_steps={epochs}")
+    _check_length(scheduler, epochs)
+
+
+_SCHEDULERS = torch.optim.lr_scheduler
+
+
+def _check_length(scheduler, steps: int, *, from_start: bool = False) -> None:
+    """Raise where a scheduler, or one inside of it, ends before it has made some steps.
+
+    Parameters
+    ----------
+    scheduler : torch.optim.lr_scheduler.LRScheduler
+    steps : int
+    from_start : bool
+        Whether another scheduler puts it to its start before them.
+    """
+    if isinstance(scheduler, _SCHEDULERS.OneCycleLR):
+        last = steps + (0 if from_start else scheduler.last_epoch)
+        if last > scheduler.total_steps:
+            raise ValueError(f"OneCycleLR was made for {scheduler.total_steps} steps, and train(), "
+                             f"which makes one after each epoch, would make it go to {last}: "
+                             f"make it with total_steps={last}")
+    elif isinstance(scheduler, _SCHEDULERS.SequentialLR):
+        _check_sequence(scheduler, steps)
+    else:
+        # A ChainedScheduler has all of them make each step, and most others have none.
+        for one in getattr(scheduler, "_schedulers", ()):
+            _check_length(one, steps)
+
+
+def _check_sequence(scheduler: torch.optim.lr_scheduler.SequentialLR, steps: int) -> None:
+    """Raise where one of a sequence of schedulers cannot start, or ends before its turn does."""
+    done, last = scheduler.last_epoch, scheduler.last_epoch + steps
+    turns = zip(scheduler._schedulers, [0, *scheduler._milestones],
+                [*scheduler._milestones, math.inf])
+    for one, begin, end in turns:
+        first = max(begin, done + 1)
+        count = min(end, last + 1) - first
+        if count <= 0:
+            continue
+        # At a milestone torch computes the first rate of the schedule in place of a step.
+        starts = begin > 0 and first == begin
+        if starts and type(one).get_lr is _SCHEDULERS.LRScheduler.get_lr:
+            raise ValueError(f"SequentialLR would come to a {type(one).__name__} after "
+                             f"{begin - done} epochs, which torch cannot start at a milestone: put "
+                             "the schedulers that are in it into the SequentialLR, or put it first")
+        _check_length(one, count - starts, from_start=starts)
+
+
+def _check_statistics(network: torch.nn.Module, members: MPI.Comm) -> None:
+    """Raise for layers that would compute with another mean on each of several members."""
+    if members.size == 1:
+        return
+    for name, layer in network.named_modules():
+        if isinstance(layer, _STATISTICAL) and (layer.training or layer.running_mean is None):
+            raise ValueError(f"'{name}' of the network takes statistics of a batch, of which each "
+                             f"of {members.size} members of the ensemble has a part: use "
+                             "LayerNorm or GroupNorm, or ranks that share the mesh")
+
+
+_STATISTICAL = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
 
 
 def _warn_of_what_is_not_refined(network, solvers: list, refinement: Refinement) -> None:
