@@ -375,6 +375,10 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     There is no SNES in a linear solve: its options and monitors have no effect, the KSP's have. Methods that count
     several products as one iteration (bcgsl, ibcgs, …) may run past the budget, by their own way of counting.
 
+    Firedrake's HybridizationPC and SCPC end the process ("Getri throws nonzero info") where the
+    matrix of a cell is singular, as with a coefficient that is zero: give coefficients their values
+    before the first solve.
+
     Raises
     ------
     TypeError, ValueError

@@ -4,6 +4,7 @@ import torch
 from firedrake import *
 from firedrake.adjoint import *
 from firedrake.exceptions import ConvergenceError
+from jobs import run_ranks
 from problems import CG, CONVERGED, HeatStep, equality, smooth
 
 import prdp_fem
@@ -272,3 +273,33 @@ def test_taylor_remainders_on_other_cells_and_spaces(kind):
         direction = Function(control.function_space()).assign(0.3*control)
         with stop_annotating():
             assert taylor_test(ReducedFunctional(J, Control(control)), control.copy(deepcopy=True), direction) > 1.95
+
+
+HYBRID = '''
+from firedrake import *
+import prdp_fem
+from prdp_fem import FixedRefinement, Iterations
+
+mesh = UnitSquareMesh(4, 4)
+V = FunctionSpace(mesh, "DG", 0)
+W = FunctionSpace(mesh, "RT", 1)*V
+(s, u), (t, v) = TrialFunctions(W), TestFunctions(W)
+resistance, flow = Function(V), Function(W)
+a = (resistance*inner(s, t) - u*div(t) + div(s)*v)*dx
+problem = LinearVariationalProblem(a, v*dx, flow)
+parameters = {"mat_type": "matfree", "ksp_type": "preonly", "pc_type": "python",
+              "pc_python_type": "firedrake.HybridizationPC",
+              "hybridization": {"ksp_type": "cg", "pc_type": "jacobi"}}
+solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=parameters,
+                                          refinement=FixedRefinement(Iterations(3)))
+resistance.assign(2)
+solver.solve()
+print("iterations:", solver.statistics.forward_iterations)
+'''
+
+
+@pytest.mark.parallel([1])
+def test_coefficients_without_values_yet_do_not_end_the_process():
+    """Slate's code does where the matrix of a cell is singular: nothing is set up for a look."""
+    job = run_ranks(1, HYBRID)
+    assert "iterations: 3" in job.output and job.status == 0

@@ -10,11 +10,12 @@ from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespac
 
 import ufl
 from firedrake import DirichletBC
+from firedrake.slate.static_condensation.sc_base import SCBase
 
 from prdp_fem.problem.firedrake_internals import boundary_expression
 from prdp_fem.problem.inputs import coefficients_of
 
-__all__ = ["coefficients_in", "over_copies", "users_code"]
+__all__ = ["coefficients_in", "condenses_locally", "over_copies", "users_code"]
 
 # Whose code names no coefficient of a user's: it is given them by forms and by the application context.
 _LIBRARIES = frozenset({"firedrake", "FIAT", "finat", "gem", "mpi4py", "numpy", "petsc4py", "petsctools", "prdp_fem", "pyadjoint",
@@ -162,6 +163,20 @@ def _is_of_library(thing) -> bool:
 
 def users_code(options: Mapping) -> list[type]:
     """A user's own classes among those that options name, as ``pc_python_type`` does."""
+    return [kind for kind in _classes_in(options) if not _is_of_library(kind)]
+
+
+def condenses_locally(options: Mapping) -> bool:
+    """Whether options name a preconditioner that inverts the matrices of cells.
+
+    HybridizationPC does. Where one is singular, as with a coefficient that has no values yet, the code that Slate has
+    generated ends the process: no error can be caught.
+    """
+    return any(issubclass(kind, SCBase) for kind in _classes_in(options))
+
+
+def _classes_in(options: Mapping) -> list[type]:
+    """The classes that options name."""
     found = []
     for name in sorted(options):
         if name.endswith("python_type"):
@@ -170,6 +185,6 @@ def users_code(options: Mapping) -> list[type]:
                 kind = getattr(importlib.import_module(module), attribute)
             except (ImportError, AttributeError, ValueError):
                 continue  # PETSc will say so
-            if isinstance(kind, type) and not _is_of_library(kind):
+            if isinstance(kind, type):
                 found.append(kind)
     return found

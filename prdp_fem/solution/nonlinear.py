@@ -81,23 +81,25 @@ class NonlinearSystem(System):
             super().check_setting(setting)
             refined = self.newton.refined
             refined.find_without_setup()
-            if not refined.is_found:
+            if not (refined.is_found or self._may_end_the_process):
                 self._find_inside(refined, self._solver_context, self._set_newton_up_at_present)
 
     def _set_newton_up_at_present(self) -> None:
         self._write_inputs(Point(self.values()))
         self._set_newton_up()
 
-    def _forget_steps(self) -> None:
+    def _forget_steps(self, setting: Setting | None) -> None:
         """Have the preconditioner of the steps remember nothing of earlier solves; inside its context."""
+        refined = self.newton.refined
+        is_wanted = setting is not None and setting.max_it is not None and not refined.is_found
         ksp = self.newton.snes.getKSP()
         if self._was_set_up and has_memory_inside(ksp):
             renew_preconditioner(ksp)
             self._was_set_up = False
-        if not self._was_set_up and self.newton.refined.is_nested:
-            # The KSP that settings are put on is another one now.
+        if not self._was_set_up and (refined.is_nested or is_wanted):
+            # The KSP that settings are put on is another one now, or there for the first time.
             self._set_newton_up()
-            self.newton.refined.set_up()
+            refined.set_up()
         self._was_set_up = True
 
     def _set_newton_up(self) -> None:
@@ -124,7 +126,7 @@ class NonlinearSystem(System):
                 if self.newton.remembers:
                     self.newton.reset()
                 self._callbacks.attach()
-                self._forget_steps()
+                self._forget_steps(setting)
                 steps, iterations = self.newton.solve(work, setting)
                 solution[:] = self.memory.unload(work)
                 records.append(self._record())

@@ -30,6 +30,7 @@ from prdp_fem.memory.batch import Batch, chunks
 from prdp_fem.memory.device_batch import DeviceBatch
 from prdp_fem.memory.memory import Memory
 from prdp_fem.problem.boundary import BoundaryData
+from prdp_fem.problem.context import condenses_locally
 from prdp_fem.problem.firedrake_internals import (
     SolverContext,
     assemble_operators,
@@ -264,8 +265,13 @@ class System(ABC):
         """
         refined = self._krylov.refined
         refined.find_without_setup()
-        if not refined.is_found:
+        if not (refined.is_found or self._may_end_the_process):
             self._find_inside(refined, self._context, lambda: self._linearise(Point(self.values()), local_values(self.forms.solution)))
+
+    @cached_property
+    def _may_end_the_process(self) -> bool:
+        """Whether to set the KSP up is no mere try: then the first solve finds what is inside."""
+        return condenses_locally(self._linear_solver.parameters)
 
     def _find_inside(self, refined: RefinedKSP, context: SolverContext, set_up: Callable[[], None]) -> None:
         """Set a KSP up to find the one that settings are put on.
