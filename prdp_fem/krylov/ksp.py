@@ -12,6 +12,7 @@ from mpi4py import MPI
 
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.petsc_errors import cause_of, remedy
+from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import Setting, is_frozen
 
 __all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
@@ -205,6 +206,7 @@ class RefinedKSP:
         self._is_budget = False
         self._hidden_iterations = 0
         self._hidden_failure: str | None = None
+        self._post_solve = PostSolve(self._after_hidden_solve)
 
     @property
     def is_found(self) -> bool:
@@ -216,11 +218,11 @@ class RefinedKSP:
         refined = nested.find_iterative(self.ksp, self._prefix)
         if refined.handle == self.ksp.handle:
             refined = self.ksp
-        if refined is not self.ksp or self._in_snes:
-            refined.setPostSolve(self._after_hidden_solve)
         self._refined = refined
         self._others = None
         self._asked = None
+        if self._is_hidden:
+            self._post_solve.put_on(refined)
 
     def find_without_setup(self) -> None:
         """Find it where that takes no preconditioner that is set up."""
@@ -250,6 +252,11 @@ class RefinedKSP:
         """Whether settings are put on a KSP inside the preconditioner."""
         return self._refined is not None and self._refined is not self.ksp
 
+    @property
+    def _is_hidden(self) -> bool:
+        """Whether solves of the KSP that settings are put on are called by others."""
+        return self._refined is not None and (self._in_snes or self._refined is not self.ksp)
+
     def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
         self._hidden_iterations += ksp.getIterationNumber()
         reason = ksp.getConvergedReason()
@@ -277,6 +284,8 @@ class RefinedKSP:
         # It may have been set by hand since, or by somebody who has the same KSP.
         ksp.setInitialGuessNonzero(guess)
         self._hidden_iterations, self._hidden_failure = 0, None
+        if self._is_hidden:
+            self._post_solve.put_on(self._refined)
         # Tolerances of another KSP, inside, are looked at below.
         asked = ksp.getType(), guess, self._ignores_absolute or is_absolute
         if (setting is self._setting and asked == self._asked

@@ -7,6 +7,7 @@ from firedrake.petsc import PETSc
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
 from prdp_fem.krylov.nested import is_direct
+from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import NewtonSteps, Setting
 
 __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
@@ -68,8 +69,9 @@ class Newton:
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
         self.factorisation = FactorisationCheck(name)
+        self._look_at_step: PostSolve | None = None
         if is_direct(snes.getKSP()):
-            snes.getKSP().setPostSolve(self.factorisation.look_at_step)
+            self._look_at_step = PostSolve(self.factorisation.look_at_step)
         # What options had said, while a setting is put on.
         self._options: tuple | None = None
 
@@ -111,6 +113,8 @@ class Newton:
         snes = self.snes
         steps = setting.steps if isinstance(setting, NewtonSteps) else None
         self._apply(steps, setting)
+        if self._look_at_step is not None:
+            self._look_at_step.put_on(snes.getKSP())
         snes.solve(None, x)
         reason = snes.getConvergedReason()
         if reason < 0 and not (steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT):
