@@ -12,7 +12,7 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
-from prdp_fem.krylov.ksp import SetByHand
+from prdp_fem.krylov.ksp import SetByHand, set_inside_by_hand
 from prdp_fem.krylov.nested import SELF_CONTAINED
 from prdp_fem.krylov.persistence import options_of, refuse_persistent
 from prdp_fem.krylov.snes import reset_with_linear_solver, solves_linear_systems
@@ -25,6 +25,7 @@ from prdp_fem.problem.firedrake_internals import (
     Predecessor,
     assemble_directly,
     constructor_arguments,
+    has_solved,
     operators,
     options_in_place,
     problem_of,
@@ -517,7 +518,8 @@ def control(solver, refinement: Refinement | None, **options):
 
     Inside the preconditioner is what the options say that the solver was made with. What was changed
     there by hand stays where the solver has not solved yet; after a solve, preconditioners that have
-    parts are made anew from the options.
+    parts are made anew from the options, and types and tolerances that were changed by hand are an
+    error that names the option to be used.
 
     A LinearSolver solves with its matrices as they were assembled last, so that
     ``assemble(a, bcs=bcs, tensor=A)`` between solves is seen, and is differentiated by the coefficients
@@ -539,8 +541,9 @@ def control(solver, refinement: Refinement | None, **options):
     Raises
     ------
     TypeError, ValueError
-        For another object, for a matrix that is not what its form gives, and for what the solvers of
-        this package refuse. The solver is left as it was.
+        For another object, for a matrix that is not what its form gives, for what was changed
+        inside the preconditioner by hand and would be lost, and for what the solvers of this
+        package refuse. The solver is left as it was.
 
     Examples
     --------
@@ -559,6 +562,8 @@ def control(solver, refinement: Refinement | None, **options):
     if type(solver) not in _CONTROLLED:
         raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
                         f"{type(solver).__module__}.{type(solver).__qualname__}")
+    if has_solved(solver):
+        _refuse_to_lose(solver)
     arguments, assembled = {**constructor_arguments(solver), **options}, []
     if isinstance(solver, firedrake.LinearSolver):
         problem, assembled = _assembled_problem(solver, arguments)
@@ -578,6 +583,21 @@ def control(solver, refinement: Refinement | None, **options):
         raise
     del solver._predecessor
     return solver
+
+
+def _refuse_to_lose(solver) -> None:
+    """Raise a ValueError where what was set by hand inside the preconditioner would be lost."""
+    with options_in_place(solver):
+        found = set_inside_by_hand(solver.snes.getKSP())
+
+    def look() -> None:
+        if found is not None:
+            raise ValueError(f"inside the solver's preconditioner {found} was set by hand, and would "
+                             "be lost with what the last solve has left there: have "
+                             "solver_parameters say it")
+
+    # Blocks of a preconditioner may be each on one rank.
+    agree(solver.snes.comm.tompi4py(), look, "preconditioners")
 
 
 def _reset(solver) -> None:

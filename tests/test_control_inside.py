@@ -331,6 +331,30 @@ def test_parts_that_were_made_by_hand_stay_or_are_refused():
     assert solves.solver.snes.getKSP().getIterationNumber() == count
 
 
+def block(solver, number=1):
+    return solver.snes.getKSP().getPC().getFieldSplitSubKSP()[number]
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("additive", lambda solver: block(solver).setType("cg"),
+     r"fieldsplit_1_ksp_type cg \(options say preonly\)"),
+    ("additive", lambda solver: block(solver).getPC().setType("none"),
+     r"fieldsplit_1_pc_type none \(options say jacobi\)"),
+    ("multiplicative", lambda solver: block(solver).setTolerances(max_it=4),
+     r"fieldsplit_1_ksp_max_it 4 \(options say 3\)"),
+    ("mg in fieldsplit",
+     lambda solver: block(solver, 0).getPC().getMGSmoother(1).setType("cg"),
+     r"fieldsplit_0_mg_levels_1_ksp_type cg \(options say chebyshev\)"),
+])
+def test_what_was_changed_inside_by_hand_is_refused_where_it_would_be_lost(name, change, message):
+    solves = Solves(name, "linear").stock().solve()
+    change(solves.solver)
+    expected = solves.solve().solution
+    with pytest.raises(ValueError, match=f"{message} was set by hand.*have solver_parameters say"):
+        solves.controlled()
+    np.testing.assert_array_equal(solves.solve().solution, expected)
+
+
 def test_settings_by_hand_outlive_operators_that_change():
     solves = Solves("gamg", "linear").stock()
     ksp = solves.solver.snes.getKSP()

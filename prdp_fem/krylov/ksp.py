@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -16,11 +17,14 @@ from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import Setting, is_frozen
 
 __all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
-           "in_a_sentence", "reason_names", "renew_preconditioner", "reset", "set_up"]
+           "in_a_sentence", "reason_names", "renew_preconditioner", "reset",
+           "set_inside_by_hand", "set_up"]
 
 _NEVER = 1e300
 # Another one than any, None included.
 _NO_SETTING = object()
+# The options of what a KSP gives as its tolerances.
+_TOLERANCES = ("ksp_rtol", "ksp_atol", "ksp_divtol", "ksp_max_it")
 # PETSc's own ksp_atol, which stops nothing.
 _NO_ATOL = 1e-50
 # Below it, a relative tolerance is none: an absolute one is to decide.
@@ -67,9 +71,7 @@ def renew_preconditioner(ksp: PETSc.KSP) -> None:
 
 def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
     last = ksp.getPC()
-    pc = PETSc.PC().create(ksp.comm)
-    pc.setOptionsPrefix(last.getOptionsPrefix())
-    pc.setDM(last.getDM())
+    pc = _like(last)
     ksp.setPC(pc)
     # Not the KSP, on which more may have been set by hand.
     pc.setFromOptions()
@@ -80,6 +82,62 @@ def _exchange_preconditioner(ksp: PETSc.KSP) -> None:
         ksp.setPC(last)
     else:
         pc.setType(last.getType())
+
+
+def _like(last: PETSc.PC) -> PETSc.PC:
+    """A new preconditioner that will read the same options."""
+    pc = PETSc.PC().create(last.comm)
+    pc.setOptionsPrefix(last.getOptionsPrefix())
+    pc.setDM(last.getDM())
+    return pc
+
+
+def set_inside_by_hand(ksp: PETSc.KSP) -> str | None:
+    """What was set by hand inside the preconditioner of a KSP; inside its solver's context.
+
+    Types, and tolerances of KSPs, are compared with those of another preconditioner, which is set
+    up for the same operators by the same options.
+
+    Returns
+    -------
+    str or None
+        The first that is another one than options say; None where all are the same.
+    """
+    last = ksp.getPC()
+    if last.getType() in nested.SELF_CONTAINED:
+        return None
+    by_options = _like(last)
+    by_options.setFromOptions()
+    if by_options.getType() != last.getType():
+        return None  # a preconditioner that was set by hand as a whole
+    by_options.setOperators(*last.getOperators())
+    try:
+        by_options.setUp()
+        by_options.setUpOnBlocks()
+    except PETSc.Error:
+        by_options.incRef()  # never destroyed, as in abandon_preconditioner
+        return None
+    return next(_differences(last, by_options, last.getOptionsPrefix() or ""), None)
+
+
+def _differences(pc: PETSc.PC, by_options: PETSc.PC, outer: str) -> Iterator[str]:
+    """What differs inside a preconditioner, outermost first, as far as both are set up."""
+    for part, other in zip(nested.parts(pc), nested.parts(by_options)):
+        prefix = (part.getOptionsPrefix() or "").removeprefix(outer)
+        if isinstance(part, PETSc.KSP):
+            yield from _difference(f"{prefix}ksp_type", part.getType(), other.getType())
+            for name, mine, theirs in zip(_TOLERANCES, part.getTolerances(), other.getTolerances()):
+                yield from _difference(f"{prefix}{name}", mine, theirs)
+            part, other = part.getPC(), other.getPC()
+        if part.getType() == other.getType():
+            yield from _differences(part, other, outer)
+        else:
+            yield from _difference(f"{prefix}pc_type", part.getType(), other.getType())
+
+
+def _difference(option: str, found, by_options) -> Iterator[str]:
+    if found != by_options:
+        yield f"{option} {found} (options say {by_options})"
 
 
 def forget_zero_pivots(ksp: PETSc.KSP) -> None:

@@ -9,7 +9,8 @@ from firedrake.petsc import PETSc
 
 __all__ = ["SELF_CONTAINED", "all_inside", "applies_factorisation", "find_iterative",
            "has_factorisation", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
-           "has_untransposable_inside", "is_direct", "krylov_method_inside", "needs_set_up", "all_preconditioners"]
+           "has_untransposable_inside", "is_direct", "krylov_method_inside", "needs_set_up",
+           "all_preconditioners", "parts"]
 
 # Preconditioners that are made from a matrix alone, and have all they need once they are set up.
 SELF_CONTAINED = frozenset({"none", "jacobi", "pbjacobi", "vpbjacobi", "sor", "eisenstat", "ilu", "icc", "lu", "cholesky"})
@@ -98,7 +99,7 @@ def _is_factorisation(pc: PETSc.PC) -> bool:
             return True
         case "ksp" | "python":
             # Such as Firedrake's AssembledPC, that assembles the operator and has one of it inside.
-            inside = list(_inside(pc))
+            inside = parts(pc)
             if len(inside) != 1:
                 return False
             part = inside[0]
@@ -155,19 +156,19 @@ def _walk(ksp: PETSc.KSP, smooths: bool) -> Iterator[tuple[PETSc.KSP, bool]]:
 
 def _walk_preconditioner(pc: PETSc.PC, smooths: bool) -> Iterator[tuple[PETSc.KSP, bool]]:
     smooths = smooths or pc.getType() in _MULTIGRID
-    for inside in _inside(pc):
+    for inside in parts(pc):
         yield from _walk(inside, smooths) if isinstance(inside, PETSc.KSP) else _walk_preconditioner(inside, smooths)
 
 
 def _preconditioners(pc: PETSc.PC) -> Iterator[PETSc.PC]:
     """A preconditioner and all inside it."""
-    inside = list(_inside(pc))
+    inside = parts(pc)
     yield pc
     for part in inside:
         yield from _preconditioners(part.getPC() if isinstance(part, PETSc.KSP) else part)
 
 
-def _inside(pc: PETSc.PC) -> list:
+def parts(pc: PETSc.PC) -> list:
     """The KSPs and preconditioners that a preconditioner is made of; none before they are made."""
     match pc.getType():
         case "ksp":
@@ -180,7 +181,7 @@ def _inside(pc: PETSc.PC) -> list:
         case "bjacobi":
             return _asked(pc.getBJacobiSubKSP)
         case "composite":
-            return _parts(pc)
+            return _of_composite(pc)
         case "python":
             # Firedrake's preconditioners keep theirs as attributes.
             context = pc.getPythonContext()
@@ -198,7 +199,7 @@ def _asked(getter) -> list[PETSc.KSP]:
         return []
 
 
-def _parts(pc: PETSc.PC) -> list[PETSc.PC]:
+def _of_composite(pc: PETSc.PC) -> list[PETSc.PC]:
     # petsc4py does not ask how many there are, and PETSc crashes where one is asked for and there is none.
     count = np.zeros(1, dtype=PETSc.IntType)
     _LIBRARY.PCCompositeGetNumberPC(ctypes.c_void_p(pc.handle), ctypes.c_void_p(count.ctypes.data))

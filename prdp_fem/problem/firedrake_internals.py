@@ -25,7 +25,8 @@ from prdp_fem.memory.memory import Memory
 __all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "Predecessor", "SolverContext",
            "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
            "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
-           "extract_subfunction", "has_block_variable", "has_schedule", "has_taped_number", "is_lost",
+           "extract_subfunction", "has_block_variable", "has_schedule", "has_solved",
+           "has_taped_number", "is_lost",
            "maybe_disk_checkpoint", "operators", "options_in_place", "pin_quadrature", "problem_of",
            "share_transfers", "spaces_of_basis"]
 
@@ -91,6 +92,12 @@ def options_in_place(solver):
                               save="setup_hooks" in vars(solver))
     with solver.inserted_options(), hooks:
         yield
+
+
+def has_solved(solver) -> bool:
+    """Whether a solver has begun to solve, so that its SNES, KSP and preconditioner are set up."""
+    # Firedrake has these since the first solve, and sets up DMs by them from then on.
+    return vars(solver).get("setup_hooks") is not None
 
 
 def applies_boundary_first(solver) -> bool:
@@ -159,8 +166,8 @@ class Predecessor:
 
     def __init__(self, solver):
         self._type, self._attributes = type(solver), dict(vars(solver))
-        # Firedrake has it since the first solve, and sets up DMs by it from then on.
-        self.is_set_up = vars(solver).pop("setup_hooks", None) is not None
+        self.is_set_up = has_solved(solver)
+        vars(solver).pop("setup_hooks", None)
         self.has_passed_on = False
 
     @property
