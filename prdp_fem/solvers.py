@@ -289,6 +289,8 @@ class RefinedSolver:
         firedrake.exceptions.ConvergenceError
             On NaN, breakdown or divergence, and where a tolerance is not reached. The solution is left as it was, and
             nothing is put on the tape.
+        ValueError
+            Where ranks have come to different settings, on all of them.
         """
         if bounds is not None:
             raise ValueError(f"the problem for '{self.problem.u.name()}' with bounds is a variational inequality, and not differentiable: "
@@ -297,7 +299,7 @@ class RefinedSolver:
         tag = kwargs.pop("ad_block_tag", self.ad_block_tag)
         if kwargs:
             raise TypeError(f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}")
-        u, setting = self.problem.u, self.setting
+        u, setting = self.problem.u, self.system.agreed_setting(self._refinement)
         with stop_annotating():
             point = self.point()
             solution = local_values(u)

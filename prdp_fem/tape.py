@@ -112,7 +112,7 @@ class SolveBlock(Block):
         tape = self._scheduled_tape
         if tape is None or tape.recompute_count != self._evaluation:
             self._evaluation = None if tape is None else tape.recompute_count
-            self._setting = None if self._refinement is None else self._refinement.setting
+            self._setting = self._system.agreed_setting(self._refinement)
         values = np.empty(self._system.size)
         self._record, = self._system.solve(self._point(), self._setting, values[None])
         # Making a Function costs as much as a small solve: where nobody else has the old one, it is used again.

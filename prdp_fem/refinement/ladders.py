@@ -17,7 +17,7 @@ from prdp_fem.arguments import count, flag, fraction, shown
 
 __all__ = ["Setting", "Iterations", "Tolerance", "NewtonSteps", "IterationLadder",
            "ToleranceLadder", "NewtonLadder", "checked_ladder",
-           "checked_setting", "in_numbers", "is_frozen", "setting_of"]
+           "checked_setting", "in_numbers", "in_words", "is_frozen", "setting_of"]
 
 
 @runtime_checkable
@@ -235,6 +235,14 @@ def in_numbers(setting: Setting) -> list:
     rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
     numbers = [None, None, None] if max_it is None else [float(rtol), int(max_it), bool(budget)]
     return [*numbers, int(setting.steps)] if isinstance(setting, NewtonSteps) else numbers
+
+
+def in_words(setting: Setting | None) -> str:
+    """What a setting, which may be of a user's class, puts on solvers, on one line."""
+    if setting is None:
+        return "no setting"
+    steps = f"steps {setting.steps}, " if hasattr(setting, "steps") else ""
+    return f"{steps}rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
 
 
 def checked_ladder(ladder: Any, of: str = "a ladder") -> Sequence:

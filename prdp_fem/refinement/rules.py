@@ -45,7 +45,7 @@ class Record:
 
 
 class _Checked:
-    """An attribute whose values are checked whenever it is set.
+    """An attribute whose values are checked whenever it is set; the object counts its changes.
 
     Parameters
     ----------
@@ -60,7 +60,9 @@ class _Checked:
         self._name = name
 
     def __set__(self, instance, value) -> None:
-        vars(instance)[self._name] = self._check(instance, value)
+        attributes = vars(instance)
+        attributes[self._name] = self._check(instance, value)
+        attributes["changes"] = attributes.get("changes", 0) + 1
 
 
 class Refinement:
@@ -86,6 +88,14 @@ class Refinement:
     history : list of Record
     monitors : list of callable
         Called with each new record.
+    changes : int
+        How often it was stepped, loaded or set, whether it means something else since then or
+        not: by it ranks know together that settings are to be compared.
+
+    Notes
+    -----
+    On several ranks all make the same calls, and all come to the same level: solves compare their
+    settings, and raise where ranks have others.
     """
 
     ladder = _Checked(lambda refinement, ladder: refinement._checked_ladder(ladder))

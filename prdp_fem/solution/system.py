@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,8 +43,10 @@ from prdp_fem.problem.firedrake_internals import (
 from prdp_fem.problem.forms import Forms
 from prdp_fem.problem.inputs import Input, local_values, same_bits, set_local_values, vector_like
 from prdp_fem.problem.point import NO_VALUES, Direction, Point
+from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.finite import LARGEST, is_finite, require_finite
-from prdp_fem.refinement.ladders import Setting
+from prdp_fem.refinement.ladders import Setting, checked_setting, in_words
+from prdp_fem.refinement.rules import Refinement
 from prdp_fem.statistics import Statistics
 
 __all__ = ["System"]
@@ -85,6 +88,13 @@ class _Work:
         _ANNOTATION.__exit__()
         seconds = _SECONDS[self._kind]
         vars(self._system.statistics)[seconds] += time.perf_counter() - self._start
+
+
+def _numbers(setting: Setting | None) -> tuple | None:
+    """What a setting of the moment has, to be compared faster than it is put in words."""
+    if setting is None:
+        return None
+    return setting.rtol, setting.max_it, setting.budget, getattr(setting, "steps", None)
 
 
 class System(ABC):
@@ -153,6 +163,13 @@ class System(ABC):
         self._zero = vector_like(forms.solution)
         self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if assembles_terms or index not in terms]
         self._has_fields_to_assemble = forms.operator_depends_on_solution or any(not entry.is_real for _, entry in self._assembled_inputs)
+        # What the last solve was asked for, in numbers and in words, with the checksum of these; and
+        # that which is to be compared by the next reduction, or zero.
+        self._asked: tuple | None = ()
+        self._words, self._checksum_of_words = "", 0
+        self._checksum = 0
+        # What ranks last compared where solves have no reduction that could carry a checksum.
+        self._compared: tuple | None = None
         # Where J was last assembled.
         self._state = local_values(forms.solution) if forms.operator_depends_on_solution else None
         self._place_in(memory)
@@ -288,6 +305,35 @@ class System(ABC):
                 return
             self._is_spoilt = self._agreed(has_failed_inside(refined.ksp))
             refined.find()
+
+    def agreed_setting(self, refinement: Refinement | None) -> Setting | None:
+        """What a refinement asks of the next solve, the same on all ranks. Collective.
+
+        With another number of iterations on each rank, all would wait for each other for ever.
+        Solves that reduce what has changed, before they iterate, compare a checksum of the setting
+        on the way. Others have it compared here, but only where the refinement was stepped or
+        changed since the last time, which ranks do together, whatever level each has come to.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no setting; on all ranks, where they have different ones.
+        """
+        # Settings of a user's class can have changed since they were looked at.
+        setting = None if refinement is None else checked_setting(refinement.setting)
+        if not (self.is_serial or self._has_fields_to_assemble):
+            changes = None if refinement is None else refinement.changes
+            asked = refinement, changes, _numbers(setting)
+            if asked != self._compared:
+                self._compare(in_words(setting))
+                self._compared = asked
+        return setting
+
+    def _compare(self, words: str) -> None:
+        """Raise, on all ranks, where they are asked for different settings. Collective."""
+        agree(self._comm, lambda: words,
+              f"settings of the solve for '{self.forms.solution.name()}'",
+              "give the refinement comm=, and have all ranks step and set it alike")
 
     def check_derivative(self, index: int) -> None:
         """Raise a TypeError where UFL cannot differentiate the problem by an input."""
@@ -425,9 +471,12 @@ class System(ABC):
         state_changed = solution is not None and self._state is not None and not same_bits(solution, self._state)
         if self._comm.size > 1 and self._has_fields_to_assemble:
             # A field may have changed on some ranks only, but halo exchanges and assembly are collective.
-            flags = np.array([*changed, state_changed], dtype=np.intc)
+            flags = np.array([*changed, state_changed, self._checksum, -self._checksum])
             self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
-            *changed, state_changed = flags.tolist()
+            *changed, state_changed, largest, smallest = flags.tolist()
+            self._checksum = 0
+            if largest != -smallest:
+                self._compare(self._words)
         if moved or any(changed):
             indices = {index for (index, _), is_changed in zip(self._assembled_inputs, changed) if is_changed}
             for index in indices:
@@ -518,7 +567,15 @@ class System(ABC):
         firedrake.exceptions.ConvergenceError
             Where the solve fails, or gives a number that is not finite; with the row as attribute
             ``row``.
+        ValueError
+            On all ranks, where they have different settings and that shows before the solve.
         """
+        if not self.is_serial:
+            asked = _numbers(setting)
+            if asked != self._asked:
+                self._asked, self._words = asked, in_words(setting)
+                self._checksum_of_words = zlib.crc32(self._words.encode())
+            self._checksum = self._checksum_of_words
         before = self.statistics.solves
         try:
             records = self._solve(point, setting, solutions, {} if varying is None else varying)

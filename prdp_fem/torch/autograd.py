@@ -21,11 +21,12 @@ from prdp_fem.problem.point import NO_VALUES, Point
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.finite import LARGEST, name_sample, require_finite
 from prdp_fem.ranks.threads import one_thread
-from prdp_fem.refinement.ladders import Setting
+from prdp_fem.refinement.ladders import Setting, in_words
 from prdp_fem.statistics import Statistics
 from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
-__all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall", "in_numbers", "transforms_are_active"]
+__all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall",
+           "transforms_are_active"]
 
 # Among the arguments of Solve: where the boundary values and the guess are, and how many come before
 # the inputs' tensors.
@@ -44,14 +45,6 @@ _ONCE_ONLY = ("second derivatives through a SolverLayer are not available: call 
               "derivatives of torch.func")
 _BACKWARDS_ONLY = ("forward-mode derivatives through a SolverLayer are not available: use backward(), or torch.func.vjp, grad or jacrev, "
                    "which give the same by the adjoint")
-
-
-def in_numbers(setting: Setting | None) -> str:
-    """What a setting, which may be of a user's class, puts on solvers."""
-    if setting is None:
-        return "no setting"
-    steps = f"steps {setting.steps}, " if hasattr(setting, "steps") else ""
-    return f"{steps}rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
 
 
 class Surroundings:
@@ -103,7 +96,7 @@ class Surroundings:
     def _renew(self, setting: Setting | None, arrays: Sequence[np.ndarray], checksums: list[int]) -> None:
         self._setting, self._arrays, self._checksums = setting, list(arrays), checksums
         # Small enough for hooks that convert all tensors to float32.
-        number = zlib.crc32(f"{in_numbers(setting)} {checksums}".encode()) % 2**24
+        number = zlib.crc32(f"{in_words(setting)} {checksums}".encode()) % 2**24
         with torch.inference_mode(False):  # in which they could not be saved by later calls
             self.number = torch.tensor(number, device=CPU)
             self._saved = [self.number, *map(torch.from_numpy, arrays)]

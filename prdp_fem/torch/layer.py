@@ -14,8 +14,9 @@ from prdp_fem.problem.functional import Functional
 from prdp_fem.problem.inputs import is_real, local_values, name_of, set_local_values
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.threads import one_thread
+from prdp_fem.refinement.ladders import in_words
 from prdp_fem.solvers import RefinedSolver
-from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve, Surroundings, TransformedCall, in_numbers, transforms_are_active
+from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve, Surroundings, TransformedCall, transforms_are_active
 from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 
 __all__ = ["SolverLayer"]
@@ -273,7 +274,7 @@ class SolverLayer(torch.nn.Module):
         """What ranks must have alike to make the same calls, forward and backward."""
         self._check(tensors)
         # Without names: those that Firedrake has chosen are not the same on all ranks.
-        return [in_numbers(self.solver.setting),
+        return [in_words(self.solver.setting),
                 *(f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors)]
 
     def _names(self) -> str:

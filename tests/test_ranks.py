@@ -1,0 +1,177 @@
+"""Where one rank is asked for something else than others: an error on all, and none of them waits.
+
+Without that these tests would not come to an end.
+"""
+import numpy as np
+import pytest
+from firedrake import *
+from firedrake.adjoint import *
+from problems import GMRES, HeatStep, smooth
+
+import prdp_fem
+from prdp_fem import (
+    FixedRefinement,
+    IterationLadder,
+    Iterations,
+    NewtonLadder,
+    ProgressiveRefinement,
+)
+
+pytestmark = pytest.mark.parallel([2, 3])
+
+LAST = COMM_WORLD.size - 1
+IS_LAST = COMM_WORLD.rank == LAST
+
+
+def constant_operator():
+    """A problem that nothing is assembled for when inputs change, so that nothing is reduced."""
+    mesh = UnitSquareMesh(6, 6)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v = TrialFunction(V), TestFunction(V)
+    u, source = Function(V, name="u"), smooth(V, 1)
+    form = (w*v + inner(grad(w), grad(v)))*dx
+    problem = LinearVariationalProblem(form, source*v*dx, u, DirichletBC(V, 0, "on_boundary"))
+    return problem, source, IterationLadder()
+
+
+def field_in_the_operator():
+    step = HeatStep(boundary=1)
+    return step.problem, step.kappa, IterationLadder()
+
+
+def nonlinear():
+    mesh = UnitSquareMesh(6, 6)
+    V = FunctionSpace(mesh, "CG", 1)
+    v, u, source = TestFunction(V), Function(V, name="u"), smooth(V, 1)
+    residual = ((1 + u**2)*inner(grad(u), grad(v)) - source*v)*dx
+    problem = NonlinearVariationalProblem(residual, u, DirichletBC(V, 0, "on_boundary"))
+    return problem, source, NewtonLadder(linear=IterationLadder())
+
+
+PROBLEMS = [constant_operator, field_in_the_operator, nonlinear]
+
+
+def solver_for(problem, refinement, **options):
+    kind = (prdp_fem.LinearVariationalSolver if isinstance(problem, LinearVariationalProblem)
+            else prdp_fem.NonlinearVariationalSolver)
+    parameters = {**GMRES, "snes_linesearch_type": "basic"}
+    return kind(problem, refinement=refinement, solver_parameters=parameters, **options)
+
+
+def raised_everywhere(call, error=ValueError) -> list[str]:
+    """The messages of all ranks."""
+    message = None
+    try:
+        call()
+    except error as raised:
+        message = str(raised)
+    messages = COMM_WORLD.allgather(message)
+    assert None not in messages
+    return messages
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_solves_at_other_levels_are_an_error_and_levels_can_be_set_right(make):
+    problem, _, ladder = make()
+    refinement = ProgressiveRefinement(ladder)
+    solver = solver_for(problem, refinement, warm_start=False)
+    solver.solve()
+    for _ in range(2):  # what ranks have not agreed on once, they have not the second time
+        refinement.level = COMM_WORLD.rank
+        before = problem.u.dat.data_ro.copy()
+        messages = raised_everywhere(solver.solve)
+        assert len(set(messages)) == 1
+        what = f"settings of the solve for '{problem.u.name()}'"
+        assert f"{what} must be the same on all ranks, found" in messages[0]
+        assert "on rank 0 and" in messages[0] and "give the refinement comm=" in messages[0]
+        np.testing.assert_array_equal(problem.u.dat.data_ro, before)
+    refinement.level = 2
+    solver.solve()
+    other = solver_for(problem, FixedRefinement(ladder[2]), warm_start=False)
+    found = problem.u.dat.data_ro.copy()
+    other.solve()
+    np.testing.assert_array_equal(problem.u.dat.data_ro, found)
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_steps_by_metrics_of_a_rank_are_an_error(make):
+    problem, _, ladder = make()
+    refinement = ProgressiveRefinement(ladder, ema_window=1, error_window=1)
+    solver = solver_for(problem, refinement)
+    solver.solve()
+    for _ in range(2):
+        refinement.step(1.0)
+    assert refinement.level == 1
+    solver.solve()
+    refinement.step(0.95 if IS_LAST else 0.5)
+    assert refinement.level == (1 if IS_LAST else 2)
+    assert len(set(raised_everywhere(solver.solve))) == 1
+
+
+@pytest.mark.parametrize("make", [field_in_the_operator, nonlinear])
+def test_a_step_of_one_rank_alone_is_an_error_where_solves_reduce_something(make):
+    problem, _, ladder = make()
+    refinement = ProgressiveRefinement(ladder)
+    solver = solver_for(problem, refinement)
+    solver.solve()
+    if COMM_WORLD.rank == 0:
+        refinement.level = 3
+    assert len(set(raised_everywhere(solver.solve))) == 1
+
+
+@pytest.mark.parametrize("make", PROBLEMS)
+def test_replays_at_other_levels_are_an_error(make):
+    problem, coefficient, ladder = make()
+    refinement = ProgressiveRefinement(ladder)
+    solver = solver_for(problem, refinement)
+    solver.solve()
+    functional = ReducedFunctional(assemble(problem.u**2*dx), Control(coefficient))
+    functional(coefficient)
+    refinement.level = COMM_WORLD.rank
+    assert "settings of the solve for" in raised_everywhere(lambda: functional(coefficient))[0]
+    refinement.level = 1
+    functional(coefficient)
+    functional.derivative()
+
+
+def test_settings_are_compared_where_they_may_have_changed_only(monkeypatch):
+    problem, source, ladder = constant_operator()
+    refinement = ProgressiveRefinement(ladder)
+    solver = solver_for(problem, refinement)
+    compared = []
+    monkeypatch.setattr(type(solver.system), "_compare", lambda _, asked: compared.append(asked))
+    for _ in range(3):
+        solver.solve()
+    assert len(compared) == 1
+    refinement.step(1.0)
+    assert refinement.level == 0
+    for _ in range(3):
+        solver.solve()
+    assert len(compared) == 2
+    for make in (field_in_the_operator, nonlinear):
+        problem, _, ladder = make()
+        refinement = ProgressiveRefinement(ladder)
+        solver = solver_for(problem, refinement)
+        for level in range(3):
+            refinement.level = level
+            solver.solve()
+    assert len(compared) == 2
+
+
+class Drifting(prdp_fem.Refinement):
+    """A user's own, whose setting changes without its being set."""
+
+    iterations = 2
+
+    @property
+    def setting(self):
+        return Iterations(self.iterations)
+
+
+def test_settings_of_a_users_refinement_are_compared_too():
+    problem, _, ladder = constant_operator()
+    refinement = Drifting(ladder)
+    solver = solver_for(problem, refinement)
+    solver.solve()
+    refinement.iterations += 1 + COMM_WORLD.rank
+    assert "settings of the solve for" in raised_everywhere(solver.solve)[0]
