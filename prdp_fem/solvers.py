@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import firedrake
 from firedrake import LinearVariationalProblem, NonlinearVariationalProblem
@@ -46,10 +47,12 @@ from prdp_fem.solution.linear import LinearSystem
 from prdp_fem.solution.nonlinear import NonlinearSystem
 from prdp_fem.solution.solver_arguments import (
     OWN,
+    check_bases,
     check_names,
     check_numbers,
-    check_refinement,
     check_solver_arguments,
+    option_in_words,
+    refinement_in_words,
 )
 from prdp_fem.solution.system import System
 from prdp_fem.solution.unrolled_linear import UnrolledLinearSystem
@@ -83,15 +86,28 @@ class RefinedSolver:
                              "installation with real scalars")
         if not isinstance(problem, NonlinearVariationalProblem):
             raise TypeError(f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}")
-        check_solver_arguments(problem.u, type(self), refinement, warm_start, ksp_prefix, device,
-                               kwargs)
-        self._differentiation = differentiation_of(differentiation)
-        for name, remedy in self._refused_callbacks.items():
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} is not supported: {remedy}")
-        given = options_of(kwargs.get("solver_parameters"), kwargs.get("options_prefix"))
-        check_numbers(given, f"the solver for '{problem.u.name()}'")
-        refuse_persistent(given)
+        given = {}
+
+        def look() -> list[str]:
+            """What ranks must have alike, where a solver can be made of what is on this one."""
+            asked = refinement_in_words(refinement)
+            check_solver_arguments(problem.u, type(self), warm_start, ksp_prefix, device, kwargs)
+            self._differentiation = differentiation_of(differentiation)
+            for name, remedy in self._refused_callbacks.items():
+                if kwargs.get(name) is not None:
+                    raise ValueError(f"{name} is not supported: {remedy}")
+            given.update(options_of(kwargs.get("solver_parameters"), kwargs.get("options_prefix")))
+            check_numbers(given, f"the solver for '{problem.u.name()}'")
+            refuse_persistent(given)
+            # Without the prefix: one that Firedrake has chosen need not be the same on all ranks.
+            passed = [name for name, value in kwargs.items()
+                      if value is not None and name != "options_prefix"]
+            return [type(self).__name__, asked, f"{self._differentiation}",
+                    f"warm_start {bool(warm_start)}", f"ksp_prefix {ksp_prefix}", *sorted(passed),
+                    *(option_in_words(name, given[name]) for name in sorted(given))]
+
+        agree(problem.u.function_space().mesh().comm, look, "arguments of a solver")
+        check_bases(kwargs)
         code = users_code(given)
         # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.
         appctx = {key: value for key, value in (kwargs.get("appctx") or {}).items() if value is not problem.u}
@@ -182,7 +198,8 @@ class RefinedSolver:
 
     @refinement.setter
     def refinement(self, refinement: Refinement | None) -> None:
-        check_refinement(refinement)
+        agree(self.system.comm, lambda: refinement_in_words(refinement), "refinements of a solver",
+              "give them comm=, and have all ranks step and set them alike")
         if refinement is not None:
             self.system.check_setting(checked_setting(refinement.setting))
             cite()
@@ -545,25 +562,29 @@ def control(solver, refinement: Refinement | None, **options):
     TypeError, ValueError
         For another object, for a matrix that is not what its form gives, for what was changed
         inside the preconditioner by hand and would be lost, and for what the solvers of this
-        package refuse. The solver is left as it was.
+        package refuse; on all ranks, where it is so on one. The solver is left as it was.
 
     Examples
     --------
     >>> prdp_fem.control(solver, ProgressiveRefinement(IterationLadder(start=2)))  # doctest: +SKIP
     """
-    check_refinement(refinement)
-    check_names(options, OWN, "control()")
-    if isinstance(solver, RefinedSolver):
-        device = options.pop("device", None)
-        for name, value in options.items():
-            value = differentiation_of(value) if name == "differentiation" else value
-            if name not in ("differentiation", "warm_start") or value != getattr(solver, name):
-                raise ValueError(f"the solver is one of prdp_fem already, whose {name} is chosen when it is made")
-        solver.refinement = refinement
-        return solver if device is None else solver.to(device)
-    if type(solver) not in _CONTROLLED:
+    is_refined = isinstance(solver, RefinedSolver)
+    if not is_refined and type(solver) not in _CONTROLLED:
         raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
                         f"{type(solver).__module__}.{type(solver).__qualname__}")
+
+    def look() -> list[str]:
+        """What ranks must have alike, where it makes sense on this one."""
+        check_names(options, OWN, "control()")
+        if is_refined:
+            _check_made_so(solver, options)
+        return [type(solver).__name__, refinement_in_words(refinement), *sorted(options)]
+
+    agree(solver.snes.comm.tompi4py(), look, "arguments of control()")
+    if is_refined:
+        solver.refinement = refinement
+        device = options.get("device")
+        return solver if device is None else solver.to(device)
     if has_solved(solver):
         _refuse_to_lose(solver)
     arguments, assembled = {**constructor_arguments(solver), **options}, []
@@ -600,6 +621,16 @@ def _refuse_to_lose(solver) -> None:
 
     # Blocks of a preconditioner may be each on one rank.
     agree(solver.snes.comm.tompi4py(), look, "preconditioners")
+
+
+def _check_made_so(solver: RefinedSolver, options: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a solver is to have been made otherwise than it was."""
+    for name, value in options.items():
+        value = differentiation_of(value) if name == "differentiation" else value
+        is_kept = name in ("differentiation", "warm_start") and value == getattr(solver, name)
+        if not is_kept and name != "device":
+            raise ValueError(f"the solver is one of prdp_fem already, whose {name} is chosen when "
+                             "it is made")
 
 
 def _reset(solver) -> None:

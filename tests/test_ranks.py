@@ -2,11 +2,14 @@
 
 Without that these tests would not come to an end.
 """
+from functools import partial
+
 import numpy as np
 import pytest
+import torch
 from firedrake import *
 from firedrake.adjoint import *
-from problems import GMRES, HeatStep, smooth
+from problems import CG, GMRES, HeatStep, smooth
 
 import prdp_fem
 from prdp_fem import (
@@ -15,6 +18,14 @@ from prdp_fem import (
     Iterations,
     NewtonLadder,
     ProgressiveRefinement,
+    control,
+)
+from prdp_fem.torch import (
+    Gathering,
+    GradientReduction,
+    GraphNetwork,
+    Partition,
+    SolverLayer,
 )
 
 pytestmark = pytest.mark.parallel([2, 3])
@@ -175,3 +186,110 @@ def test_settings_of_a_users_refinement_are_compared_too():
     solver.solve()
     refinement.iterations += 1 + COMM_WORLD.rank
     assert "settings of the solve for" in raised_everywhere(solver.solve)[0]
+
+
+# Arguments
+
+OTHERWISE = "arguments of a solver must be the same"
+WRONG = {
+    "refinement": ({"refinement": 5}, TypeError, "refinement must be"),
+    "setting": ({"refinement": FixedRefinement(Iterations(7))}, None, OTHERWISE),
+    "name": ({"solver_parametres": {}}, TypeError, "did you mean solver_parameters"),
+    "differentiation": ({"differentiation": "explicit"}, ValueError, "must be one of 'implicit'"),
+    "differently": ({"differentiation": "unrolled"}, None, OTHERWISE),
+    "warm_start": ({"warm_start": "no"}, TypeError, "warm_start must be True or False"),
+    "warm": ({"warm_start": True}, None, OTHERWISE),
+    "parameters": ({"solver_parameters": {"ksp_type": "lgmres"}}, ValueError, "of earlier solves"),
+    "other parameters": ({"solver_parameters": {**CG, "ksp_rtol": 1e-3}}, None, OTHERWISE),
+    "callback": ({"pre_jacobian_callback": 5}, TypeError, "must be a function"),
+    "refused callback": ({"post_function_callback": print}, ValueError, "is not supported"),
+    "nullspace": ({"nullspace": "constant"}, TypeError, "nullspace must be"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_argument_that_one_rank_alone_has_is_an_error_on_all(case):
+    wrong, error, message = WRONG[case]
+    problem, _, ladder = constant_operator()
+    right = {"refinement": FixedRefinement(Iterations(3)), "solver_parameters": CG}
+    given = {**right, **wrong} if IS_LAST else right
+    messages = raised_everywhere(lambda: prdp_fem.LinearVariationalSolver(problem, **given),
+                                 (TypeError, ValueError))
+    assert message in messages[LAST]
+    if error is None:
+        assert len(set(messages)) == 1
+    else:
+        told = f"rank {LAST} of {COMM_WORLD.size} has raised {error.__name__}: "
+        assert all(told in message for message in messages[:LAST])
+    prdp_fem.LinearVariationalSolver(problem, **right).solve()
+
+
+def test_a_refinement_that_one_rank_alone_has_is_an_error_on_all():
+    problem, _, ladder = constant_operator()
+    first = FixedRefinement(Iterations(3))
+    solver = solver_for(problem, first)
+
+    def exchange():
+        solver.refinement = None if IS_LAST else FixedRefinement(Iterations(4))
+
+    assert "refinements of a solver must be the same" in raised_everywhere(exchange)[0]
+    assert solver.refinement is first
+    solver.solve()
+
+
+@pytest.mark.parametrize("is_solved", [False, True])
+def test_control_that_one_rank_alone_does_otherwise_is_an_error_on_all(is_solved):
+    problem, _, ladder = constant_operator()
+    solver = LinearVariationalSolver(problem, solver_parameters=CG)
+    if is_solved:
+        solver.solve()
+    for last in ({"refinement": 5}, {"refinement": FixedRefinement(Iterations(4))},
+                 {"refinement": FixedRefinement(Iterations(3)), "warm_stat": True}):
+        given = last if IS_LAST else {"refinement": FixedRefinement(Iterations(3))}
+        raised_everywhere(partial(control, solver, **given), (TypeError, ValueError))
+        assert type(solver) is LinearVariationalSolver
+    control(solver, FixedRefinement(Iterations(3))).solve()
+    raised_everywhere(lambda: control(solver, None, **({"warm_start": True} if IS_LAST else {})))
+
+
+@pytest.mark.parametrize("last", [
+    {"controls": []}, {"controls": 5}, {"controls": "twice"}, {"controls": "other"},
+    {"controls": "independent"}, {"output": "text"}, {"output": []}, {"output": "functional"},
+], ids=str)
+def test_a_layer_that_one_rank_alone_makes_otherwise_is_an_error_on_all(last):
+    step = HeatStep()
+    solver = solver_for(step.problem, FixedRefinement(Iterations(3)))
+    of = {"twice": [step.u0, step.u0], "other": [step.source], "independent": [Function(step.V)],
+          "functional": step.u*dx}
+    given = {"controls": [step.u0], "output": None}
+    if IS_LAST:
+        (name, value), = last.items()
+        given[name] = of.get(value, value) if isinstance(value, str) else value
+    raised_everywhere(lambda: SolverLayer(solver, **given), (TypeError, ValueError))
+    values = torch.tensor(step.u0.dat.data_ro)
+    assert SolverLayer(solver, [step.u0])(values).shape == values.shape
+
+
+@pytest.mark.parametrize("kind", [Gathering, Partition])
+@pytest.mark.parametrize("last", [[1.0], [1.0, -1.0], "both", [2.0, np.inf]], ids=str)
+def test_a_period_that_one_rank_alone_has_is_an_error_on_all(kind, last):
+    V = FunctionSpace(PeriodicUnitSquareMesh(4, 4), "CG", 1)
+    given = last if IS_LAST else [1.0, 1.0]
+    raised_everywhere(lambda: kind(V, period=given), (TypeError, ValueError))
+    # On a mesh as small as this a rank may have no nodes of its own.
+    assert COMM_WORLD.allreduce(len(kind(V, period=[1.0, 1.0]))) >= 16
+
+
+@pytest.mark.parametrize("last", [{"inputs": 0}, {"steps": -1}, {"steps": 2},
+                                  {"features": torch.zeros(2, 1)}], ids=str)
+def test_a_graph_network_that_one_rank_alone_makes_otherwise_is_an_error_on_all(last):
+    partition = Partition(FunctionSpace(UnitSquareMesh(4, 4), "CG", 1))
+    given = {"inputs": 1, "outputs": 1, "steps": 1, **(last if IS_LAST else {})}
+    raised_everywhere(lambda: GraphNetwork(edges=partition.edges, coordinates=partition.coordinates,
+                                           halo=partition.halo, **given), (TypeError, ValueError))
+
+
+@pytest.mark.parametrize("last", [{"bucket_size": 0}, {"bucket_size": 8}, {"network": 5}], ids=str)
+def test_a_reduction_that_one_rank_alone_makes_otherwise_is_an_error_on_all(last):
+    given = {"network": torch.nn.Linear(2, 2), "bucket_size": 2**22, **(last if IS_LAST else {})}
+    raised_everywhere(lambda: GradientReduction(comm=COMM_WORLD, **given), (TypeError, ValueError))

@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import firedrake
@@ -13,10 +13,12 @@ from firedrake import Function, MixedVectorSpaceBasis, VectorSpaceBasis
 
 from prdp_fem.arguments import COUNT, flag, instance, shown
 from prdp_fem.problem.firedrake_internals import spaces_of_basis
+from prdp_fem.refinement.ladders import checked_setting, in_words
 from prdp_fem.refinement.option_names import check_solver_parameters
 from prdp_fem.refinement.rules import Refinement
 
-__all__ = ["OWN", "check_names", "check_numbers", "check_refinement", "check_solver_arguments"]
+__all__ = ["OWN", "check_bases", "check_names", "check_numbers", "check_solver_arguments",
+           "option_in_words", "refinement_in_words"]
 
 # Arguments of this package's solvers, which Firedrake's do not have.
 OWN = ("refinement", "differentiation", "warm_start", "ksp_prefix", "device")
@@ -44,17 +46,26 @@ def check_names(names: Iterable[str], known: Iterable[str], of: str) -> None:
             raise TypeError(f"{of} takes no argument {name}: {remedy}")
 
 
-def check_refinement(refinement: Any) -> None:
-    """Make sure that something is a refinement, or None.
+def refinement_in_words(refinement: Any) -> str:
+    """What a refinement, or None, asks for at the moment: the same on all ranks.
 
     Raises
     ------
-    TypeError
-        Where it is none.
+    TypeError, ValueError
+        Where it is none, or has no setting.
     """
     instance("refinement", refinement, (Refinement, type(None)),
              "a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
              "FixedRefinement(Iterations(20)) for a constant setting")
+    if refinement is None:
+        return "no refinement"
+    return f"{type(refinement).__name__} ({in_words(checked_setting(refinement.setting))})"
+
+
+def option_in_words(name: str, value: Any) -> str:
+    """An option with its value; of an object, such as one with functions of Python, its class."""
+    is_plain = value is None or isinstance(value, (str, Real))
+    return f"{name} {value if is_plain else type(value).__name__}"
 
 
 def check_numbers(options: Mapping[str, Any], of: str) -> None:
@@ -84,10 +95,9 @@ def check_numbers(options: Mapping[str, Any], of: str) -> None:
                                  f"integer of one beyond {COUNT} (a real number can be written as 1e10)")
 
 
-def check_solver_arguments(solution: Function, solver_type: type, refinement: Any, warm_start: Any,
-                           ksp_prefix: Any, device: Any,
-                           others: Mapping[str, Any]) -> None:
-    """Make sure that a solver can be made of what it is given.
+def check_solver_arguments(solution: Function, solver_type: type, warm_start: Any, ksp_prefix: Any,
+                           device: Any, others: Mapping[str, Any]) -> None:
+    """Make sure that a solver can be made of what it is given; without communication.
 
     Parameters
     ----------
@@ -95,7 +105,7 @@ def check_solver_arguments(solution: Function, solver_type: type, refinement: An
         Of the problem.
     solver_type : type
         What is made.
-    refinement, warm_start, ksp_prefix, device
+    warm_start, ksp_prefix, device
         As its constructor takes them.
     others : Mapping of str
         What Firedrake's constructor takes.
@@ -105,7 +115,6 @@ def check_solver_arguments(solution: Function, solver_type: type, refinement: An
     TypeError, ValueError
         For the first that it cannot be made of.
     """
-    check_refinement(refinement)
     flag("warm_start", warm_start)
     instance("ksp_prefix", ksp_prefix, (str, type(None)),
              "a string, such as 'fieldsplit_1_', or None")
@@ -129,6 +138,21 @@ def check_solver_arguments(solution: Function, solver_type: type, refinement: An
         _check_basis(name, others.get(name), solution)
 
 
+def check_bases(others: Mapping[str, Any]) -> None:
+    """Make sure that PETSc can project by the null spaces that a solver is given. Collective.
+
+    Raises
+    ------
+    ValueError
+        For the first that is not orthonormal.
+    """
+    for name in ("nullspace", "transpose_nullspace"):
+        basis = others.get(name)
+        if isinstance(basis, VectorSpaceBasis) and not basis.is_orthonormal():
+            raise ValueError(f"{name} must be an orthonormal basis, since PETSc projects by it: "
+                             "call its orthonormalize() first")
+
+
 def _check_basis(name: str, basis: Any, solution: Function) -> None:
     if basis is None:
         return
@@ -138,7 +162,3 @@ def _check_basis(name: str, basis: Any, solution: Function) -> None:
     if any(other not in (space, space.dual()) for other in spaces_of_basis(basis)):
         raise ValueError(f"{name} must be in the space of the solution '{solution.name()}', "
                          f"{space}: it has vectors of another one")
-    is_projected_by = name != "near_nullspace" and isinstance(basis, VectorSpaceBasis)
-    if is_projected_by and not basis.is_orthonormal():
-        raise ValueError(f"{name} must be an orthonormal basis, since PETSc projects by it: call "
-                         f"its orthonormalize() first")

@@ -10,13 +10,27 @@ from firedrake import Cofunction, Constant, Function
 
 from prdp_fem.memory.devices import find_device
 from prdp_fem.problem.boundary import BoundaryData
+from prdp_fem.problem.firedrake_internals import boundary_expression
 from prdp_fem.problem.functional import Functional
-from prdp_fem.problem.inputs import is_real, local_values, name_of, set_local_values
+from prdp_fem.problem.inputs import (
+    coefficients_of,
+    is_real,
+    local_values,
+    name_of,
+    set_local_values,
+)
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.threads import one_thread
 from prdp_fem.refinement.ladders import in_words
 from prdp_fem.solvers import RefinedSolver
-from prdp_fem.torch.autograd import BoundaryValues, FunctionalValue, Solve, Surroundings, TransformedCall, transforms_are_active
+from prdp_fem.torch.autograd import (
+    BoundaryValues,
+    FunctionalValue,
+    Solve,
+    Surroundings,
+    TransformedCall,
+    transforms_are_active,
+)
 from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 
 __all__ = ["SolverLayer"]
@@ -70,24 +84,24 @@ class SolverLayer(torch.nn.Module):
         if not isinstance(solver, RefinedSolver):
             raise TypeError("expected a prdp_fem.LinearVariationalSolver or NonlinearVariationalSolver, found a "
                             f"{type(solver).__module__}.{type(solver).__name__}")
-        if isinstance(controls, (Function, Constant, Cofunction)):
-            raise TypeError("controls must be a sequence, found a single one: write controls=[…]")
-        if not isinstance(controls, Iterable) or isinstance(controls, (str, Mapping)):
-            raise TypeError(f"controls must be a sequence of Functions, Constants and Cofunctions, found {controls!r}")
-        controls = list(controls)
-        if not controls:
-            raise ValueError("controls must name at least one coefficient of the problem, found none")
-        for control in controls:
-            if not isinstance(control, (Function, Constant, Cofunction)):
-                raise TypeError(f"a control must be a Function, Constant or Cofunction, found a {type(control).__name__}")
-        if len({id(control) for control in controls}) < len(controls):
-            raise ValueError("controls must be named once each")
+        system, solution = solver.system, solver.problem.u
+        self._comm = solution.function_space().mesh().comm
+
+        def look() -> list[str]:
+            """What ranks must have alike, where it makes sense on this one."""
+            nonlocal controls
+            controls = _checked_controls(controls)
+            returned = output if isinstance(output, (list, tuple)) else [output]
+            if not returned:
+                raise ValueError("output must name at least one thing to return, found none")
+            return [*(_place_in_words(solver, control) for control in controls),
+                    *(_output_in_words(part, solution) for part in returned)]
+
+        agree(self._comm, look, "controls and outputs of a layer")
         self.solver = solver
         self.controls = controls
         self.output = output
         self._device = CPU
-        system, solution = solver.system, solver.problem.u
-        self._comm = solution.function_space().mesh().comm
         self._sizes = [local_values(control).size for control in controls]
         self._boundary = BoundaryData(system.forms, controls)
         self._guess = next((place for place, control in enumerate(controls) if control is solution), None) if solver.warm_start else None
@@ -101,8 +115,6 @@ class SolverLayer(torch.nn.Module):
             self._indices.append(index)
         self._surroundings = {what: Surroundings(self._comm) for what in ("solve", "boundary")}
         self._returns_tuple = isinstance(output, (list, tuple))
-        if self._returns_tuple and not output:
-            raise ValueError("output must name at least one thing to return, found none")
         self._outputs = [self._make_output(part) for part in (output if self._returns_tuple else [output])]
 
     def _make_output(self, output) -> Callable:
@@ -118,18 +130,15 @@ class SolverLayer(torch.nn.Module):
             places = list(found)
             return lambda dofs, batch, tensors: FunctionalValue.apply(functional, surroundings, self.solver.statistics, batch, places, dofs,
                                                                       *(tensors[found[place]] for place in places))
-        if isinstance(output, Function):
-            with torch.inference_mode(False):  # in which they could not be saved by later calls
-                dofs = torch.from_numpy(_dofs_of_component(solution, output))
-            there = {CPU: dofs}
+        with torch.inference_mode(False):  # in which they could not be saved by later calls
+            dofs = torch.from_numpy(_dofs_of_component(solution, output))
+        there = {CPU: dofs}
 
-            def component(solution, batch, tensors):
-                if solution.device not in there:
-                    there[solution.device] = dofs.to(solution.device)
-                return solution[..., there[solution.device]]
-            return component
-        raise TypeError(f"an output must be the solution, a component of it as u.sub(1), or a form without arguments, found a "
-                        f"{type(output).__name__}")
+        def component(solution, batch, tensors):
+            if solution.device not in there:
+                there[solution.device] = dofs.to(solution.device)
+            return solution[..., there[solution.device]]
+        return component
 
     def __deepcopy__(self, memo) -> SolverLayer:
         """A copy of a network has a layer of its own around the same solver: solves have no state. Not collective."""
@@ -281,6 +290,54 @@ class SolverLayer(torch.nn.Module):
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
 
 
+def _checked_controls(controls) -> list:
+    if isinstance(controls, (Function, Constant, Cofunction)):
+        raise TypeError("controls must be a sequence, found a single one: write controls=[…]")
+    if not isinstance(controls, Iterable) or isinstance(controls, (str, Mapping)):
+        raise TypeError("controls must be a sequence of Functions, Constants and Cofunctions, "
+                        f"found {controls!r}")
+    controls = list(controls)
+    if not controls:
+        raise ValueError("controls must name at least one coefficient of the problem, found none")
+    for control in controls:
+        if not isinstance(control, (Function, Constant, Cofunction)):
+            raise TypeError("a control must be a Function, Constant or Cofunction, found a "
+                            f"{type(control).__name__}")
+    if len({id(control) for control in controls}) < len(controls):
+        raise ValueError("controls must be named once each")
+    return controls
+
+
+def _place_in_words(solver: RefinedSolver, control) -> str:
+    """Which of what a solve depends on a control is; names may differ between ranks."""
+    forms = solver.system.forms
+    if not forms.depends_on(control):
+        if solver.warm_start and control is solver.problem.u:
+            return "the guess"
+        in_boundary = coefficients_of(*map(boundary_expression, forms.problem_conditions))
+        for place, coefficient in enumerate(in_boundary):
+            if coefficient is control:
+                return f"coefficient {place} of the boundary values"
+    return f"coefficient {forms.find(control)}"
+
+
+def _output_in_words(output, solution: Function) -> str:
+    """Which output is to be returned, without the names that Firedrake has chosen."""
+    if output is None or output is solution:
+        return "the solution"
+    if isinstance(output, ufl.Form):
+        return "a functional"
+    if isinstance(output, Function):
+        path = _path_to(solution, output)
+        if path is None:
+            raise ValueError(f"Function '{output.name()}' is no component of the solution "
+                             f"'{solution.name()}': name one as u.sub(1), or put what else you want "
+                             "into a functional")
+        return f"component {path}"
+    raise TypeError("an output must be the solution, a component of it as u.sub(1), or a form "
+                    f"without arguments, found a {type(output).__name__}")
+
+
 # Empty until torch compiles, since its compiler takes long to be imported. (It traces through functions with a cache.)
 _UNCOMPILED: list[Callable] = []
 
@@ -322,13 +379,9 @@ def _check(tensor, control, size: int, device: torch.device) -> None:
 
 def _dofs_of_component(solution: Function, component: Function) -> np.ndarray:
     """The rank-local dofs of the solution that are those of a component of it."""
-    path = _path_to(solution, component)
-    if path is None:
-        raise ValueError(f"Function '{component.name()}' is no component of the solution '{solution.name()}': name one as u.sub(1), or put "
-                         "what else you want into a functional")
     numbered = Function(solution.function_space())
     set_local_values(numbered, np.arange(local_values(numbered).size, dtype=float))
-    for index in path:
+    for index in _path_to(solution, component):
         numbered = numbered.sub(index)
     return local_values(numbered).astype(np.int64)
 

@@ -228,14 +228,17 @@ class GraphNetwork(nn.Module):
                  activation: type[nn.Module] | None = nn.ReLU):
         super().__init__()
         instance("halo", halo, (Exchange, type(None)), "the halo of a Partition, or None")
-        _check_sizes(inputs=inputs, outputs=outputs, width=width)
-        whole_number("steps", steps, 0)
 
-        def look() -> None:
+        def look() -> tuple:
+            """What ranks must have alike, where it makes sense on this one."""
             nonlocal edges, coordinates, period
+            _check_sizes(inputs=inputs, outputs=outputs, width=width)
+            whole_number("steps", steps, 0)
             edges, coordinates, period = _checked_graph(edges, coordinates, period, halo)
+            _check_features(features, len(coordinates) if halo is None else halo.owned)
+            return inputs, outputs, width, steps, None if features is None else len(features)
 
-        agree(MPI.COMM_SELF if halo is None else halo.comm, look, "graphs")
+        agree(MPI.COMM_SELF if halo is None else halo.comm, look, "sizes of a graph network")
         self.inputs = inputs
         self.operators, nodes = coordinates.shape[1] + 1, len(coordinates) if halo is None else halo.owned
         self.nodes = nodes
@@ -251,11 +254,6 @@ class GraphNetwork(nn.Module):
         self.decode = _starts_at_zero(nn.Linear(width, outputs, bias=bias))
         self.gates = nn.ModuleList()
         if features is not None:
-            instance("features", features, torch.Tensor, "a tensor, or None")
-            if features.is_complex() or not (features.is_meta or features.isfinite().all()):
-                raise ValueError("features must be finite real numbers, found others among them")
-            if features.ndim != 2 or features.shape[1] != nodes:
-                raise ValueError(f"features must have shape (k, {nodes}), found {tuple(features.shape)}")
             self.register_buffer("features", features.detach().T.to(torch.get_default_dtype(), copy=True), persistent=False)
             for _ in range(steps):
                 self.gates.append(nn.Sequential(nn.Linear(len(features), hidden), nn.Tanh(), nn.Linear(hidden, hidden)))
@@ -276,6 +274,17 @@ class GraphNetwork(nn.Module):
                 hidden = hidden*self.gates[step](self.features)[:, None]
             state = state + mix(hidden)
         return self.decode(state).permute(1, 2, 0).reshape(*batch, self.decode.out_features, n)
+
+
+def _check_features(features: torch.Tensor | None, nodes: int) -> None:
+    """Raise for what is not known of each node."""
+    if features is None:
+        return
+    instance("features", features, torch.Tensor, "a tensor, or None")
+    if features.is_complex() or not (features.is_meta or features.isfinite().all()):
+        raise ValueError("features must be finite real numbers, found others among them")
+    if features.ndim != 2 or features.shape[1] != nodes:
+        raise ValueError(f"features must have shape (k, {nodes}), found {tuple(features.shape)}")
 
 
 # Of the extent of a mesh: points that are closer to each other are the same, as for a Gathering.

@@ -58,21 +58,14 @@ class Nodes:
 
     def __init__(self, space: FunctionSpace, period: Sequence[float] | None = None):
         instance("space", space, WithGeometry, "a FunctionSpace")
-        if len(space) > 1:
-            raise ValueError(f"{space} is mixed: take its parts one by one, and give the layer one output for each")
-        dimension = space.mesh().geometric_dimension
-        if (family := space.ufl_element().family()) not in _NODAL:
-            raise ValueError(f"unknowns of {family} elements are not values at points: expected {', '.join(_NODAL)}")
-        if period is None and space.mesh().coordinates.function_space().ufl_element() not in H1:
-            raise ValueError(f"{space.mesh()} is periodic: name its period, so that its ends are taken for the same points")
-        period = checked_period(period, dimension)
         self.comm = space.mesh().comm
+        period = agree(self.comm, lambda: _checked(space, period), "elements and periods")[1]
         self.components = space.block_size
         self._scalar = space if space.block_size == 1 else space.sub(0).collapse()
         points = VectorFunctionSpace(space.mesh(), self._scalar.ufl_element())
         with stop_annotating():  # where nodes are is no part of what is differentiated
             coordinates = Function(points).interpolate(SpatialCoordinate(space.mesh()))
-        self.coordinates = coordinates.dat.data_ro.reshape(-1, dimension)
+        self.coordinates = coordinates.dat.data_ro.reshape(-1, space.mesh().geometric_dimension)
         agree(self.comm, self._check_coordinates, "coordinates")
         if period is not None:
             _check_period(space.mesh(), period)
@@ -109,6 +102,28 @@ class Nodes:
             local = local[:, None] + np.arange(layers - 1)[:, None]*cell_nodes.offset
         numbers = self._scalar.dof_dset.lgmap.apply(local.ravel().astype(PETSc.IntType))
         return numbers.astype(np.int64).reshape(-1, cell_nodes.arity)
+
+
+def _checked(space, period: Sequence[float] | None) -> tuple[str, list[float] | None]:
+    """The element of a space, and its period, where nodes can be made of them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Where they cannot.
+    """
+    if len(space) > 1:
+        raise ValueError(f"{space} is mixed: take its parts one by one, and give the layer one "
+                         "output for each")
+    element = space.ufl_element()
+    if (family := element.family()) not in _NODAL:
+        raise ValueError(f"unknowns of {family} elements are not values at points: expected "
+                         f"{', '.join(_NODAL)}")
+    mesh = space.mesh()
+    if period is None and mesh.coordinates.function_space().ufl_element() not in H1:
+        raise ValueError(f"{mesh} is periodic: name its period, so that its ends are taken for the "
+                         "same points")
+    return str(element), checked_period(period, mesh.geometric_dimension)
 
 
 def checked_period(period: Sequence[float] | None, dimension: int) -> list[float] | None:

@@ -158,18 +158,21 @@ class GradientReduction:
     """
 
     def __init__(self, network: torch.nn.Module, comm: MPI.Comm, *, bucket_size: int = 2**22):
-        instance("network", network, torch.nn.Module, "a torch.nn.Module")
         instance("comm", comm, MPI.Comm, _COMM)
-        bucket_size = whole_number("bucket_size", bucket_size)
         self._network, self._ranks, self._bucket_size = network, comm, bucket_size
-        parameters = self._trained()
-        agree(comm, lambda: _checked_shapes(parameters), "shapes of the network's parameters")
+
+        def look() -> tuple:
+            """What ranks must have alike, where it makes sense on this one."""
+            instance("network", network, torch.nn.Module, "a torch.nn.Module")
+            return _checked_shapes(self._trained()), whole_number("bucket_size", bucket_size)
+
+        agree(comm, look, "shapes of the network's parameters, and sizes of buckets,")
         if comm.size > 1 and comm.rank == 0:
             _warn_of_hooks(network)
         # A communicator of its own: the backward pass communicates, too, in an order of its own.
         self._comm = comm.Dup() if comm.size > 1 else comm
         self._hooks: list = []
-        self._put_in_buckets(parameters)
+        self._put_in_buckets(self._trained())
         self.zero()
 
     def _trained(self) -> list[torch.nn.Parameter]:
