@@ -188,6 +188,20 @@ def test_settings_of_a_users_refinement_are_compared_too():
     assert "settings of the solve for" in raised_everywhere(solver.solve)[0]
 
 
+@pytest.mark.parametrize("last", [0.06, np.nextafter(0.05, 1)])
+def test_other_values_of_a_constant_are_an_error(last):
+    step = HeatStep()
+    solver = solver_for(step.problem, FixedRefinement(Iterations(3)))
+    solver.solve()
+    expected = step.u.dat.data_ro.copy()
+    step.dt.assign(last if IS_LAST else 0.05)
+    message = f"must be the same on all ranks, found [[0.05]] on rank 0 and [[{last}]] on rank {LAST}"
+    assert all(message in one for one in raised_everywhere(solver.solve))
+    step.dt.assign(0.05)
+    solver.solve()
+    np.testing.assert_array_equal(step.u.dat.data_ro, expected)
+
+
 # Arguments
 
 OTHERWISE = "arguments of a solver must be the same"

@@ -163,6 +163,7 @@ class System(ABC):
         self._zero = vector_like(forms.solution)
         self._assembled_inputs = [(index, entry) for index, entry in enumerate(forms.inputs) if assembles_terms or index not in terms]
         self._has_fields_to_assemble = forms.operator_depends_on_solution or any(not entry.is_real for _, entry in self._assembled_inputs)
+        self._constants = [index for index, entry in self._assembled_inputs if entry.is_real]
         # What the last solve was asked for, in numbers and in words, with the checksum of these; and
         # that which is to be compared by the next reduction, or zero.
         self._asked: tuple | None = ()
@@ -335,6 +336,12 @@ class System(ABC):
               f"settings of the solve for '{self.forms.solution.name()}'",
               "give the refinement comm=, and have all ranks step and set it alike")
 
+    def _compare_constants(self, point: Point) -> None:
+        """Raise, on all ranks, where their Constants have different values. Collective."""
+        agree(self._comm, lambda: [point.values[index].tolist() for index in self._constants],
+              f"values of the Constants that '{self.forms.solution.name()}' depends on",
+              "broadcast those of one rank, as by comm.bcast")
+
     def check_derivative(self, index: int) -> None:
         """Raise a TypeError where UFL cannot differentiate the problem by an input."""
         if index not in self._terms and index in self._derivatives.inputs:
@@ -471,12 +478,16 @@ class System(ABC):
         state_changed = solution is not None and self._state is not None and not same_bits(solution, self._state)
         if self._comm.size > 1 and self._has_fields_to_assemble:
             # A field may have changed on some ranks only, but halo exchanges and assembly are collective.
-            flags = np.array([*changed, state_changed, self._checksum, -self._checksum])
+            constants = b"".join(point.values[index].tobytes() for index in self._constants)
+            one, other = self._checksum, zlib.crc32(constants)
+            flags = np.array([*changed, state_changed, one, -one, other, -other])
             self._comm.Allreduce(MPI.IN_PLACE, flags, MPI.MAX)
-            *changed, state_changed, largest, smallest = flags.tolist()
+            *changed, state_changed, one, minus_one, other, minus_other = flags.tolist()
             self._checksum = 0
-            if largest != -smallest:
+            if one != -minus_one:
                 self._compare(self._words)
+            if other != -minus_other:
+                self._compare_constants(point)
         if moved or any(changed):
             indices = {index for (index, _), is_changed in zip(self._assembled_inputs, changed) if is_changed}
             for index in indices:
