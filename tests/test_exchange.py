@@ -8,7 +8,7 @@ import torch
 from firedrake import COMM_WORLD
 
 from prdp_fem.torch import Exchange
-from prdp_fem.torch import exchange as exchange_module
+from prdp_fem.training import exchange as exchange_module
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 torch.set_num_threads(1)
