@@ -1,4 +1,6 @@
 """Singular operators of which the user names the null space, as the forward solve asks for it, against pseudo-inverses."""
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from firedrake.exceptions import ConvergenceError
 from problems import dense, whole
 
 import prdp_fem
-from prdp_fem import FixedRefinement, NewtonSteps, Tolerance
+from prdp_fem import FixedRefinement, Iterations, NewtonSteps, Tolerance
 from prdp_fem.torch import SolverLayer
 
 pytestmark = pytest.mark.parallel([1, 2])
@@ -155,3 +157,80 @@ def test_of_an_operator_that_is_not_symmetric_the_transposed_one_is_asked_for():
     gradient, = torch.autograd.grad(layer(x), x, torch.from_numpy(singular.own(cotangent).copy()))
     exact = cotangent@singular.inverse@singular.mass@direction
     assert abs(whole(gradient.numpy())@direction - exact) < 1e-7*abs(exact)
+
+
+# Null spaces that are none
+
+WRONG = {
+    "the same with a reaction": lambda a, w, v: a + w*v*dx,
+    "with a boundary term": lambda a, w, v: a + 0.1*w*v*ds,
+}
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+@pytest.mark.parametrize("term", WRONG)
+def test_a_null_space_that_is_none(term, nonlinear):
+    singular = neumann()
+    singular.a = WRONG[term](singular.a, TrialFunction(singular.V), TestFunction(singular.V))
+    with pytest.raises(ConvergenceError, match="the nullspace= of the solver for 'u' does not hold a null space.* A v = 0"):
+        singular.solver(METHODS["gmres"], nonlinear).solve()
+
+
+@pytest.mark.parametrize("mat_type", ["aij", "matfree"])
+def test_a_null_space_of_the_transpose_that_is_none(mat_type):
+    """Constants are in the null space of the operator, but what is in that of its transpose is no constant."""
+    singular = neumann(skew=3.0)
+    parameters = {"ksp_type": "gmres", "pc_type": "none", "mat_type": mat_type}
+    with pytest.raises(ConvergenceError, match="the transpose_nullspace= of the solver for 'u' does not hold a null space.* Aᵀ v = 0"):
+        singular.solver(parameters, transpose_nullspace=singular.basis).solve()
+    left = Function(singular.V)
+    left.dat.data_wo[:] = singular.own(np.linalg.svd(singular.A)[0][:, -1])
+    basis = VectorSpaceBasis([left], comm=COMM_WORLD)
+    solver = singular.solver(parameters, transpose_nullspace=basis)
+    singular.source.dat.data_wo[:] = singular.own(singular.random.standard_normal(len(singular.A)))
+    expected = singular.inverse@singular.mass@whole(singular.source.dat.data_ro)
+    np.testing.assert_allclose(whole(solver.solve().dat.data_ro), expected, rtol=1e-6, atol=1e-8)
+
+
+def test_an_operator_without_values_as_yet_is_looked_at_later():
+    singular = neumann()
+    singular.a = singular.a + singular.k*TrialFunction(singular.V)*TestFunction(singular.V)*dx
+    singular.k.assign(0)
+    parameters = {"ksp_type": "preonly", "pc_type": "bjacobi", "sub_ksp_type": "gmres", "sub_pc_type": "jacobi"}
+    solver = singular.solver(parameters)
+    with pytest.raises(ConvergenceError, match="'u'"):
+        solver.solve()
+    singular.k.assign(1)
+    with pytest.raises(ConvergenceError, match="the nullspace= of the solver for 'u' does not hold"):
+        solver.solve()
+
+
+@pytest.mark.parametrize("scale", [1e-10, 1.0, 1e11])
+def test_null_spaces_that_are_ones_are_no_word_worth(scale):
+    """Whatever the size of an operator is; rigid motions in a space of quadratic functions, too."""
+    mesh = UnitDiskMesh(1)
+    V = VectorFunctionSpace(mesh, "CG", 2)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="body")
+    x, y = SpatialCoordinate(mesh)
+    basis = VectorSpaceBasis([Function(V).interpolate(as_vector(mode)) for mode in ((1, 0), (0, 1), (-y, x))])
+    basis.orthonormalize()
+    a = scale*(inner(sym(grad(w)), sym(grad(v))) + div(w)*div(v))*dx
+    problem = LinearVariationalProblem(a, inner(as_vector([x, 0]), v)*dx, u)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        prdp_fem.LinearVariationalSolver(problem, nullspace=basis, transpose_nullspace=basis,
+                                         refinement=FixedRefinement(Iterations(3)),
+                                         solver_parameters=METHODS["gmres"]).solve()
+
+
+def test_a_null_space_that_is_not_quite_one_is_warned_of():
+    singular = neumann()
+    singular.a = singular.a + Constant(1e-4)*TrialFunction(singular.V)*TestFunction(singular.V)*dx
+    solver = singular.solver(METHODS["gmres"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            solver.solve()
+    said = [str(one.message) for one in caught if one.category is RuntimeWarning]
+    assert len(said) == (COMM_WORLD.rank == 0)
+    assert all("does not quite hold a null space" in text for text in said)

@@ -16,16 +16,17 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.nested import has_factorisation, is_direct
+from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.view import described
 
-__all__ = ["FactorisationCheck"]
+__all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck"]
 
 # Without two digits a solution is none: of a singular operator rounding errors take all, or all but
 # one. Of its about 16 digits it is to have a quarter, or a warning says how many it has: rounding
 # errors take half where the condition is 10⁸, three quarters where it is 10¹², and more with large
 # penalties, which somebody may mean. A residual that has lost half is a reason to look closer.
 _EPSILON = np.finfo(PETSc.ScalarType).eps
-_WORST, _FEW, _SUSPICIOUS = 1e-2, _EPSILON**0.25, _EPSILON**0.5
+_WORST, FEW, SUSPICIOUS = 1e-2, _EPSILON**0.25, _EPSILON**0.5
 
 
 class FactorisationCheck:
@@ -86,20 +87,18 @@ class FactorisationCheck:
         multiply(x, product)
         b.copy(right)
         # PETSc solves with what is left of b without it.
-        left, space = A.getTransposeNullSpace(), A.getNullSpace()
-        if transposed:
-            left, space = space, left
-        if _is_there(left):
+        space = null_space(A, transposed=transposed)
+        left = null_space(A, transposed=not transposed)
+        if left is not None:
             left.remove(right)
         size = right.norm()
         right.axpy(-1.0, product)
         residual = right.norm()
-        if (residual > _FEW*size and is_direct(ksp)
-                and _is_there(space) and not _is_there(left)):
+        if residual > FEW*size and is_direct(ksp) and space is not None and left is None:
             # A right-hand side without a solution, of which no trace is left in x.
             raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
                                          "right-hand side")
-        if not self._is_determined or residual > _SUSPICIOUS*size:
+        if not self._is_determined or residual > SUSPICIOUS*size:
             self._solve_again(ksp, product, x, kind, transposed)
         self._seen.add(transposed)  # unless it has raised, and will again
 
@@ -111,7 +110,7 @@ class FactorisationCheck:
             A.mult(x, product)
             product.axpy(-1.0, b)
             # Not again here, which is inside the KSP's solve.
-            self._is_determined = not product.norm() > _SUSPICIOUS*b.norm()
+            self._is_determined = not product.norm() > SUSPICIOUS*b.norm()
 
     def look_at_state(self, ksp: PETSc.KSP, x: PETSc.Vec) -> None:
         """Look, where nobody has yet, at the steps of a SNES, with its state; collective."""
@@ -119,8 +118,8 @@ class FactorisationCheck:
             A, _ = ksp.getOperators()
             product, projected = self._vectors(A)
             x.copy(projected)
-            space = A.getNullSpace()
-            if _is_there(space):
+            space = null_space(A)
+            if space is not None:
                 space.remove(projected)
             A.mult(projected, product)
             self._solve_again(ksp, product, projected, "nonlinear", False)
@@ -149,7 +148,7 @@ class FactorisationCheck:
             raise self._error(ksp, kind, f"solved again, it is another one by {difference/size:.1e} "
                                          "of its size")
         self._is_determined = True
-        if difference > _FEW*size:
+        if difference > FEW*size:
             self._warn(ksp, kind, difference/size)
 
     def _apply(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, transposed: bool) -> None:
@@ -157,8 +156,8 @@ class FactorisationCheck:
         A, _ = ksp.getOperators()
         pc = ksp.getPC()
         (pc.applyTranspose if transposed else pc.apply)(b, x)
-        space = A.getTransposeNullSpace() if transposed else A.getNullSpace()
-        if _is_there(space):
+        space = null_space(A, transposed=transposed)
+        if space is not None:
             space.remove(x)
 
     def _warn(self, ksp: PETSc.KSP, kind: str, difference: float) -> None:
@@ -178,7 +177,3 @@ class FactorisationCheck:
             f"solution that is determined: {finding}, so that the operator is singular, or nearly "
             "so: give nullspace= and transpose_nullspace= where solutions are determined up to "
             "something, such as a constant pressure, or a condition that fixes it")
-
-
-def _is_there(space: PETSc.NullSpace | None) -> bool:
-    return space is not None and bool(space.handle)

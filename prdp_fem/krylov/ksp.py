@@ -12,6 +12,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from prdp_fem.krylov import nested
+from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.petsc_errors import cause_of, remedy
 from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import Setting, is_frozen
@@ -449,8 +450,8 @@ def _failure(ksp: PETSc.KSP) -> str:
     reason = ksp.getConvergedReason()
     name = _REASONS.get(reason, str(reason))
     A, _ = ksp.getOperators()
-    missing = [argument for argument, space in (("nullspace", A.getNullSpace()), ("transpose_nullspace", A.getTransposeNullSpace()))
-               if not (space and space.handle)]
+    missing = [argument for argument, transposed in (("nullspace", False), ("transpose_nullspace", True))
+               if null_space(A, transposed=transposed) is None]
     remedies = [f"give the solver {missing[0]}=, too"] if len(missing) == 1 else []
     if name in _REMEDIES:
         remedies.append(_REMEDIES[name])

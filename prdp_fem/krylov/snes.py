@@ -7,6 +7,7 @@ from firedrake.petsc import PETSc
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
 from prdp_fem.krylov.nested import is_direct
+from prdp_fem.krylov.null_spaces import NullSpaceCheck
 from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import NewtonSteps, Setting
 
@@ -62,13 +63,15 @@ class Newton:
     ----------
     factorisation : FactorisationCheck
         What looks at direct solves.
+    null_spaces : NullSpaceCheck
+        What looks at the null spaces that the Jacobian was given.
     """
 
     def __init__(self, snes: PETSc.SNES, name: str, prefix: str | None):
         self.snes = snes
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
-        self.factorisation = FactorisationCheck(name)
+        self.factorisation, self.null_spaces = FactorisationCheck(name), NullSpaceCheck(name)
         self._look_at_step: PostSolve | None = None
         if is_direct(snes.getKSP()):
             self._look_at_step = PostSolve(self.factorisation.look_at_step)
@@ -89,6 +92,7 @@ class Newton:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
         reset_with_linear_solver(self.snes)
         self.factorisation.forget()
+        self.null_spaces.forget()
 
     def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
         """Solve from what is in x.
@@ -116,10 +120,13 @@ class Newton:
         if self._look_at_step is not None:
             self._look_at_step.put_on(snes.getKSP())
         snes.solve(None, x)
+        made = snes.getIterationNumber()
+        if made and self.solves_linear_systems:
+            # First of all, since steps that lack what is in a wrong one may come to no end.
+            self.null_spaces.look(snes.getKSP().getOperators()[0])
         reason = snes.getConvergedReason()
         if reason < 0 and not (steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT):
             self._raise(reason)
-        made = snes.getIterationNumber()
         iterations = self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
         if made and self.solves_linear_systems:
             self.factorisation.look_at_state(snes.getKSP(), x)

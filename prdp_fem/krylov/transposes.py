@@ -6,13 +6,14 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import cached_property
 
-import numpy as np
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
+from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space
+from prdp_fem.krylov.probe import Probe, has_python_blocks
 from prdp_fem.refinement.ladders import Setting
 
 __all__ = ["Krylov"]
@@ -49,15 +50,19 @@ class Krylov:
         Options prefix of the KSP that settings are put on; None for the only iterative one.
     factorisation : FactorisationCheck or None
         That of other solves of the same solver.
+    null_spaces : NullSpaceCheck or None
+        Likewise.
     """
 
     def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None,
-                 factorisation: FactorisationCheck | None = None):
+                 factorisation: FactorisationCheck | None = None,
+                 null_spaces: NullSpaceCheck | None = None):
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
         self._name, self._prefix = name, prefix
         self._factorisation = FactorisationCheck(name, factorisation)
+        self._null_spaces = NullSpaceCheck(name) if null_spaces is None else null_spaces
         self.forget_operators()
 
     def forget_operators(self) -> None:
@@ -65,6 +70,7 @@ class Krylov:
         for known in ("_probe", "_one_sided_null_space"):
             vars(self).pop(known, None)
         self._factorisation.forget()
+        self._null_spaces.forget()
         self._refined_transposed: RefinedKSP | None = None
         self._transposable: bool | None = None
         self._symmetric: bool | None = None
@@ -76,12 +82,17 @@ class Krylov:
         self._solves: dict[str, Callable] = {}
 
     def operator_changed(self, inputs: frozenset) -> None:
-        """Forget what was known of the operator's values.
+        """Forget what was known of the operator's values. Collective.
 
         Parameters
         ----------
         inputs : frozenset
             What it depends on that has changed. Where it was symmetric after a change of the same, it is taken for symmetric again.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where the first operator does not have the null spaces that it was given.
         """
         if not (self._symmetric and inputs in self._symmetric_after):
             self._changed = inputs if self._symmetric is not None else self._changed | inputs
@@ -90,6 +101,7 @@ class Krylov:
         self._solves.clear()
         self._factorisation.renew()
         self.refined.set_up()
+        self._null_spaces.look(self.ksp.getOperators()[0])
 
     def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         """A function that solves A x = b for b and x, and returns the iterations spent.
@@ -154,8 +166,7 @@ class Krylov:
     def _one_sided_null_space(self) -> PETSc.NullSpace | None:
         """The null space of the operator, where none of its transpose is known."""
         A, _ = self.ksp.getOperators()
-        space, transposed = A.getNullSpace(), A.getTransposeNullSpace()
-        return space if space and space.handle and not (transposed and transposed.handle) else None
+        return null_space(A) if null_space(A, transposed=True) is None else None
 
     def _operator_is_symmetric(self) -> bool:
         if self._has_symmetric_operator is None:
@@ -233,8 +244,8 @@ class Krylov:
         return solve_and_check
 
     @cached_property
-    def _probe(self) -> _Probe:
-        return _Probe(self.ksp.getOperators()[0])
+    def _probe(self) -> Probe:
+        return Probe(self.ksp.getOperators()[0])
 
     def is_symmetric(self) -> bool:
         """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
@@ -257,7 +268,7 @@ class Krylov:
             pc = self.ksp.getPC()
             # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
             if (self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp)
-                    or nested.has_untransposable_inside(self.ksp) or _has_python_blocks(A)):
+                    or nested.has_untransposable_inside(self.ksp) or has_python_blocks(A)):
                 self._transposable = False
                 return False
             try:
@@ -275,57 +286,3 @@ class Krylov:
                 self.ksp.setUp()
                 self.refined.set_up()
         return self._transposable
-
-
-def _has_python_blocks(A: PETSc.Mat) -> bool:
-    """Whether a matrix is one of blocks, of which some are Python's, as those of a Real space are.
-
-    PyOP2 adds the transposed products of these up wrongly, by whatever their entries are to others.
-    """
-    if A.getType() != PETSc.Mat.Type.NEST:
-        return False
-    rows, columns = A.getNestSize()
-    blocks = (A.getNestSubMatrix(row, column) for row in range(rows) for column in range(columns))
-    return any(block.handle and block.getType() == PETSc.Mat.Type.PYTHON for block in blocks)
-
-
-class _Probe:
-    """Two vectors without a pattern, the same at every call, and room for their products.
-
-    Parameters
-    ----------
-    A : PETSc.Mat
-    """
-
-    def __init__(self, A: PETSc.Mat):
-        self.x, self.y = A.createVecs()
-        index = np.arange(*self.x.getOwnershipRange())
-        self.x.setArray(np.sin(1 + 1.3*index))
-        self.y.setArray(np.cos(2 + 0.7*index))
-        self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
-
-    def keep_for_ever(self) -> None:
-        """Never destroy the vectors, of which a preconditioner that was left by an error may have some, and destroy them."""
-        for vector in (self.x, self.y, self.Ax, self.Ay):
-            vector.incRef()
-
-    def finds_symmetric(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> bool:
-        """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""
-        multiply(self.x, self.Ax)
-        multiply(self.y, self.Ay)
-        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
-        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
-
-    def finds_transposed_operator(self, A: PETSc.Mat) -> bool:
-        """Compare (A x, y) with (x, Aᵀ y)."""
-        A.mult(self.x, self.Ax)
-        A.multTranspose(self.y, self.Ay)
-        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
-        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-10*size
-
-    def finds_transposed(self, pc: PETSc.PC) -> bool:
-        """Compare (P x, y) with (x, Pᵀ y)."""
-        pc.apply(self.x, self.Ax)
-        forward = self.Ax.dot(self.y)
-        pc.applyTranspose(self.y, self.Ay)
-        return bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6*abs(forward)) and pc.getFailedReason() == 0

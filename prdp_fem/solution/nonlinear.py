@@ -47,7 +47,7 @@ class NonlinearSystem(System):
         self._solver_context = SolverContext(solver)
         self._applies_boundary_first = applies_boundary_first(solver)
         self.newton = Newton(solver.snes, forms.solution.name(), ksp_prefix)
-        self._factorisation = self.newton.factorisation
+        self._factorisation, self._null_spaces = self.newton.factorisation, self.newton.null_spaces
         # The residual is assembled from all inputs, Cofunctions too.
         super().__init__(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver, terms, ksp_prefix, memory,
                          assembles_terms=True)

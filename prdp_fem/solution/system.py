@@ -143,7 +143,8 @@ class System(ABC):
         ksp.setOperators(*operators(linear_solver))
         self._context = SolverContext(linear_solver)
         self._needs_context = True
-        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix, self._factorisation)
+        self._krylov = Krylov(ksp, self._transposed_ksp, forms.solution.name(), ksp_prefix,
+                              self._factorisation, self._null_spaces)
         # What the operator depends on that has changed since it was assembled: inputs by index, "mesh" and "state".
         self._changed: set = set()
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
@@ -617,8 +618,9 @@ class System(ABC):
     # somebody else may keep them.
     keeps_fields = False
 
-    # What looks at the direct solves of its steps, where those are not made by the same KSP as derivatives.
+    # What looks at the direct solves of its steps, and at their null spaces, where those are not made by the same KSP as derivatives.
     _factorisation = None
+    _null_spaces = None
 
     # Its derivatives
 
