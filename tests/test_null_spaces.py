@@ -159,6 +159,102 @@ def test_of_an_operator_that_is_not_symmetric_the_transposed_one_is_asked_for():
     assert abs(whole(gradient.numpy())@direction - exact) < 1e-7*abs(exact)
 
 
+# Right-hand sides that have no solution
+
+def with_any_source(skew: float) -> Singular:
+    singular = neumann(skew)
+    singular.source.dat.data_wo[:] = singular.own(singular.random.standard_normal(len(singular.A)))
+    return singular
+
+
+def gradient_by_k(solver, singular: Singular) -> tuple[float, np.ndarray, Function]:
+    """The derivative of (c, u) in a direction of k, with c and the direction."""
+    toward = Function(singular.V).interpolate(SpatialCoordinate(singular.V.mesh())[1]**2)
+    cotangent = singular.random.standard_normal(len(singular.A))
+    k = torch.from_numpy(singular.k.dat.data_ro.copy()).requires_grad_()
+    out = SolverLayer(solver, [singular.k])(k)
+    gradient, = torch.autograd.grad(out, k, torch.from_numpy(singular.own(cotangent).copy()))
+    return whole(gradient.numpy())@whole(toward.dat.data_ro), cotangent, toward
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+@pytest.mark.parametrize("method", ["gmres", "without a transpose"])
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_without_a_solution_there_is_no_derivative_by_the_operator(skew, method, nonlinear):
+    """The KSP takes what its null space holds of the residual for nothing, and has converged."""
+    def refinement(setting, steps=1):
+        return FixedRefinement(NewtonSteps(steps, setting) if nonlinear else setting)
+    singular = with_any_source(skew)
+    solver = singular.solver(METHODS[method], nonlinear)
+    solver.refinement = refinement(Tolerance(1e-12, max_it=5000))
+    with pytest.raises(ConvergenceError, match=r"'u' is to be .*residual is [1-9]\.[0-9]e-01 times .* transpose_nullspace=, too"):
+        gradient_by_k(solver, singular)
+    solver.refinement = refinement(Iterations(30))
+    with pytest.raises(ConvergenceError, match="transpose_nullspace=, too"):
+        gradient_by_k(solver, singular)
+    # A budget leaves more in sight than out of it, and so does a right-hand side that has a solution.
+    solver.refinement = refinement(Iterations(2))
+    gradient_by_k(solver, singular)
+    singular = neumann(skew)
+    for setting in (Tolerance(1e-12, max_it=5000), Tolerance(1e-2, max_it=5000), Iterations(5)):
+        solver = singular.solver(METHODS[method], nonlinear)
+        solver.refinement = refinement(setting, steps=2)
+        gradient_by_k(solver, singular)
+
+
+def test_the_null_space_of_the_transpose_makes_a_right_hand_side_one_with_a_solution():
+    """With a wind along the walls, constants are in the null spaces of the operator and its transpose."""
+    mesh = PeriodicUnitSquareMesh(5, 5)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, f = TrialFunction(V), TestFunction(V), Function(V, name="source")
+    k = Function(V, name="k").interpolate(1.5 + sin(2*pi*SpatialCoordinate(mesh)[0]))
+    constants = VectorSpaceBasis(constant=True, comm=mesh.comm)
+    singular = Singular(V, (k*inner(grad(w), grad(v)) + 3*w.dx(0)*v)*dx, f, k, constants)
+    f.dat.data_wo[:] = singular.own(singular.random.standard_normal(len(singular.A)))
+    found, cotangent, toward = gradient_by_k(singular.solver(METHODS["gmres"], transpose_nullspace=constants), singular)
+
+    def solution(step):
+        with stop_annotating():
+            A = dense(replace(singular.a, {k: Function(V).assign(k + step*toward)}))
+        return np.linalg.pinv(A, rcond=1e-10)@singular.mass@whole(f.dat.data_ro)
+    exact = cotangent@(solution(1e-5) - solution(-1e-5))/2e-5
+    assert abs(found - exact) < 1e-6*abs(exact)
+
+
+LEAST_SQUARES = {
+    "lsqr": {"ksp_type": "lsqr", "pc_type": "none"},
+    "cgls": {"ksp_type": "cgls", "pc_type": "none"},
+    "svd": {"ksp_type": "preonly", "pc_type": "svd"},
+}
+
+
+@pytest.mark.parallel(1)
+@pytest.mark.parametrize("method", LEAST_SQUARES)
+@pytest.mark.parametrize("skew", [0.0, 3.0])
+def test_least_squares(skew, method):
+    """The least-squares solution is A⁺ b; so is its derivative by b, but not by A, where a residual is left."""
+    singular = with_any_source(skew)
+    solver = prdp_fem.LinearVariationalSolver(
+        LinearVariationalProblem(singular.a, singular.L, singular.u),
+        solver_parameters={**LEAST_SQUARES[method], "ksp_rtol": 1e-12, "ksp_max_it": 5000})
+    solver.solve()
+    source = whole(singular.source.dat.data_ro)
+    np.testing.assert_allclose(whole(singular.u.dat.data_ro), singular.inverse@singular.mass@source, rtol=1e-6, atol=1e-8)
+    cotangent = singular.random.standard_normal(len(singular.A))
+    x = torch.from_numpy(singular.source.dat.data_ro.copy()).requires_grad_()
+    gradient, = torch.autograd.grad(SolverLayer(solver, [singular.source])(x), x, torch.from_numpy(singular.own(cotangent).copy()))
+    np.testing.assert_allclose(whole(gradient.numpy()), cotangent@singular.inverse@singular.mass, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ConvergenceError, match=rf"the least that ksp_type {'preonly' if method == 'svd' else method} .*nullspace="):
+        gradient_by_k(solver, singular)
+    # Of a right-hand side with a solution there is one, and no word of it.
+    singular.source.dat.data_wo[:] = singular.own(singular.compatible())
+    if skew == 0:
+        found, cotangent, toward = gradient_by_k(solver, singular)
+        u = singular.inverse@singular.mass@whole(singular.source.dat.data_ro)
+        exact = -cotangent@singular.inverse@dense(derivative(singular.a, singular.k, toward))@u
+        assert abs(found - exact) < 1e-6*abs(exact)
+
+
 # Null spaces that are none
 
 WRONG = {

@@ -10,6 +10,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov import nested
+from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space
@@ -63,11 +64,12 @@ class Krylov:
         self._name, self._prefix = name, prefix
         self._factorisation = FactorisationCheck(name, factorisation)
         self._null_spaces = NullSpaceCheck(name) if null_spaces is None else null_spaces
+        self._consistency = ConsistencyCheck(name)
         self.forget_operators()
 
     def forget_operators(self) -> None:
         """Forget what was known of the operators, which are other matrices from now on."""
-        for known in ("_probe", "_one_sided_null_space"):
+        for known in ("_probe", "_one_sided_null_space", "may_hide_residuals"):
             vars(self).pop(known, None)
         self._factorisation.forget()
         self._null_spaces.forget()
@@ -129,6 +131,31 @@ class Krylov:
                 self._solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
             return self._solves[kind]
         return self._projected(self._scaled(self.refined, self.ksp.solve, setting, kind))
+
+    @cached_property
+    def may_hide_residuals(self) -> bool:
+        """Whether solves may end at what is no solution, without an error."""
+        return self._one_sided_null_space is not None or solves_least_squares(self.ksp)
+
+    def require_solution(self, setting: Setting | None, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        """Look at what a solve gave, before it is differentiated by what its operator depends on.
+
+        Collective.
+
+        Parameters
+        ----------
+        setting : Setting or None
+            That of the solve.
+        b, x : PETSc.Vec
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where it is no solution, as far as the setting says.
+        """
+        if self.refined.apply(setting, False, is_absolute=False):
+            self._solves.clear()
+        self._consistency.look(self.refined, b, x)
 
     def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""

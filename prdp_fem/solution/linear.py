@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
 
 from prdp_fem.assembly.right_hand_side import RightHandSide
@@ -88,6 +89,12 @@ class LinearSystem(System):
     def _start(self, w: Batch | DeviceBatch, guess: np.ndarray, rows: slice) -> None:
         """Have rows start from a guess, of shape (n,) or (batch, n), without its boundary values."""
         w.fill_inside(guess if guess.ndim == 1 else guess[rows], self._boundary_entries)
+
+    def _system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
+        self._right_hand_side.prepare(point, {})
+        w = self._states(1)
+        w.fill_inside(solution, self._boundary_entries)
+        return self._right_hand_side.rows({}, slice(0, 1)).vectors[0], w.vectors[0]
 
     def _record(self):
         """What is kept of the last solve for its derivatives."""

@@ -135,5 +135,18 @@ class NonlinearSystem(System):
                 statistics.forward_iterations += iterations
         return records
 
+    def _system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
+        # J w = b with b = J w - F(u), whose residual is the one of the state.
+        set_local_values(self.forms.boundary, self._no_boundary if point.boundary is None else point.boundary)
+        w, b, work = self._states(1), self._cotangents(1), self._work
+        w.fill_inside(solution, self._boundary_entries)
+        self.memory.load(solution, work)
+        with self._solver_context():
+            self._callbacks.attach()
+            self.newton.snes.computeFunction(work, self._multipliers(1).vectors[0])
+        self._krylov.ksp.getOperators()[0].mult(w.vectors[0], b.vectors[0])
+        b.vectors[0].axpy(-1.0, self._multipliers(1).vectors[0])
+        return b.vectors[0], w.vectors[0]
+
     def _record(self):
         """What is kept of the last solve for its derivatives."""

@@ -733,6 +733,8 @@ class System(ABC):
                 if row == 0 or moves:
                     at = point.at(varying, row) if moves else point
                     self._linearise(at, None if solutions is None else solutions[row])
+                    if by_form:
+                        self._require_solution(at, setting, solutions[row], gradients, meshes)
                     solve = self._krylov.transposed_solver(setting)
                 multipliers = self._solve_transposed(solve, cotangents[rows])
                 if by_form:
@@ -744,6 +746,28 @@ class System(ABC):
                     boundary[row, dofs] = self.memory.on_host(cotangents[row])[dofs] + self._derivatives.by_solution()[dofs]
                 by_mesh = {mesh: self._derivatives.by_mesh(mesh) for mesh in meshes}
         return by_mesh
+
+    def _require_solution(self, point: Point, setting: Setting | None, solution: np.ndarray,
+                          inputs: Iterable[int], meshes: Iterable) -> None:
+        """Raise where a derivative is to be one of a solution that is none; collective.
+
+        Parameters
+        ----------
+        point, setting, solution
+            Of a solve, at which the operator is.
+        inputs, meshes : iterable
+            What to differentiate by: the derivative by a right-hand side is a matter of the
+            operator alone, where that does not depend on the solution.
+        """
+        if self._krylov.may_hide_residuals and (
+                self._state is not None or any(self.inputs[index].in_operator for index in inputs)
+                or meshes):
+            b, w = self._system_at(point, self.memory.on_host(solution))
+            self._krylov.require_solution(setting, b, w)
+
+    @abstractmethod
+    def _system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
+        """b and w, whose residual b - A w is that of a solution, where the operator is."""
 
     def _chunk_size(self, moves: bool) -> int:
         """What :func:`chunks` is told of the size of a row, the same on all ranks: all of a chunk where operators differ between rows."""
@@ -804,6 +828,7 @@ class System(ABC):
         tangent = self._states(1).vectors[0]
         with self._work_on("tangent"):
             self._linearise(point, solution)
+            self._require_solution(point, setting, solution, direction.inputs, direction.meshes)
             b = self._right_hand_side_tangent(point, solution, direction)
             iterations = self._krylov.solver(setting, kind="tangent")(b, tangent)
             out[:] = self.memory.unload(tangent)
@@ -860,6 +885,8 @@ class System(ABC):
         self._require_finite_cotangents(cotangent[None], second_cotangent[None])
         with self._work_on("adjoint"):
             self._linearise(point, solution)
+            self._require_solution(point, setting, solution, [*gradients, *direction.inputs],
+                                   [*meshes, *direction.meshes])
             solve = self._krylov.transposed_solver(setting)
             multipliers = self._solve_transposed(solve, cotangent[None])
             derivatives.at(point, solution, multipliers.values(0))
