@@ -13,6 +13,7 @@ from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
+from prdp_fem.krylov.factorisation import detect_null_pivots
 from prdp_fem.krylov.ksp import SetByHand, set_inside_by_hand
 from prdp_fem.krylov.nested import SELF_CONTAINED
 from prdp_fem.krylov.persistence import options_of, refuse_persistent
@@ -123,6 +124,9 @@ class RefinedSolver:
                              f"{str(error).splitlines()[-1].partition('] ')[2]}") from None
         if self._predecessor is not None:
             self._take_over(self._predecessor)
+        has_null_space = any(kwargs.get(name) is not None for name in ("nullspace", "transpose_nullspace"))
+        if has_null_space:
+            detect_null_pivots(self)
         assemble_directly(self)
         self.problem = problem
         self.warm_start = warm_start
@@ -136,6 +140,8 @@ class RefinedSolver:
             if is_adjoint:
                 options["nullspace"], options["transpose_nullspace"] = kwargs.get("transpose_nullspace"), kwargs.get("nullspace")
             solver = firedrake.LinearVariationalSolver(problem, **options)
+            if has_null_space:
+                detect_null_pivots(solver)
             if not solves_linear_systems(solver.snes):
                 with solver.inserted_options():
                     solver.snes.getKSP().setFromOptions()

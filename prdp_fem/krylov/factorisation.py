@@ -19,7 +19,7 @@ from prdp_fem.krylov.nested import has_factorisation, is_direct
 from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.view import described
 
-__all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck"]
+__all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck", "detect_null_pivots"]
 
 # Without two digits a solution is none: of a singular operator rounding errors take all, or all but
 # one. Of its about 16 digits it is to have a quarter, or a warning says how many it has: rounding
@@ -27,6 +27,27 @@ __all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck"]
 # penalties, which somebody may mean. A residual that has lost half is a reason to look closer.
 _EPSILON = np.finfo(PETSc.ScalarType).eps
 _WORST, FEW, SUSPICIOUS = 1e-2, _EPSILON**0.25, _EPSILON**0.5
+
+# Where a factorisation of the operator has its options: with the solver's, or with those of
+# Firedrake's AssembledPC.
+_PLACES = ("", "assembled_")
+
+
+def detect_null_pivots(solver) -> None:
+    """Have MUMPS look for null pivots of an operator that has a null space.
+
+    It would divide by what rounding errors have made of them: the solution then has 10¹⁵ times its
+    size, or more, of what is in the null space, with which all its digits may be taken out. What
+    options say of it stays.
+
+    Parameters
+    ----------
+    solver : petsctools.OptionsManager
+        One of Firedrake's, before it is set up.
+    """
+    for place in _PLACES:
+        if solver.parameters.get(f"{place}pc_factor_mat_solver_type") == "mumps":
+            solver.set_default_parameter(f"{place}mat_mumps_icntl_24", 1)
 
 
 class FactorisationCheck:
