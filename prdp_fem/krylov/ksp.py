@@ -54,6 +54,10 @@ _REMEDIES = {
     "DIVERGED_PCSETUP_FAILED": "the preconditioner could not be set up: the operator may be singular, or need another pc_type",
 }
 
+# What a preconditioner that could not be set up may have noted, which is another matter.
+_NO_ROOM = ("the factorisation needs more room than was estimated: allow for more (mat_mumps_icntl_14 "
+            "200, of MUMPS), or use another pc_type")
+
 
 def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
     """What to raise for an error that has come out of PETSc: what Python has raised inside it, if that is where it comes from."""
@@ -453,7 +457,9 @@ def _failure(ksp: PETSc.KSP) -> str:
     missing = [argument for argument, transposed in (("nullspace", False), ("transpose_nullspace", True))
                if null_space(A, transposed=transposed) is None]
     remedies = [f"give the solver {missing[0]}=, too"] if len(missing) == 1 else []
-    if name in _REMEDIES:
+    if name == "DIVERGED_PCSETUP_FAILED" and ksp.getPC().getFailedReason() == PETSc.PC.FailedReason.FACTOR_OUTMEMORY:
+        remedies = [_NO_ROOM]
+    elif name in _REMEDIES:
         remedies.append(_REMEDIES[name])
     return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after {ksp.getIterationNumber()} "
             f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {', or '.join(remedies)}" if remedies else ""))
