@@ -17,6 +17,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.nested import has_factorisation, is_direct
 from prdp_fem.krylov.null_spaces import null_space
+from prdp_fem.krylov.probe import Probe
 from prdp_fem.krylov.view import described
 
 __all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck", "detect_null_pivots"]
@@ -27,6 +28,8 @@ __all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck", "detect_null_pivots"]
 # penalties, which somebody may mean. A residual that has lost half is a reason to look closer.
 _EPSILON = np.finfo(PETSc.ScalarType).eps
 _WORST, FEW, SUSPICIOUS = 1e-2, _EPSILON**0.25, _EPSILON**0.5
+# Rounding errors of one entry that add up in a residual.
+_MANY = 1e4
 
 # Where a factorisation of the operator has its options: with the solver's, or with those of
 # Firedrake's AssembledPC.
@@ -121,6 +124,10 @@ class FactorisationCheck:
                                          "right-hand side")
         if not self._is_determined or residual > SUSPICIOUS*size:
             self._solve_again(ksp, product, x, kind, transposed)
+        if residual > FEW*size and is_direct(ksp) and residual > _rounding(A, x):
+            # Null pivots that are looked for are left out, with what the right-hand side has there.
+            raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
+                                         "right-hand side")
         self._seen.add(transposed)  # unless it has raised, and will again
 
     def look_at_step(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
@@ -198,3 +205,10 @@ class FactorisationCheck:
             f"solution that is determined: {finding}, so that the operator is singular, or nearly "
             "so: give nullspace= and transpose_nullspace= where solutions are determined up to "
             "something, such as a constant pressure, or a condition that fixes it")
+
+
+def _rounding(A: PETSc.Mat, x: PETSc.Vec) -> float:
+    """What rounding errors may leave of a residual, whatever the right-hand side."""
+    probe = Probe(A)
+    A.mult(probe.x, probe.Ax)
+    return _MANY*_EPSILON*probe.Ax.norm()/probe.x.norm()*x.norm()
