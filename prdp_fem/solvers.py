@@ -124,7 +124,8 @@ class RefinedSolver:
                              f"{str(error).splitlines()[-1].partition('] ')[2]}") from None
         if self._predecessor is not None:
             self._take_over(self._predecessor)
-        has_null_space = any(kwargs.get(name) is not None for name in ("nullspace", "transpose_nullspace"))
+        has_null_space = any(kwargs.get(name) is not None
+                             for name in ("nullspace", "transpose_nullspace"))
         if has_null_space:
             detect_null_pivots(self)
         assemble_directly(self)

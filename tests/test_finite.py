@@ -390,12 +390,12 @@ def test_a_factorisation_of_an_operator_that_is_singular(source):
 
 @pytest.mark.parametrize("has_space", [False, True])
 def test_null_pivots_that_are_looked_for_make_no_solution(has_space):
-    """They are left out, so that what is solved again is the same, but the right-hand side has a part there."""
+    """They are left out: solved again, it is the same, but the right-hand side has a part there."""
     problem = neumann(lambda x, y: 1 + x*y)
     parameters = {**MUMPS, "mat_mumps_icntl_24": 1}
     constants = VectorSpaceBasis(constant=True, comm=COMM_WORLD)
     spaces = {"nullspace": constants} if has_space else {}
-    with pytest.raises(ConvergenceError, match="'heat' with pc_type lu .*its residual is .*transpose_nullspace"):
+    with pytest.raises(ConvergenceError, match="'heat' .*its residual is .*transpose_nullspace"):
         prdp_fem.LinearVariationalSolver(problem, solver_parameters=parameters, **spaces).solve()
 
 

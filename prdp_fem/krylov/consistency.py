@@ -1,7 +1,7 @@
 """Whether what a KSP has claimed to be a solution is one, of the system that is differentiated.
 
-The derivative of a solution u = A⁻¹ b by A is -A⁻¹ dA u. Some KSPs end, as they are told to, at what
-is no solution, and has another derivative: those with the null space of an operator, but not that
+The derivative of a solution u = A⁻¹ b by A is -A⁻¹ dA u. Some KSPs end, as they are told to, at
+what is no solution, and has another derivative: those with the null space of an operator, but not that
 of its transpose, take what is in the former out of the residual that they look at; methods of
 least squares look at Aᵀ (b - A u).
 """
@@ -21,11 +21,12 @@ __all__ = ["ConsistencyCheck", "solves_least_squares"]
 
 _LEAST_SQUARES_METHODS = frozenset({"lsqr", "cgls", "cgne"})
 _PSEUDO_INVERSES = frozenset({"svd", "qr"})
-# What a KSP looks at is small beside what it does not look at: of a truncated solve for a right-hand
-# side that has a solution they are about as large.
+# What a KSP looks at is small beside what it does not look at: of a truncated solve for a
+# right-hand side that has a solution they are about as large.
 _HIDDEN = 100
-# Where a preconditioner enlarges what is in a null space, as multigrid does that is exact on a coarse
-# mesh, it does so with rounding errors: those are that much smaller than the same of any other vector.
+# Where a preconditioner enlarges what is in a null space, as multigrid does that is exact on a
+# coarse mesh, it does so with rounding errors: those are that much smaller than the same of any
+# other vector.
 _ROUNDING = 1e-6
 # Of a residual that can be solved for, a second solve leaves less.
 _REDUCED = 0.5
@@ -50,7 +51,9 @@ class ConsistencyCheck:
         self._has_warned = False
 
     def look(self, refined: RefinedKSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        """Look at what a solve has given; collective. It costs products, and where these are suspicious a solve.
+        """Look at what a solve has given; collective.
+
+        It costs a product, and where that is suspicious a few more or a solve.
 
         Parameters
         ----------
@@ -90,8 +93,8 @@ class ConsistencyCheck:
         space, left = null_space(A), null_space(A, transposed=True)
         if solves_least_squares(ksp):
             if self._is_least(refined, residual, work):
-                return (f"the least that ksp_type {ksp.getType()} with pc_type {ksp.getPC().getType()} "
-                        "can make of it: give nullspace= and transpose_nullspace=")
+                return (f"the least that ksp_type {ksp.getType()} with pc_type "
+                        f"{ksp.getPC().getType()} can make of it: give nullspace= and transpose_nullspace=")
         elif space is not None and left is None and ksp.getPCSide() == PETSc.PC.Side.LEFT:
             if _is_hidden(ksp.getPC(), space, residual, work):
                 return ("nullspace= has the KSP look at less of it: give the solver "

@@ -55,8 +55,8 @@ _REMEDIES = {
 }
 
 # What a preconditioner that could not be set up may have noted, which is another matter.
-_NO_ROOM = ("the factorisation needs more room than was estimated: allow for more (mat_mumps_icntl_14 "
-            "200, of MUMPS), or use another pc_type")
+_NO_ROOM = ("the factorisation needs more room than was estimated: allow for more "
+            "(mat_mumps_icntl_14 200, of MUMPS), or use another pc_type")
 
 
 def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
@@ -454,10 +454,12 @@ def _failure(ksp: PETSc.KSP) -> str:
     reason = ksp.getConvergedReason()
     name = _REASONS.get(reason, str(reason))
     A, _ = ksp.getOperators()
-    missing = [argument for argument, transposed in (("nullspace", False), ("transpose_nullspace", True))
+    arguments = ("nullspace", False), ("transpose_nullspace", True)
+    missing = [argument for argument, transposed in arguments
                if null_space(A, transposed=transposed) is None]
     remedies = [f"give the solver {missing[0]}=, too"] if len(missing) == 1 else []
-    if name == "DIVERGED_PCSETUP_FAILED" and ksp.getPC().getFailedReason() == PETSc.PC.FailedReason.FACTOR_OUTMEMORY:
+    has_no_room = ksp.getPC().getFailedReason() == PETSc.PC.FailedReason.FACTOR_OUTMEMORY
+    if name == "DIVERGED_PCSETUP_FAILED" and has_no_room:
         remedies = [_NO_ROOM]
     elif name in _REMEDIES:
         remedies.append(_REMEDIES[name])

@@ -1,7 +1,7 @@
 """Null spaces that operators are given: which there are, and whether they are ones.
 
-PETSc takes what is in them out of right-hand sides and solutions, whatever it is. Of a space that is
-no null space it takes out what the operator determines, too, and says nothing.
+PETSc takes what is in them out of right-hand sides and solutions, whatever it is. Of a space that
+is no null space it takes out what the operator determines, too, and says nothing.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from prdp_fem.krylov.probe import Probe, has_python_blocks
 __all__ = ["NullSpaceCheck", "null_space"]
 
 # How long the product with a vector may be, relative to that with one as large, and in the same
-# places, without a pattern. Rounding errors leave 1e-13 and less; inexact quadrature, and modes that
-# a space can only interpolate, something in between; vectors that are in no null space, the most.
+# places, without a pattern. Rounding errors leave 1e-13 and less; inexact quadrature, and modes
+# that a space can only interpolate, something in between; vectors that are in no null space, the most.
 _INEXACT, _WRONG = 1e-10, 1e-3
 # What rounding errors leave of a product, relative to one with a vector in all places.
 _ROUNDING = 1e-14
@@ -79,7 +79,6 @@ class NullSpaceCheck:
         scrambled, product, are_seen = probe.Ax, probe.Ay, True
         for vector in _vectors(space, probe.x):
             scrambled.pointwiseMult(vector, probe.x)
-            # Its product is written over it last, when nobody needs it any more.
             size = scrambled.norm()
             multiply(scrambled, product)
             expected = product.norm()/size if size > 0 else 0.0
@@ -88,17 +87,18 @@ class NullSpaceCheck:
             if not math.isfinite(found) or max(found, expected) == 0:
                 are_seen = False
             elif found > _WRONG*expected + rounding:
-                raise ConvergenceError(self._message(argument, condition, "does not hold a null space",
-                                                     found, expected))
+                raise ConvergenceError(self._message(
+                    argument, condition, "does not hold a null space", found, expected))
             elif found > _INEXACT*expected + rounding:
-                self._warn(self._message(argument, condition, "does not quite hold a null space",
-                                         found, expected), product.comm)
+                self._warn(self._message(
+                    argument, condition, "does not quite hold a null space", found, expected),
+                    product.comm)
         return are_seen
 
     def _message(self, argument: str, condition: str, finding: str, found: float,
                  expected: float) -> str:
-        return (f"the {argument}= of the solver for '{self._name}' {finding}: the operator makes of "
-                f"a vector in it one of length {found:.1e}, and of one as large without a pattern "
+        return (f"the {argument}= of the solver for '{self._name}' {finding}: the operator makes "
+                f"of a vector in it one of length {found:.1e}, and of one as large without a pattern "
                 f"{expected:.1e}, so that what it determines is taken out of solutions: give the "
                 f"vectors v with {condition}, or leave {argument}= away")
 

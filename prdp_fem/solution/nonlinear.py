@@ -137,7 +137,8 @@ class NonlinearSystem(System):
 
     def _system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
         # J w = b with b = J w - F(u), whose residual is the one of the state.
-        set_local_values(self.forms.boundary, self._no_boundary if point.boundary is None else point.boundary)
+        boundary = self._no_boundary if point.boundary is None else point.boundary
+        set_local_values(self.forms.boundary, boundary)
         w, b, work = self._states(1), self._cotangents(1), self._work
         w.fill_inside(solution, self._boundary_entries)
         self.memory.load(solution, work)

@@ -618,7 +618,8 @@ class System(ABC):
     # somebody else may keep them.
     keeps_fields = False
 
-    # What looks at the direct solves of its steps, and at their null spaces, where those are not made by the same KSP as derivatives.
+    # What looks at the direct solves of its steps, and at their null spaces, where those are not
+    # made by the same KSP as derivatives.
     _factorisation = None
     _null_spaces = None
 
