@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Container, Hashable, Iterator
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from numbers import Number
 
 import numpy as np
@@ -72,17 +72,29 @@ class SolveBlock(Block):
     def __str__(self) -> str:
         return f"solve({ufl2unicode(self._problem.F)} = 0)"
 
-    def _derivative_point(self, unread: Container[int] = ()) -> Point:
-        """Where this block is differentiated, without the values of inputs that nobody will read."""
-        lost = [self._system.inputs[index] for index, variable in enumerate(self._inputs)
-                if index not in unread and is_lost(variable) and self._system.needs_value(index)]
-        lost += [self._boundary.inputs[place] for place, variable in enumerate(self._boundary_inputs)
-                 if is_lost(variable) and (self._system.needs_boundary or self._boundary.needs_value(place))]
-        for entry in lost:
+    def _derivative_point(self, inputs: Iterable[int], meshes: Sequence, *,
+                          is_second: bool = False, unread: Container[int] = ()) -> Point:
+        """Where this block is differentiated by some inputs and meshes, or in a direction of them.
+
+        The values of the unread inputs, which nobody will look at, are left out.
+        """
+        system, lost = self._system, []
+        places = [index for index, variable in enumerate(self._inputs) if is_lost(variable)]
+        if places:
+            read = system.values_read(inputs, meshes, is_second=is_second)
+            lost = [system.inputs[index].name for index in places if index in read]
+        boundary = self._boundary
+        lost += [boundary.inputs[place].name for place, variable in enumerate(self._boundary_inputs)
+                 if is_lost(variable) and (system.needs_boundary or boundary.needs_value(place))]
+        # Records that hold fields hold what the iterations have started from, too.
+        reads_guess = system.depends_on_guess and not system.keeps_fields
+        if self._guess is not None and reads_guess and is_lost(self._guess):
+            lost.append(self._problem.u.name())
+        for name in lost:
             raise RuntimeError("the checkpointing schedule of the tape has let go of the value that "
-                               f"'{entry.name}' had when '{self._problem.u.name()}' was solved for, and the "
-                               "derivative of that solve depends on it: use a schedule that keeps it, such as "
-                               "SingleMemoryStorageSchedule, or none")
+                               f"'{name}' had when '{self._problem.u.name()}' was solved for, "
+                               "and the derivative of that solve depends on it: use a schedule "
+                               "that keeps it, such as SingleMemoryStorageSchedule, or none")
         return self._point(unread)
 
     def _point(self, unread: Container[int] = ()) -> Point:
@@ -134,7 +146,8 @@ class SolveBlock(Block):
         guess = np.empty((1, self._system.size)) if self._system.depends_on_guess and self._guess in relevant else None
         # Where all is a matrix product, neither the solution nor what is multiplied by matrices is looked at.
         assembles = boundary is not None or bool(meshes) or self._system.needs_solutions(gradients)
-        point = self._derivative_point(() if assembles else self._system.unread_inputs)
+        point = self._derivative_point(gradients, meshes,
+                                       unread=() if assembles else self._system.unread_inputs)
         solutions = self._solution()[None] if assembles else None
         by_mesh = self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], solutions, [self._record],
                                              gradients, boundary=boundary, guess=guess, meshes=meshes)
@@ -160,7 +173,10 @@ class SolveBlock(Block):
         if (markings and not output.is_control_dependent) or all(variable.tlm_value is None for variable in self.get_dependencies()):
             return
         values = np.empty(self._system.size)
-        point = self._derivative_point()
+        point = self._derivative_point(
+            [index for index, variable in enumerate(self._inputs)
+             if variable.tlm_value is not None],
+            [variable for variable in self._meshes if variable.tlm_value is not None])
         self._system.solve_tangent(point, self._setting, self._solution(), self._record, self._direction(), values)
         output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
         self._system.collect_garbage()
@@ -178,7 +194,7 @@ class SolveBlock(Block):
                                       for value in (output.adj_value, output.hessian_value, output.tlm_value))
         gradients, boundary, meshes = self._wanted(relevant)
         first_boundary = None if boundary is None else np.empty_like(boundary)
-        point, data = self._derivative_point(), self._boundary
+        point, data = self._derivative_point(gradients, meshes, is_second=True), self._boundary
         by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), self._record, cotangent, second,
                                                     self._direction(), tangent, gradients, boundary=boundary,
                                                     first_boundary=first_boundary, meshes=meshes)

@@ -207,6 +207,82 @@ def test_values_that_a_schedule_has_let_go_of_are_noticed():
         reduced.derivative()
 
 
+def _smoothing_of_the_old_state(V, old, u):
+    """The derivative by the time step depends on the old state, though its own matrix does not."""
+    w, v, step = TrialFunction(V), TestFunction(V), Constant(0.5)
+    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, step*old*v*dx, u)
+    return prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}), step
+
+
+def _square_of_the_old_state(V, old, u):
+    v, factor = TestFunction(V), Function(V).assign(0.5)
+    problem = NonlinearVariationalProblem((u**3 + u - factor*old**2)*v*dx, u)
+    return prdp_fem.NonlinearVariationalSolver(problem), factor
+
+
+def _unrolled_from_the_last_solution(V, old, u):
+    """The derivative of an iteration from a guess depends on that."""
+    w, v, source = TrialFunction(V), TestFunction(V), Function(V).assign(0.5)
+    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, source*v*dx, u)
+    solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG, warm_start=True,
+                                              refinement=FixedRefinement(Iterations(1)),
+                                              differentiation="unrolled")
+    return solver, source
+
+
+def _time_steps(make, schedule, mesh):
+    """The functional of eight steps, of what a solver is made of by ``make``, and its control."""
+    if schedule is not None:
+        get_working_tape().enable_checkpointing(schedule)
+    with stop_annotating():
+        V = FunctionSpace(mesh, "CG", 1)
+        u, old = Function(V, name="new"), smooth(V, 30)
+        old.rename("old")
+    solver, parameter = make(V, old, u)
+    control, value = Control(parameter), 0
+    for _ in get_working_tape().timestepper(iter(range(8))):
+        solver.solve()
+        old.assign(u)
+        value += assemble(u**2*dx)
+    return ReducedFunctional(value, control)
+
+
+@pytest.mark.parametrize("make, name", [
+    (_smoothing_of_the_old_state, "old"),
+    (_square_of_the_old_state, "old"),
+    (_unrolled_from_the_last_solution, "new"),
+])
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_derivatives_that_read_a_value_which_was_let_go_are_refused(make, name, is_replayed):
+    reduced = _time_steps(make, Revolve(8, 3), UnitSquareMesh(3, 3))
+    with stop_annotating():
+        if is_replayed:
+            reduced(reduced.controls[0].control)
+        with pytest.raises(RuntimeError, match=f"has let go of the value that '{name}' had when"):
+            reduced.derivative()
+
+
+def _step_of_a_nonlinear_problem(V, old, u):
+    """The old state enters by a matrix, and so do its derivatives."""
+    v, diffusivity = TestFunction(V), Constant(0.3)
+    F = (u - old)*v*dx + (diffusivity + u**2)*inner(grad(u), grad(v))*dx
+    return prdp_fem.NonlinearVariationalSolver(NonlinearVariationalProblem(F, u)), diffusivity
+
+
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_values_that_no_derivative_reads_may_be_let_go(is_replayed):
+    mesh, found = UnitSquareMesh(3, 3), []
+    for schedule in (None, Revolve(8, 3)):
+        with set_working_tape(Tape()) as tape:
+            reduced = _time_steps(_step_of_a_nonlinear_problem, schedule, mesh)
+            with stop_annotating():
+                if is_replayed:
+                    reduced(Constant(0.2))
+                found.append(reduced.derivative().dat.data_ro.copy())
+            tape.clear_tape()
+    np.testing.assert_array_equal(*found)
+
+
 def test_solves_that_are_on_the_tape_already_stay_as_they_were():
     mesh, found = UnitSquareMesh(6, 6), []
     refinement = FixedRefinement(Iterations(3))

@@ -50,6 +50,13 @@ class ResidualDerivatives:
         """The inputs that the forms depend on."""
         return self._forms.indices(coefficients_of(self._forms.residual))
 
+    def values_read(self, index: int) -> set[int]:
+        """The inputs whose values first derivatives by an input, or in its direction, depend on."""
+        found = coefficients_of(*map(self._by_variable, self._forms.inputs[index].variables))
+        return {other for other, entry in enumerate(self._forms.inputs)
+                if any(variable is coefficient
+                       for variable in entry.variables for coefficient in found)}
+
     def at(self, point: Point, solution: np.ndarray, multiplier: np.ndarray | None = None) -> None:
         """Set where derivatives are taken, and for all but those in a direction the weight λ."""
         for index in self.inputs:

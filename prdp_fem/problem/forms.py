@@ -56,6 +56,8 @@ class Forms:
     operator_depends_on_solution : bool
     cofunctions : dict of Input to float
         The Cofunctions in the right-hand side, with their weights.
+    others : set of int
+        The inputs that the preconditioner depends on beside its form.
     """
 
     residual: ufl.Form | None
@@ -75,6 +77,8 @@ class Forms:
         self._copies = {entry.original: entry.copy for entry in self.inputs}
         for entry in self.inputs:
             entry.in_operator = entry.original in in_operator
+        self.others = {index for index, entry in enumerate(self.inputs)
+                       if any(entry.original is other for other in others)}
         self.cofunctions = {self.inputs[originals.index(cofunction)]: sum(weight for other, weight in cofunctions if other is cofunction)
                             for cofunction, _ in cofunctions}
         with stop_annotating():

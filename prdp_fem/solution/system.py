@@ -21,6 +21,7 @@ from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
+from ufl.algorithms import expand_derivatives
 
 from prdp_fem.assembly.lifting import Lifting
 from prdp_fem.assembly.residual import ResidualDerivatives
@@ -41,7 +42,14 @@ from prdp_fem.problem.firedrake_internals import (
     operators,
 )
 from prdp_fem.problem.forms import Forms
-from prdp_fem.problem.inputs import Input, local_values, same_bits, set_local_values, vector_like
+from prdp_fem.problem.inputs import (
+    Input,
+    coefficients_of,
+    local_values,
+    same_bits,
+    set_local_values,
+    vector_like,
+)
 from prdp_fem.problem.point import NO_VALUES, Direction, Point
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.finite import LARGEST, is_finite, require_finite
@@ -528,9 +536,38 @@ class System(ABC):
         """Whether what varies enters the residual by a matrix only: then nothing is assembled between rows."""
         return varying.keys() <= self._terms.keys()
 
-    def needs_value(self, index: int) -> bool:
-        """Whether derivatives depend on the value of an input."""
-        return self._state is not None or index not in self._terms
+    def values_read(self, inputs: Iterable[int], meshes: Sequence = (), *,
+                    is_second: bool = False) -> set[int]:
+        """The inputs whose values a derivative of the solve depends on.
+
+        Parameters
+        ----------
+        inputs : iterable of int
+            What is differentiated by, or in a direction of.
+        meshes : sequence of MeshGeometry
+            Meshes whose coordinates are.
+        is_second : bool
+            Whether it is a second derivative.
+
+        Returns
+        -------
+        set of int
+        """
+        read = set(self._read_by_operator)
+        if meshes or is_second:
+            return read | self._derivatives.inputs
+        for index in inputs:
+            read |= (self._terms[index].parameters if index in self._terms
+                     else self._derivatives.values_read(index))
+        return read
+
+    @cached_property
+    def _read_by_operator(self) -> set[int]:
+        """The inputs whose values the operators of derivatives depend on."""
+        # Not by in_operator: a Jacobian that UFL has not expanded yet names all of the residual.
+        jacobian = expand_derivatives(self.forms.jacobian)
+        found = self.forms.indices(coefficients_of(jacobian, self.forms.problem.Jp))
+        return found | self.forms.others
 
     @property
     def unread_inputs(self) -> Container[int]:

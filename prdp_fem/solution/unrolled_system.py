@@ -1,7 +1,7 @@
 """What linear and nonlinear systems that are differentiated as their iterations have in common."""
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from firedrake.logging import warning
 from firedrake.petsc import PETSc
@@ -82,8 +82,9 @@ class UnrolledSystem:
 
     needs_boundary = True
 
-    def needs_value(self, index: int) -> bool:
-        return True
+    def values_read(self, inputs: Iterable[int], meshes: Sequence = (), *,
+                    is_second: bool = False) -> set[int]:
+        return set(range(len(self.inputs)))
 
     @property
     def _operators(self) -> list[OperatorDerivative]:
