@@ -15,8 +15,8 @@ from pyadjoint.tape import annotate_tape, stop_annotating
 from prdp_fem.citation import cite
 from prdp_fem.krylov.factorisation import detect_null_pivots
 from prdp_fem.krylov.ksp import SetByHand, set_inside_by_hand
-from prdp_fem.krylov.nested import SELF_CONTAINED
 from prdp_fem.krylov.persistence import options_of, refuse_persistent
+from prdp_fem.krylov.petsc_types import pc_facts, snes_facts
 from prdp_fem.krylov.snes import reset_with_linear_solver, solves_linear_systems
 from prdp_fem.memory.devices import AUTO, HOST, Device, find_device
 from prdp_fem.memory.memory import Memory, is_copied, memory_of
@@ -63,9 +63,10 @@ from prdp_fem.tape import SolveBlock
 
 __all__ = ["RefinedSolver", "control", "refinement_from_options"]  # as that of the package
 
-# Preconditioners and nonlinear solvers that call Firedrake, for their own matrices or to get from mesh to mesh.
-_NAMED = {"pc_type": ("pc_type", "pc_composite_pcs"), "snes_type": ("snes_type", "snes_composite_sneses")}
-_ON_HOST = {"pc_type": frozenset({"python", "mg", "shell"}), "snes_type": frozenset({"fas", "python", "shell", "nasm", "aspin", "patch"})}
+# The options that name preconditioners and nonlinear solvers, and what is known of these.
+_NAMED = {"pc_type": ("pc_type", "pc_composite_pcs"),
+          "snes_type": ("snes_type", "snes_composite_sneses")}
+_FACTS = {"pc_type": pc_facts, "snes_type": snes_facts}
 
 
 class RefinedSolver:
@@ -163,7 +164,7 @@ class RefinedSolver:
         by_options, ksp = self.snes.getKSP(), predecessor.snes.getKSP()
         if predecessor.is_set_up:
             pc_type = ksp.getPC().getType()
-            keeps_all = pc_type in SELF_CONTAINED or pc_type == PETSc.PC.Type.PYTHON
+            keeps_all = pc_facts(pc_type).is_self_contained or pc_type == PETSc.PC.Type.PYTHON
             if pc_type != by_options.getPC().getType() and not keeps_all:
                 raise ValueError(f"the solver's pc_type {pc_type} was set by hand, and what is inside it "
                                  "would be lost with what the last solve has left there: put the "
@@ -268,10 +269,14 @@ class RefinedSolver:
             if not is_copied(operator):
                 return f"its operator is of type {operator.getType()}, use mat_type aij"
         own = {"pc_type": self.snes.getKSP().getPC().getType(), "snes_type": self.snes.getType()}
-        for option, on_host in _ON_HOST.items():
-            for kind in (own[option], *(value for name, value in self.parameters.items() if name.endswith(_NAMED[option]))):
-                if on_host & set(str(kind).split(",")):
-                    return f"{option} {kind} has vectors go through Firedrake, which is on the host, use another one of PETSc's"
+        for option, facts in _FACTS.items():
+            named = (value for name, value in self.parameters.items()
+                     if name.endswith(_NAMED[option]))
+            for kinds in (own[option], *named):
+                if kinds is not None and any(facts(kind).works_on_host
+                                             for kind in str(kinds).split(",")):
+                    return (f"{option} {kinds} has vectors go through Firedrake, which is on the "
+                            "host, use another one of PETSc's")
         return None
 
     @property
@@ -492,7 +497,7 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
                  device: str | None = None, **kwargs):
         super().__init__(problem, refinement=refinement, differentiation=differentiation, warm_start=warm_start, ksp_prefix=ksp_prefix,
                          device=device, **kwargs)
-        if self.snes.getType().startswith("vi"):
+        if snes_facts(self.snes.getType()).is_for_inequalities:
             raise ValueError(f"snes_type {self.snes.getType()} solves variational inequalities, which are not differentiable: the problem "
                              f"for '{problem.u.name()}' needs Firedrake's own NonlinearVariationalSolver")
 

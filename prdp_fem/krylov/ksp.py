@@ -14,6 +14,7 @@ from mpi4py import MPI
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.petsc_errors import cause_of, remedy
+from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import Setting, is_frozen
 
@@ -32,8 +33,6 @@ _NO_ATOL = 1e-50
 _NO_RTOL = sys.float_info.epsilon
 # The relative tolerance then, where the absolute one is not meant: what is below would only stir rounding errors.
 _FLOOR = 1e-12
-# These methods stop below thresholds that are not relative to the right-hand side, or may, as those in Python.
-_WITH_THRESHOLDS = frozenset({"minres", "symmlq", "python"})
 # petsc4py has no name for what is called of it.
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
 
@@ -109,7 +108,7 @@ def set_inside_by_hand(ksp: PETSc.KSP) -> str | None:
         The first that is another one than options say; None where all are the same.
     """
     last = ksp.getPC()
-    if last.getType() in nested.SELF_CONTAINED:
+    if pc_facts(last.getType()).is_self_contained:
         return None
     by_options = _like(last)
     by_options.setFromOptions()
@@ -165,7 +164,7 @@ def reset(ksp: PETSc.KSP) -> None:
     ksp.reset()
     pc = ksp.getPC()
     kind = pc.getType()
-    if kind in nested.SELF_CONTAINED:
+    if pc_facts(kind).is_self_contained:
         # A reset takes from factorisations what options say of them; a type that was set by hand
         # has none, and would give way to theirs.
         if PETSc.Options(pc.getOptionsPrefix()).getString("pc_type", kind) == kind:
@@ -294,7 +293,7 @@ class RefinedKSP:
 
     def set_up(self) -> None:
         """To be called where the preconditioner was set up anew: KSPs inside may be others now."""
-        if self.ksp.getPC().getType() in nested.SELF_CONTAINED:
+        if nested.is_self_contained(self.ksp):
             return
         if self.is_nested:
             self.find()
@@ -303,7 +302,7 @@ class RefinedKSP:
     @cached_property
     def may_have_thresholds(self) -> bool:
         """Whether something in it may look at absolute sizes, whatever tolerances say; not all inside a preconditioner can be told."""
-        return self.ksp.getType() in _WITH_THRESHOLDS or self.ksp.getPC().getType() not in nested.SELF_CONTAINED
+        return ksp_facts(self.ksp.getType()).has_thresholds or not nested.is_self_contained(self.ksp)
 
     @property
     def is_budget(self) -> bool:
@@ -375,7 +374,7 @@ class RefinedKSP:
     def _beside(self, refined: PETSc.KSP) -> list[PETSc.KSP]:
         """The KSPs, but the one that settings are put on, of which something is changed."""
         if self._others is None:
-            if self.ksp.getPC().getType() in nested.SELF_CONTAINED:
+            if nested.is_self_contained(self.ksp):
                 self._others = []
             else:
                 everywhere = {ksp.handle: ksp for ksp in [*nested.all_inside(self.ksp)[1:], self.ksp]}

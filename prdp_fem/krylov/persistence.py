@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from firedrake.petsc import PETSc
 from petsctools import flatten_parameters
 
+from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts, snes_facts
+
 __all__ = ["options_of", "refuse_persistent"]
 
 _FLAGS = {
@@ -15,10 +17,11 @@ _FLAGS = {
     "ksp_initial_guess_nonzero": "starts an iteration from what is left of the last one",
 }
 _LAGS = ("snes_lag_jacobian", "snes_lag_preconditioner")
+# The options that name types: where their facts are, and what those that remember keep.
 _TYPES = {
-    "ksp_type": ({"lgmres", "dgmres", "qmrcgs"}, "keeps vectors of earlier solves"),
-    "pc_type": ({"lmvm", "deflation"}, "keeps vectors of earlier solves"),
-    "snes_type": ({"qn"}, "keeps an approximation of the Jacobian from earlier solves"),
+    "ksp_type": (ksp_facts, "keeps vectors of earlier solves"),
+    "pc_type": (pc_facts, "keeps vectors of earlier solves"),
+    "snes_type": (snes_facts, "keeps an approximation of the Jacobian from earlier solves"),
 }
 # Of the outermost KSP and SNES the solvers of this package see to that themselves.
 _HANDLED = frozenset({"ksp_initial_guess_nonzero", "snes_type"})
@@ -69,10 +72,12 @@ def _persistence(name: str, value) -> str | None:
             return how
     if any(_is(name, lag) for lag in _LAGS) and str(value).lstrip().startswith("-"):
         return "makes all solves with what the first one was made with"
-    for option, (kinds, how) in _TYPES.items():
+    for option, (facts, how) in _TYPES.items():
         names = [option, *(composite for composite, of in _COMPOSITES.items() if of == option)]
-        if any(_is(name, one) for one in names) and kinds & set(str(value).split(",")):
-            return how
+        if any(_is(name, one) for one in names):
+            kinds = [] if value is None else str(value).split(",")
+            if any(facts(kind).remembers_solves for kind in kinds):
+                return how
     return None
 
 

@@ -8,15 +8,12 @@ from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP, forget_zero_pivots, reason_names, reset
 from prdp_fem.krylov.nested import is_direct
 from prdp_fem.krylov.null_spaces import NullSpaceCheck
+from prdp_fem.krylov.petsc_types import snes_facts
 from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import NewtonSteps, Setting
 
 __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
 
-# Those that make each step by a linear solve.
-_WITH_LINEAR_SOLVES = frozenset({"newtonls", "newtontr", "newtontrdc", "newtonal", "ksponly"})
-# Those that go on with directions, or with a residual, of their last solve.
-_REMEMBERING = frozenset({"qn", "ncg", "nrichardson"})
 _MANY = 2**30
 _REASONS = reason_names(PETSc.SNES.ConvergedReason)
 _REMEDIES = {
@@ -44,7 +41,7 @@ def reset_with_linear_solver(snes: PETSc.SNES) -> None:
 
 def solves_linear_systems(snes: PETSc.SNES) -> bool:
     """Whether a SNES makes its steps by linear solves; another one leaves the options of its KSP unread."""
-    return snes.getType() in _WITH_LINEAR_SOLVES
+    return snes_facts(snes.getType()).solves_linear_systems
 
 
 class Newton:
@@ -86,7 +83,7 @@ class Newton:
     @property
     def remembers(self) -> bool:
         """Whether the SNES starts with what it has learnt in its last solve, unless it is reset."""
-        return self.snes.getType() in _REMEMBERING
+        return snes_facts(self.snes.getType()).remembers_solves
 
     def reset(self) -> None:
         """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""

@@ -14,22 +14,17 @@ from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space
+from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.probe import Probe, has_python_blocks
 from prdp_fem.refinement.ladders import Setting
 
 __all__ = ["Krylov"]
 
-# Methods defined for symmetric operators and preconditioners only: for them a transposed solve is a solve.
-_SYMMETRIC_METHODS = frozenset({"cg", "groppcg", "pipecg", "pipecgrr", "pipeprcg", "pipecg2", "pipelcg", "fcg", "pipefcg",
-                                "nash", "stcg", "gltr", "qcg", "minres", "symmlq", "cr", "pipecr"})
-# PETSc's transposed solve by these is not one: it multiplies by the operator where it should by its transpose.
-_NOT_TRANSPOSABLE_METHODS = frozenset({"cgls"})
 # Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
 _SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
 # A residual norm whose square, and those of its larger parts, have all bits.
 _FAINT = 1e-100
 _INFINITY = PETSc.NormType.NORM_INFINITY
-_DIRECT = frozenset({PETSc.KSP.Type.PREONLY, PETSc.KSP.Type.NONE})
 _BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
 
 
@@ -248,7 +243,7 @@ class Krylov:
         residuals of a large operator are below.
         """
         ksp, is_nested = refined.ksp, refined.is_nested
-        is_direct = ksp.getType() in _DIRECT or ksp.getPC().getType() in ("lu", "cholesky")
+        is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)
@@ -277,7 +272,8 @@ class Krylov:
     def is_symmetric(self) -> bool:
         """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
         if self._symmetric is None:
-            self._symmetric = self.ksp.getType() in _SYMMETRIC_METHODS and self._operator_is_symmetric()
+            self._symmetric = (ksp_facts(self.ksp.getType()).asks_for_symmetry
+                               and self._operator_is_symmetric())
             if self._symmetric:
                 self._symmetric_after.add(self._changed)
         return self._symmetric
@@ -294,7 +290,8 @@ class Krylov:
             A, P = self.ksp.getOperators()
             pc = self.ksp.getPC()
             # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
-            if (self.ksp.getType() in _NOT_TRANSPOSABLE_METHODS or nested.has_truncated_inside(self.ksp)
+            if (not ksp_facts(self.ksp.getType()).is_transposable
+                    or nested.has_truncated_inside(self.ksp)
                     or nested.has_untransposable_inside(self.ksp) or has_python_blocks(A)):
                 self._transposable = False
                 return False

@@ -19,7 +19,7 @@ from pyop2 import op2
 from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
 
-from prdp_fem.krylov.nested import SELF_CONTAINED
+from prdp_fem.krylov.nested import is_self_contained
 from prdp_fem.memory.memory import Memory
 
 __all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "Predecessor", "SolverContext",
@@ -67,7 +67,8 @@ class SolverContext:
         """Whether solves with a KSP that is set up may look for it; entering it costs as much as a small solve."""
         solver = self._solver
         ksp = solver.snes.getKSP()
-        return (ksp.getType() == "python" or ksp.getPC().getType() not in SELF_CONTAINED or bool(solver._transfer_operators)
+        return (ksp.getType() == "python" or not is_self_contained(ksp)
+                or bool(solver._transfer_operators)
                 or any(operator.getType() == "python" for operator in operators(solver))
                 or any(word in option for option in solver.parameters for word in _LOOKED_UP))
 

@@ -13,6 +13,7 @@ from firedrake.logging import warning
 from firedrake.petsc import PETSc
 
 from prdp_fem.assembly.operator_derivative import SOLUTION
+from prdp_fem.krylov.petsc_types import SNES_TYPES, snes_facts, types_with
 from prdp_fem.memory.memory import Memory
 from prdp_fem.problem.firedrake_internals import applies_boundary_first
 from prdp_fem.problem.forms import NonlinearForms
@@ -25,7 +26,6 @@ from prdp_fem.solution.unrolled_system import UnrolledSystem
 
 __all__ = ["UnrolledNonlinearSystem"]
 
-_SNES_TYPES = ("newtonls", "ksponly")
 # Options that have a step made with another Jacobian or preconditioner than those at its state.
 _LAGS = ("snes_lag_jacobian", "snes_lag_preconditioner")
 
@@ -67,9 +67,10 @@ class UnrolledNonlinearSystem(UnrolledSystem, NonlinearSystem):
     def __init__(self, forms: NonlinearForms, solver, make_linear_solver: Callable, ksp_prefix: str | None, memory: Memory, *,
                  differentiation: Unrolled):
         snes = solver.snes
-        if snes.getType() not in _SNES_TYPES:
-            raise ValueError(f"snes_type {snes.getType()} has no unrolled derivative: use one of {', '.join(_SNES_TYPES)}, or implicit "
-                             "differentiation")
+        if not snes_facts(snes.getType()).steps_along_solution:
+            known = ", ".join(types_with(SNES_TYPES, "steps_along_solution"))
+            raise ValueError(f"snes_type {snes.getType()} has no unrolled derivative: use one of "
+                             f"{known}, or implicit differentiation")
         for option in _LAGS:
             if str(solver.parameters.get(option, 1)) != "1":
                 raise ValueError(f"{option} makes steps with the Jacobian of another state, which is not unrolled: leave it away")

@@ -8,6 +8,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.assembly.operator_derivative import SOLUTION, OperatorDerivative
 from prdp_fem.krylov.ksp import RefinedKSP
+from prdp_fem.krylov.petsc_types import pc_facts
 from prdp_fem.problem.firedrake_internals import operators, pin_quadrature
 from prdp_fem.problem.forms import Forms
 from prdp_fem.problem.point import Direction
@@ -16,8 +17,6 @@ from prdp_fem.statistics import Statistics
 from prdp_fem.unrolled import UnrolledKSP
 
 __all__ = ["UnrolledSystem"]
-
-_DIRECT = frozenset({"lu", "cholesky"})
 
 
 class UnrolledSystem:
@@ -96,7 +95,7 @@ class UnrolledSystem:
         """Write the cotangents of b and of the guess, and those of the operators that are wanted."""
         wanted = list(of_operators)
         kind = self._unrolled.ksp.getPC().getType()
-        if wanted and kind in _DIRECT:
+        if wanted and pc_facts(kind).factorises:
             raise ValueError(f"pc_type {kind} solves the system by itself, and counts as constant when iterations are unrolled: nothing "
                              "would be left of the derivative by what the operator depends on; use implicit differentiation, or another "
                              "pc_type")
