@@ -44,8 +44,8 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
         It is set up, where :func:`needs_set_up` says so.
     prefix : str or None
         The options prefix of the KSP wanted, all of it or what follows the prefix of ``ksp`` ("" is
-        ``ksp`` itself). None where there is only one; then smoothers, whose iterations are part of a
-        multigrid cycle, do not count.
+        ``ksp`` itself). None where there is only one; then smoothers, whose iterations are part of
+        a multigrid cycle, do not count.
 
     Raises
     ------
@@ -53,7 +53,8 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
         Where there is none, or more than one.
     """
     outer = ksp.getOptionsPrefix() or ""
-    iterative = [(nested, smooths) for nested, smooths in _walk(ksp, False) if not is_direct(nested)]
+    iterative = [(nested, smooths) for nested, smooths in _walk(ksp, False)
+                 if not is_direct(nested)]
     listing = ", ".join(f"'{_shortened(nested, outer)}' (ksp_type {nested.getType()})"
                         for nested, _ in iterative)
     if prefix is not None:
@@ -84,11 +85,11 @@ def _named(prefix: str, outer: str, iterative: list[PETSc.KSP], listing: str) ->
 def _no_iterations(ksp: PETSc.KSP, smoothers: str) -> str:
     """What to say of a direct solver that is to be refined."""
     others = f"; smoothers can be refined by ksp_prefix=…: {smoothers}" if smoothers else ""
-    return (f"the solver is direct (ksp_type {ksp.getType()} with pc_type {ksp.getPC().getType()}), "
-            "so there are no iterations to refine: choose an iterative method, for example "
-            'solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a symmetric problem or '
-            '{"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or leave refinement away'
-            + others)
+    return (f"the solver is direct (ksp_type {ksp.getType()} with pc_type "
+            f"{ksp.getPC().getType()}), so there are no iterations to refine: choose an iterative "
+            'method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a '
+            'symmetric problem or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or '
+            f"leave refinement away{others}")
 
 
 def applies_factorisation(ksp: PETSc.KSP) -> bool:
@@ -141,7 +142,7 @@ def has_untransposable_inside(ksp: PETSc.KSP) -> bool:
 
 
 def has_failed_inside(ksp: PETSc.KSP) -> bool:
-    """Whether a preconditioner in a KSP has noted, on this rank, an operator such as a singular one."""
+    """Whether a preconditioner in a KSP has noted, on this rank, that its operator is none for it."""
     return any(pc.getFailedReason() != 0 for pc in all_preconditioners(ksp))
 
 
@@ -181,7 +182,7 @@ def _preconditioners(pc: PETSc.PC) -> Iterator[PETSc.PC]:
 
 
 def parts(pc: PETSc.PC) -> list[PETSc.KSP | PETSc.PC]:
-    """What a preconditioner is made of; nothing before that is made, or where it cannot be asked."""
+    """What a preconditioner is made of; nothing before that is made, or where nobody can ask."""
     kind = pc.getType()
     facts = pc_facts(kind)
     if facts.is_multigrid:

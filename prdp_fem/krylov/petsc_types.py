@@ -1,9 +1,9 @@
 """What this package knows of PETSc's types of KSP, PC and SNES, a row for each.
 
-Everything that depends on a type is decided by what stands here: how a transposed solve is made, what
-is refused, what is set up anew, and what messages recommend. Types are in the order of PETSc's headers.
-Most facts can be tried, and tests/test_petsc_types.py tries them on small systems, for all types that
-the PETSc installed can make.
+Everything that depends on a type is decided by what stands here: how a transposed solve is made,
+what is refused, what is set up anew, and what messages recommend. Types are in the order of PETSc's
+headers. Most facts can be tried, and tests/test_petsc_types.py tries them on small systems, for all
+types that the PETSc installed can make.
 
 A type that has no row, as one registered by a user or that a newer PETSc has, is dealt with
 cautiously: see :func:`ksp_facts`, :func:`pc_facts` and :func:`snes_facts`.
@@ -32,15 +32,17 @@ class KSPFacts:
         system a transposed solve is a solve.
     is_transposable : bool
         Whether ``KSPSolveTranspose`` makes the same iterations with the transposes of operator and
-        preconditioner. Others refuse to, or multiply by the operator where they should by its transpose.
+        preconditioner. Others refuse to, or multiply by the operator where they should by its
+        transpose.
     is_linear : bool
         Whether the result of a number of iterations is linear in the right-hand side, as long as no
         option makes it otherwise.
     remembers_solves : bool
-        Whether a solve depends on earlier ones, by vectors that enlarge the next Krylov space, or by
-        what is still in work vectors.
+        Whether a solve depends on earlier ones, by vectors that enlarge the next Krylov space, or
+        by what is still in work vectors.
     has_thresholds : bool
-        Whether it stops below sizes that are not relative to the right-hand side, whatever tolerances say.
+        Whether it stops below sizes that are not relative to the right-hand side, whatever
+        tolerances say.
     has_free_natural_norm : bool
         Whether the natural norm takes no product of vectors that the iteration has not made anyway,
         and changes no bit of it.
@@ -62,11 +64,11 @@ class PCFacts:
     Attributes
     ----------
     is_self_contained : bool
-        Whether it is made from a matrix alone, has no KSP or preconditioner inside, and has all it needs
-        once it is set up.
+        Whether it is made from a matrix alone, has no KSP or preconditioner inside, and has all it
+        needs once it is set up.
     nests : bool
-        Whether this package can look for the KSPs and preconditioners inside, of which some may iterate;
-        they are there once it is set up.
+        Whether this package can look for the KSPs and preconditioners inside, of which some may
+        iterate; they are there once it is set up.
     is_multigrid : bool
         Whether it is made of levels, whose smoothers are part of a cycle.
     factorises : bool
@@ -74,15 +76,16 @@ class PCFacts:
     needs_symmetry_to_transpose : bool
         Whether PETSc applies it transposed only where its matrix is known to be symmetric.
     remembers_values : bool
-        Whether it keeps something of the values that it was first set up with when its matrix gets others,
-        such as the interpolation of algebraic multigrid.
+        Whether it keeps something of the values that it was first set up with when its matrix gets
+        others, such as the interpolation of algebraic multigrid.
     remembers_solves : bool
         Whether a solve with it may depend on earlier ones.
     works_on_host : bool
-        Whether it has vectors go through Firedrake, for matrices of its own or to get from mesh to mesh.
+        Whether it has vectors go through Firedrake, for matrices of its own or to get from mesh to
+        mesh.
     does_own_richardson : bool
-        Whether it may make Richardson's iterations with a scale of 1 itself, by sweeps or cycles that start
-        from the iterate.
+        Whether it may make Richardson's iterations with a scale of 1 itself, by sweeps or cycles
+        that start from the iterate.
     changes_system : bool
         Whether it has a KSP iterate on another system than its operator and right-hand side.
     """
@@ -108,12 +111,13 @@ class SNESFacts:
     solves_linear_systems : bool
         Whether it makes its steps by solves of its KSP; others leave the options of that unread.
     steps_along_solution : bool
-        Whether a step is a multiple, by the line search, of what its KSP gives for the Jacobian and the
-        residual at the state, and of nothing else. Such steps can be unrolled.
+        Whether a step is a multiple, by the line search, of what its KSP gives for the Jacobian and
+        the residual at the state, and of nothing else. Such steps can be unrolled.
     remembers_solves : bool
         Whether a solve depends on earlier ones, unless it is reset.
     works_on_host : bool
-        Whether it calls Firedrake beside residual and Jacobian, to get from mesh to mesh or for patches.
+        Whether it calls Firedrake beside residual and Jacobian, to get from mesh to mesh or for
+        patches.
     is_for_inequalities : bool
         Whether it solves variational inequalities.
     """
@@ -177,7 +181,8 @@ KSP_TYPES: Mapping[str, KSPFacts] = {
     "gcr": _ORDINARY_KSP,
     "pipegcr": _ORDINARY_KSP,
     "tsirm": KSPFacts(is_transposable=False, has_thresholds=True),
-    # It multiplies by the operator where it should by the transpose, and the other way round in part.
+    # It multiplies by the operator where it should by the transpose, and the other way round in
+    # part.
     "cgls": KSPFacts(is_transposable=False),
     "fetidp": KSPFacts(is_transposable=False, has_thresholds=True),
     "hpddm": KSPFacts(is_transposable=False, has_thresholds=True),
@@ -195,7 +200,8 @@ _OF_HYPRE = PCFacts(remembers_values=True, does_own_richardson=True)
 PC_TYPES: Mapping[str, PCFacts] = {
     "none": _SELF_CONTAINED,
     "jacobi": _SELF_CONTAINED,
-    "sor": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True, does_own_richardson=True),
+    "sor": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True,
+                   does_own_richardson=True),
     "lu": _FACTORISATION,
     "qr": _FACTORISATION,
     "shell": PCFacts(works_on_host=True, does_own_richardson=True),
@@ -204,7 +210,8 @@ PC_TYPES: Mapping[str, PCFacts] = {
     "vpbjacobi": _SELF_CONTAINED,
     "mg": PCFacts(is_multigrid=True, works_on_host=True, does_own_richardson=True),
     # It preconditions from both sides for the time of a solve (Eisenstat, 1981).
-    "eisenstat": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True, changes_system=True),
+    "eisenstat": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True,
+                         changes_system=True),
     "ilu": _SELF_CONTAINED,
     "icc": _SELF_CONTAINED,
     "asm": _NESTING,
@@ -290,19 +297,19 @@ _UNKNOWN_SNES = SNESFacts(remembers_solves=True, works_on_host=True)
 def ksp_facts(name: str | None) -> KSPFacts:
     """The facts of a type of KSP, as ``ksp.getType()`` gives it: None before it is chosen.
 
-    One without a row iterates, is not linear, has thresholds, and is given the transposed operator where
-    a transposed solve is asked for. It counts as one that remembers nothing, since to refuse it would
-    leave nobody a way to use it: that a solve starts anew is for its author to see to.
+    One without a row iterates, is not linear, has thresholds, and is given the transposed operator
+    where a transposed solve is asked for. It counts as one that remembers nothing, since to refuse
+    it would leave nobody a way to use it: that a solve starts anew is for its author to see to.
     """
     return _ORDINARY_KSP if name is None else KSP_TYPES.get(name, _UNKNOWN_KSP)
 
 
 def pc_facts(name: str | None) -> PCFacts:
-    """The facts of a type of preconditioner, as ``pc.getType()`` gives it: None before it is chosen.
+    """The facts of a type of PC, as ``pc.getType()`` gives it: None before it is chosen.
 
-    One without a row may hold what this package cannot ask for. It is made anew for other values of its
-    operator, is transposed only where its matrix is known to be symmetric, stays on the host, and may make
-    Richardson's iterations itself.
+    One without a row may hold what this package cannot ask for. It is made anew for other values of
+    its operator, is transposed only where its matrix is known to be symmetric, stays on the host,
+    and may make Richardson's iterations itself.
     """
     return _ORDINARY_PC if name is None else PC_TYPES.get(name, _UNKNOWN_PC)
 
@@ -310,7 +317,8 @@ def pc_facts(name: str | None) -> PCFacts:
 def snes_facts(name: str | None) -> SNESFacts:
     """The facts of a type of SNES, as ``snes.getType()`` gives it: None before it is chosen.
 
-    One without a row is reset before each solve, stays on the host, and has no linear solves to be refined.
+    One without a row is reset before each solve, stays on the host, and has no linear solves to be
+    refined.
     """
     return _ORDINARY_SNES if name is None else SNES_TYPES.get(name, _UNKNOWN_SNES)
 
