@@ -379,9 +379,9 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     refinement : Refinement or None
         Whose ``setting`` is put on the KSP at each solve; None solves as far as the options say.
     differentiation : str, Implicit or Unrolled
-        ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward solve. ``"unrolled"``: the exact
-        derivative of the iterate that was computed, for ksp_type richardson, chebyshev, cg, gmres, fgmres, bcgs and steepest descent; see
-        :class:`Unrolled`.
+        ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward
+        solve. ``"unrolled"``: the exact derivative of the iterate that was computed, for the methods
+        that :mod:`prdp_fem.unrolled` states again; see :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function instead of zero.
     ksp_prefix : str or None
@@ -457,9 +457,9 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
     refinement : Refinement or None
         Whose ``setting`` is put on SNES and KSP at each solve; None solves as far as the options say.
     differentiation : str, Implicit or Unrolled
-        ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward solve. ``"unrolled"``: the exact
-        derivative of the iterate that was computed, for ksp_type richardson, chebyshev, cg, gmres, fgmres, bcgs and steepest descent; see
-        :class:`Unrolled`.
+        ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward
+        solve. ``"unrolled"``: the exact derivative of the iterate that was computed, for the methods
+        that :mod:`prdp_fem.unrolled` states again; see :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function, as Firedrake does; False starts from zero.
     ksp_prefix, device

@@ -142,7 +142,7 @@ def has_untransposable_inside(ksp: PETSc.KSP) -> bool:
 
 
 def has_failed_inside(ksp: PETSc.KSP) -> bool:
-    """Whether a preconditioner in a KSP has noted, on this rank, that its operator is none for it."""
+    """Whether a preconditioner in a KSP has noted, on this rank, that it cannot be set up."""
     return any(pc.getFailedReason() != 0 for pc in all_preconditioners(ksp))
 
 

@@ -1,21 +1,32 @@
 """Krylov methods and stationary ones as PETSc has them, each a short program in an arithmetic.
 
-A method has a state, a tuple of vectors and scalars (None where there is none yet), and
+A method is registered by the type of KSP that it states again, and its ``of(found)`` makes it as
+that is set. It has a state, a tuple of vectors and scalars (None where there is none yet), and
 
 - ``initial(on, b, guess)``, the state before the first iteration; a guess of None is zero;
-- ``steps(iterations)``, into which it divides so many iterations: single ones, or the cycles between restarts;
-- ``advance(on, state, iterations)``, the state after one such step, or the same one (not a copy) where PETSc's iteration ends
-  with what it has, since it broke down or has nothing left to do;
+- ``steps(iterations)``, into which it divides so many iterations: single ones, or the cycles
+  between restarts;
+- ``advance(on, state, iterations)``, the state after one such step, or the same one (not a copy)
+  where PETSc's iteration ends with what it has, since it broke down or has nothing left to do;
 - ``solution(on, state)``, the iterate;
-- ``is_linear``, whether that is linear in b and the guess.
+- ``is_linear``, whether that is linear in b and the guess;
+- ``counts_unfinished``, whether PETSc counts the iteration in which it finds itself done.
 
-``on`` is the arithmetic: see :class:`prdp_fem.unrolled.values.Values`. The recursions, and in which order they are evaluated, are those
-of PETSc's sources in src/ksp/ksp/impls, named at each.
+``on`` is the arithmetic: see :class:`prdp_fem.unrolled.values.Values`. The recursions, and in which
+order they are evaluated, are those of PETSc's sources in src/ksp/ksp/impls, named at each.
 """
 from __future__ import annotations
 
-__all__ = ["BiCGStab", "Chebyshev", "ConjugateGradients", "FGMRES", "GMRES", "Richardson", "SelfScaledRichardson",
-           "SteepestDescentIteration"]
+import re
+
+from firedrake.petsc import PETSc
+
+from prdp_fem.krylov.petsc_types import pc_facts
+from prdp_fem.unrolled.registry import KSPAsSet, unrolled_methods
+from prdp_fem.unrolled.steepest_descent import SteepestDescent
+
+__all__ = ["BiCGStab", "Chebyshev", "ConjugateGradients", "FGMRES", "GMRES", "Iteration",
+           "Richardson", "SelfScaledRichardson", "SteepestDescentIteration"]
 
 # Below it PETSc takes the next vector of a Krylov basis for zero (haptol in gmres.c).
 _HAPPY_BREAKDOWN = 1e-30
@@ -25,10 +36,16 @@ def _residual(on, b, x):
     return b if x is None else on.add(b, -1.0, on.operator(x))
 
 
-class _Iteration:
-    """A method whose steps are single iterations, and whose iterate is the first part of its state."""
+class Iteration:
+    """A method whose steps are single iterations, and whose iterate is first in its state."""
 
     is_linear = False
+    counts_unfinished = False
+
+    @classmethod
+    def of(cls, found: KSPAsSet) -> Iteration:
+        """The method of a KSP, as that is set."""
+        return cls()
 
     def steps(self, iterations: int) -> list[int]:
         return [1]*iterations
@@ -37,7 +54,8 @@ class _Iteration:
         return state[0]
 
 
-class Richardson(_Iteration):
+@unrolled_methods("richardson", "any scale, and self-scaled")
+class Richardson(Iteration):
     """x ← x + s B (b - A x), in rich.c.
 
     Parameters
@@ -50,6 +68,25 @@ class Richardson(_Iteration):
     def __init__(self, scale: float):
         self.scale = scale
 
+    @classmethod
+    def of(cls, found):
+        kind = found.ksp.getPC().getType()
+        does_own = pc_facts(kind).does_own_richardson
+        if "self-scale" in found.text:
+            if does_own:
+                raise ValueError(f"with pc_type {kind} PETSc does not heed "
+                                 "ksp_richardson_self_scale unless there is a monitor: "
+                                 "self-scaled Richardson iterations are unrolled for other "
+                                 "preconditioners only")
+            return SelfScaledRichardson()
+        scale = found.number(r"damping factor=(\S+)", "ksp_richardson_scale")
+        A, P = found.ksp.getOperators()
+        if scale == 1 and does_own and A.handle != P.handle:
+            raise ValueError(f"with pc_type {kind} and a ksp_richardson_scale of 1 PETSc iterates "
+                             "with the matrix that the preconditioner is made from, instead of the "
+                             "operator: this is unrolled only where they are the same")
+        return cls(scale)
+
     def initial(self, on, b, guess):
         return guess, b
 
@@ -58,8 +95,8 @@ class Richardson(_Iteration):
         return on.add(x, self.scale, on.precondition(_residual(on, b, x))), b
 
 
-class SelfScaledRichardson(_Iteration):
-    """Richardson's iteration with the step that makes the next preconditioned residual least, in rich.c."""
+class SelfScaledRichardson(Iteration):
+    """Richardson's iteration whose step makes the next preconditioned residual least, in rich.c."""
 
     def initial(self, on, b, guess):
         return guess, on.precondition(_residual(on, b, guess))
@@ -74,7 +111,8 @@ class SelfScaledRichardson(_Iteration):
         return on.add(x, scale, z), on.add(z, -scale, y)
 
 
-class Chebyshev(_Iteration):
+@unrolled_methods("chebyshev", "with `ksp_chebyshev_eigenvalues`")
+class Chebyshev(Iteration):
     """Chebyshev's iteration with polynomials of the first kind, in cheby.c.
 
     Parameters
@@ -84,10 +122,24 @@ class Chebyshev(_Iteration):
     """
 
     is_linear = True
+    counts_unfinished = True
 
     def __init__(self, smallest: float, largest: float):
         self.scale = 2/(largest + smallest)
         self.mu = 1/(1 - self.scale*smallest)
+
+    @classmethod
+    def of(cls, found):
+        kind = re.search(r"polynomial of (.*) kind", found.text)[1]
+        if kind != "first":
+            raise ValueError(f"Chebyshev polynomials of the {kind} kind have no unrolled "
+                             "derivative: use ksp_chebyshev_kind first")
+        if "estimated" in found.text:
+            raise ValueError("unrolled differentiation must know the bounds of the eigenvalues "
+                             "that Chebyshev's iteration uses, and PETSc does not tell what it has "
+                             "estimated: set ksp_chebyshev_eigenvalues smallest,largest")
+        return cls(*found.numbers(r"targets used: min (\S+), max (\S+)",
+                                  "ksp_chebyshev_eigenvalues"))
 
     def initial(self, on, b, guess):
         return guess, None, b, None, None
@@ -103,7 +155,8 @@ class Chebyshev(_Iteration):
         return on.add(None, omega, x, omega*self.scale, z, *terms), x, b, c_next, c
 
 
-class ConjugateGradients(_Iteration):
+@unrolled_methods("cg")
+class ConjugateGradients(Iteration):
     """Hestenes and Stiefel's conjugate gradients, in cg.c."""
 
     def initial(self, on, b, guess):
@@ -118,13 +171,16 @@ class ConjugateGradients(_Iteration):
         p = z if p_previous is None else on.add(z, rho/rho_previous, p_previous)
         w = on.operator(p)
         curvature = on.dot(p, w)
-        if float(curvature) == 0 or (curvature_previous is not None and float(curvature)*float(curvature_previous) < 0):
+        if float(curvature) == 0:
+            return state
+        if curvature_previous is not None and float(curvature)*float(curvature_previous) < 0:
             return state
         alpha = rho/curvature
         return on.add(x, alpha, p), on.add(r, -alpha, w), p, rho, float(curvature)
 
 
-class SteepestDescentIteration(_Iteration):
+@unrolled_methods(SteepestDescent, name="prdp_fem.SteepestDescent")
+class SteepestDescentIteration(Iteration):
     """Steepest descent with exact line search: :class:`prdp_fem.unrolled.SteepestDescent`."""
 
     def initial(self, on, b, guess):
@@ -141,8 +197,16 @@ class SteepestDescentIteration(_Iteration):
         return on.add(x, alpha, z), on.add(r, -alpha, w)
 
 
-class BiCGStab(_Iteration):
-    """Van der Vorst's stabilised bi-conjugate gradients, preconditioned from the left, in bcgs.c."""
+@unrolled_methods("bcgs")
+class BiCGStab(Iteration):
+    """Van der Vorst's stabilised bi-conjugate gradients, with B from the left, in bcgs.c."""
+
+    @classmethod
+    def of(cls, found):
+        if found.ksp.getPCSide() != PETSc.PC.Side.LEFT:
+            raise ValueError("bcgs with ksp_pc_side right may add the guess of an earlier solve: "
+                             "use ksp_pc_side left, or gmres")
+        return cls()
 
     def initial(self, on, b, guess):
         r = on.precondition(_residual(on, b, guess))
@@ -173,11 +237,14 @@ class BiCGStab(_Iteration):
         return on.add(x, alpha, p, omega, s), on.add(s, -omega, t), shadow, p, v, rho, alpha, omega
 
 
+@unrolled_methods("gmres", "with restarts")
 class GMRES:
-    """Saad and Schultz's generalised minimal residual method with classical Gram-Schmidt orthogonalisation, in gmres.c.
+    """Saad and Schultz's generalised minimal residual method, in gmres.c.
 
-    Its iterate depends on the space that the basis spans, and not on the basis: with any other numbers in the place of the products and
-    norms that each next vector is made with, the least residual would be the same. So they are not differentiated.
+    Its basis is made by classical Gram-Schmidt orthogonalisation. The iterate depends on the space
+    that the basis spans, and not on the basis: with any other numbers in the place of the products
+    and norms that each next vector is made with, the least residual would be the same. So they are
+    not differentiated.
 
     Parameters
     ----------
@@ -187,9 +254,15 @@ class GMRES:
     """
 
     is_linear = False
+    counts_unfinished = False
 
     def __init__(self, restart: int, right: bool):
-        self.restart, self.right = restart, right
+        self.restart = restart
+        self.right = right
+
+    @classmethod
+    def of(cls, found):
+        return cls(_restart(found), found.ksp.getPCSide() == PETSc.PC.Side.RIGHT)
 
     def steps(self, iterations):
         cycles, rest = divmod(iterations, self.restart)
@@ -229,6 +302,7 @@ class GMRES:
         return state[0]
 
 
+@unrolled_methods("fgmres", "with restarts")
 class FGMRES(GMRES):
     """Saad's flexible GMRES, in fgmres.c: it keeps the preconditioned basis.
 
@@ -240,9 +314,22 @@ class FGMRES(GMRES):
     def __init__(self, restart: int):
         super().__init__(restart, right=True)
 
+    @classmethod
+    def of(cls, found):
+        return cls(_restart(found))
+
     def next_vector(self, on, v, directions):
         directions.append(on.precondition(v))
         return on.operator(directions[-1])
 
     def update(self, on, x, y, basis, directions):
         return on.combine(x, y, *directions)
+
+
+def _restart(found: KSPAsSet) -> int:
+    """How many iterations of (F)GMRES there are between restarts."""
+    if "classical" not in found.text or "no iterative refinement" not in found.text:
+        raise ValueError(f"{found.ksp.getType()} is unrolled with PETSc's default "
+                         "orthogonalisation only: set ksp_orthogonalization cgs, without "
+                         "refinement")
+    return int(re.search(r"restart=(\d+)", found.text)[1])

@@ -1,7 +1,8 @@
 """Preconditioners, their transposes, and how they depend on the matrix they are made from.
 
-Jacobi's, point-block Jacobi's and a forward or backward sweep are the inverses of some entries of the matrix, each with a weight:
-B = (W ∘ P)⁻¹. Then Ḃ r = -B (W ∘ Ṗ) z where z = B r, and the cotangent of P is -W ∘ (Bᵀ z̄) zᵀ. A symmetric sweep is made of two such.
+Jacobi's, point-block Jacobi's and a forward or backward sweep are the inverses of some entries of
+the matrix, each with a weight: B = (W ∘ P)⁻¹. Then Ḃ r = -B (W ∘ Ṗ) z where z = B r, and the
+cotangent of P is -W ∘ (Bᵀ z̄) zᵀ. A symmetric sweep is made of two such.
 """
 from __future__ import annotations
 
@@ -13,35 +14,65 @@ import numpy as np
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 
-from prdp_fem.krylov.view import described, setting
-from prdp_fem.unrolled.operator_cotangent import OperatorCotangent, SparsityPattern, is_assembled, local_values
+from prdp_fem.krylov.petsc_types import listed
+from prdp_fem.unrolled.operator_cotangent import (
+    OperatorCotangent,
+    SparsityPattern,
+    is_assembled,
+    local_values,
+)
+from prdp_fem.unrolled.registry import PCAsSet, restated_preconditioners
 
 __all__ = ["Preconditioner", "preconditioner_of"]
 
-# How far the preconditioner that formulas give may be from PETSc's own, relative; both are exact to rounding.
+# How far the preconditioner that formulas give may be from PETSc's own, relative; both are exact to
+# rounding.
 _AGREEMENT = 1e-9
-# The largest group of like rows that PETSc's sweeps treat as a block (inode.c), and how few groups make it do so.
+# The largest group of like rows that PETSc's sweeps treat as a block (inode.c), and how few groups
+# make it do so.
 _LARGEST_NODE, _FEW_NODES = 5, 0.8
 
 
+# What else has a transpose, to be recommended.
+_TRANSPOSABLE = ("ilu", "bjacobi")
+
+
 class Preconditioner:
-    """A preconditioner that is taken for constant.
+    """A preconditioner that is taken for constant, and the base of those whose derivative is known.
+
+    Subclasses say, by :meth:`add_cotangent` and :meth:`derivative`, how they depend on their
+    matrix, and are registered by their type.
 
     Parameters
     ----------
     pc : PETSc.PC
     matrix : PETSc.Mat
-        That it is made from.
+        What it is made from.
+
+    Attributes
+    ----------
+    is_identity : bool
+        Whether it leaves vectors as they are.
+    kind : str
+        Its type.
+    symmetric : bool
+        Whether it is known to be symmetric, at present.
     """
 
     is_identity = False
-    _warns = True
-    _is_transposable: bool | None = None
 
     def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat):
-        self.pc, self.matrix = pc, matrix
+        self.pc = pc
+        self.matrix = matrix
         self.kind = pc.getType()
         self.symmetric = False
+        self._has_warned = False
+        self._is_transposable: bool | None = None
+
+    @classmethod
+    def of(cls, found: PCAsSet) -> Preconditioner | None:
+        """The preconditioner as it is set; None where it is set to what is not stated here."""
+        return cls(found.pc, found.matrix)
 
     def refresh(self, symmetric: bool) -> None:
         """To be called before each use."""
@@ -59,67 +90,88 @@ class Preconditioner:
             self.pc.applyTranspose(x, y)
 
     def require_transpose(self) -> None:
-        """Raise a ValueError where PETSc has no transpose of it, or another matrix in its place, which only trying tells."""
+        """Raise a ValueError where PETSc has no transpose of it, or another matrix in its place."""
         if self._is_transposable is None:
-            (x, Bx), (y, By) = self.matrix.createVecs(), self.matrix.createVecs()
-            _fill(x)
-            y.setArray(np.cos(2 + 0.7*np.arange(*y.getOwnershipRange())))
-            try:
-                self.pc.apply(x, Bx)
-                self.pc.applyTranspose(y, By)
-                self._is_transposable = abs(Bx.dot(y) - By.dot(x)) <= _AGREEMENT*Bx.norm()*y.norm()
-            except PETSc.Error:
-                self._is_transposable = False
-                for vector in (x, Bx, y, By):
-                    vector.incRef()  # some preconditioners destroy, at their reset, what they had when an error left them
-                operators = self.pc.getOperators()
-                self.pc.reset()
-                self.pc.setOperators(*operators)
-                self.pc.setUp()
+            self._is_transposable = self._try_transpose()
         if not self._is_transposable:
-            raise ValueError("the derivative of unrolled iterations needs the transpose of the preconditioner, and pc_type "
-                             f"{self.kind}, as it is set, has none: use jacobi, pbjacobi, sor with one sweep, ilu or bjacobi, or "
-                             "implicit differentiation")
+            known = [f"{entry.name} {entry.note}".rstrip() for entry in _differentiated()]
+            raise ValueError("the derivative of unrolled iterations needs the transpose of the "
+                             f"preconditioner, and pc_type {self.kind}, as it is set, has none: "
+                             f"use {listed([*known, *_TRANSPOSABLE])}, or implicit differentiation")
 
-    def add_cotangent(self, cotangent: OperatorCotangent, factor: float, z_cotangent: PETSc.Vec, r_cotangent: PETSc.Vec,
-                      r: PETSc.Vec, z: PETSc.Vec) -> None:
+    def _try_transpose(self) -> bool:
+        """Whether PETSc has the transpose, which only trying tells."""
+        (x, Bx), (y, By) = self.matrix.createVecs(), self.matrix.createVecs()
+        _fill(x)
+        y.setArray(np.cos(2 + 0.7*np.arange(*y.getOwnershipRange())))
+        try:
+            self.pc.apply(x, Bx)
+            self.pc.applyTranspose(y, By)
+            return abs(Bx.dot(y) - By.dot(x)) <= _AGREEMENT*Bx.norm()*y.norm()
+        except PETSc.Error:
+            for vector in (x, Bx, y, By):
+                # Some preconditioners destroy, at their reset, what they had when an error left
+                # them.
+                vector.incRef()
+            operators = self.pc.getOperators()
+            self.pc.reset()
+            self.pc.setOperators(*operators)
+            self.pc.setUp()
+            return False
+
+    def add_cotangent(self, cotangent: OperatorCotangent, factor: float, z_cotangent: PETSc.Vec,
+                      r_cotangent: PETSc.Vec, r: PETSc.Vec, z: PETSc.Vec) -> None:
         """Add what z = B r gives to the cotangent of the matrix.
 
         Parameters
         ----------
         cotangent : OperatorCotangent
         factor : float
-            That the cotangents are to be multiplied by.
+            What the cotangents are to be multiplied by.
         z_cotangent, r_cotangent : PETSc.Vec
             The cotangent of z, and Bᵀ times it.
         r, z : PETSc.Vec
         """
         self.warn_once()
 
-    def derivative(self, tangent: PETSc.Mat) -> Callable[[PETSc.Vec, PETSc.Vec, PETSc.Vec], None] | None:
+    def derivative(self, tangent: PETSc.Mat) -> _Derivative | None:
         """A function of r, z = B r and a vector, which it sets to Ḃ r; None for zero."""
         self.warn_once()
         return None
 
     def _require_pattern(self, tangent: PETSc.Mat) -> None:
-        """Refuse, on all ranks, a matrix with another number of entries than the preconditioner's."""
+        """Refuse, on all ranks, a matrix with another number of entries than that of B."""
         differs = len(local_values(tangent)) != len(local_values(self.matrix))
         if self.pc.comm.tompi4py().allreduce(differs, op=MPI.LOR):
-            raise ValueError("the tangent of the matrix that a preconditioner is made from must have the nonzero pattern of that matrix")
+            raise ValueError("the tangent of the matrix that a preconditioner is made from must "
+                             "have the nonzero pattern of that matrix")
 
     def warn_once(self) -> None:
         """Say that the preconditioner is taken for constant."""
-        if self._warns:
-            self._warns = False
-            if self.pc.comm.rank == 0:
-                firedrake.logging.warning(
-                    f"unrolled differentiation takes the preconditioner for a constant: how pc_type {self.kind} (as it is set) depends "
-                    "on the operator is not differentiated; that of jacobi, pbjacobi and sor is")
+        if self._has_warned or self.is_identity:
+            return
+        self._has_warned = True
+        if self.pc.comm.rank == 0:
+            *others, last = (entry.name for entry in _differentiated())
+            firedrake.logging.warning(
+                "unrolled differentiation takes the preconditioner for a constant: how pc_type "
+                f"{self.kind} (as it is set) depends on the operator is not differentiated; that "
+                f"of {', '.join(others)} and {last} is")
 
 
-class _Identity(Preconditioner):
+_Derivative = Callable[[PETSc.Vec, PETSc.Vec, PETSc.Vec], None]
+
+
+def _differentiated() -> list:
+    """What is registered and depends on a matrix."""
+    return [entry for entry in restated_preconditioners if not entry.restated.is_identity]
+
+
+@restated_preconditioners("none")
+class Identity(Preconditioner):
+    """No preconditioner."""
+
     is_identity = True
-    _warns = False
 
     def apply(self, r, z):
         r.copy(z)
@@ -148,7 +200,8 @@ class _Entries:
         self.columns = pattern.columns[self.where] - pattern.first_column
         self.weights = weights[self.where]
         self.size = len(pattern.indptr) - 1
-        self._is_diagonal = np.array_equal(self.rows, np.arange(self.size)) and np.array_equal(self.columns, self.rows)
+        self._is_diagonal = (np.array_equal(self.rows, np.arange(self.size))
+                             and np.array_equal(self.columns, self.rows))
 
     def of(self, matrix: PETSc.Mat) -> np.ndarray:
         """W ∘ M, shape (m,), for a matrix with the same pattern."""
@@ -158,42 +211,32 @@ class _Entries:
         """The matrix of these values, as ``of`` gives them, times a vector."""
         return np.bincount(self.rows, weights=values*x[self.columns], minlength=self.size)
 
-    def add_product(self, cotangent: OperatorCotangent, factor: float, left: np.ndarray, right: np.ndarray) -> None:
+    def add_product(self, cotangent: OperatorCotangent, factor: float, left: np.ndarray,
+                    right: np.ndarray) -> None:
         """Add factor · W ∘ (left rightᵀ)."""
         if not self._is_diagonal:
             left, right = left[self.rows], right[self.columns]
         cotangent.add_to_entries(self.where, (factor*self.weights)*left*right)
 
 
-class _OfBlocks(Preconditioner):
-    """Jacobi's preconditioner, and that of point blocks: the inverse of blocks on the diagonal."""
+@restated_preconditioners("pbjacobi")
+class DiagonalBlocks(Preconditioner):
+    """Point-block Jacobi's preconditioner: the inverse of blocks on the diagonal."""
 
-    _entries: _Entries | None = None
-    _state = None
-    _agrees = True
+    def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat):
+        super().__init__(pc, matrix)
+        # They are made where a derivative asks for them.
+        self._entries: _Entries | None = None
+        self._state: int | None = None
+        self._agrees = True
 
     def _block_size(self) -> int:
-        return 1 if self.kind == "jacobi" else self.matrix.getBlockSize()
-
-    def apply_transposed(self, x, y):
-        if self.kind == "jacobi":
-            self.pc.apply(x, y)  # whatever it makes its diagonal from
-        else:
-            super().apply_transposed(x, y)
-
-    def require_transpose(self):
-        if self.kind != "jacobi":
-            super().require_transpose()
+        return self.matrix.getBlockSize()
 
     def _is_differentiable(self) -> bool:
-        """Whether it is what formulas say it is: Jacobi's has variants, and a preconditioner may be reused."""
+        """Whether it is what formulas say: there are variants, and it may be another matrix's."""
         if self._entries is None:
-            pattern = SparsityPattern(self.matrix)
-            size = self._block_size()
-            chosen = pattern.owned_columns & (pattern.rows//size == (pattern.columns - pattern.first_column)//size)
-            self._entries = _Entries(pattern, chosen, np.ones(len(pattern.rows)))
-            self._work, self._probe = self.matrix.createVecRight(), self.matrix.createVecRight()
-            _fill(self._probe)
+            self._find_entries()
         state = self.matrix.stateGet()
         if state != self._state:
             r, z = self._probe, self._work
@@ -204,6 +247,16 @@ class _OfBlocks(Preconditioner):
             self._agrees = bool(z.norm() <= _AGREEMENT*r.norm())
             self._state = state
         return self._agrees
+
+    def _find_entries(self) -> None:
+        pattern = SparsityPattern(self.matrix)
+        size = self._block_size()
+        column_blocks = (pattern.columns - pattern.first_column)//size
+        chosen = pattern.owned_columns & (pattern.rows//size == column_blocks)
+        self._entries = _Entries(pattern, chosen, np.ones(len(pattern.rows)))
+        self._work = self.matrix.createVecRight()
+        self._probe = self.matrix.createVecRight()
+        _fill(self._probe)
 
     def add_cotangent(self, cotangent, factor, z_cotangent, r_cotangent, r, z):
         if self._is_differentiable():
@@ -225,6 +278,20 @@ class _OfBlocks(Preconditioner):
         return apply
 
 
+@restated_preconditioners("jacobi")
+class Diagonal(DiagonalBlocks):
+    """Jacobi's preconditioner: the inverse of the diagonal."""
+
+    def _block_size(self):
+        return 1
+
+    def apply_transposed(self, x, y):
+        self.pc.apply(x, y)  # whatever it makes its diagonal from
+
+    def require_transpose(self):
+        """It is its own."""
+
+
 class _Sweep:
     """The solution with a triangle of the rows and columns of this rank, and with its transpose.
 
@@ -237,10 +304,12 @@ class _Sweep:
     def __init__(self, entries: _Entries):
         self.entries = entries
         size = entries.size
-        self._indptr = np.concatenate([[0], np.cumsum(np.bincount(entries.rows, minlength=size))]).astype(PETSc.IntType)
+        lengths = np.bincount(entries.rows, minlength=size)
+        self._indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(PETSc.IntType)
         self._indices = entries.columns.astype(PETSc.IntType)
-        self._matrix = PETSc.Mat().createAIJ((size, size), csr=(self._indptr, self._indices, np.ones(len(self._indices))),
-                                             comm=PETSc.COMM_SELF)
+        ones = np.ones(len(self._indices))
+        self._matrix = PETSc.Mat().createAIJ(
+            (size, size), csr=(self._indptr, self._indices, ones), comm=PETSc.COMM_SELF)
         # A factorisation of a triangle in its natural order has no more entries than it.
         self._pc = PETSc.PC().create(comm=PETSc.COMM_SELF)
         self._pc.setType("lu")
@@ -256,22 +325,25 @@ class _Sweep:
         self._pc.setUp()
 
     def solve(self, x: np.ndarray) -> np.ndarray:
+        """The solution for a right-hand side of this rank's rows."""
         self._x.setArray(x)
         self._pc.apply(self._x, self._y)
         return self._y.array_r.copy()
 
     def solve_transposed(self, x: np.ndarray) -> np.ndarray:
+        """The solution with the transpose."""
         self._x.setArray(x)
         self._pc.applyTranspose(self._x, self._y)
         return self._y.array_r.copy()
 
 
-class _Relaxation(Preconditioner):
+@restated_preconditioners("sor", "with one sweep")
+class Relaxation(Preconditioner):
     """One sweep of SOR over the rows of each rank, forwards, backwards or both.
 
-    With D, L and U the diagonal of the matrix and what is below and above it, a forward sweep is (D/ω + L)⁻¹, a backward one
-    (D/ω + U)⁻¹, and both are (D/ω + U)⁻¹ ((2 - ω)/ω) D (D/ω + L)⁻¹. Where PETSc treats groups of rows as blocks (with ω = 1), D is that
-    of blocks.
+    With D, L and U the diagonal of the matrix and what is below and above it, a forward sweep is
+    (D/ω + L)⁻¹, a backward one (D/ω + U)⁻¹, and both are (D/ω + U)⁻¹ ((2 - ω)/ω) D (D/ω + L)⁻¹.
+    Where PETSc treats groups of rows as blocks (with ω = 1), D is that of blocks.
 
     Parameters
     ----------
@@ -281,23 +353,44 @@ class _Relaxation(Preconditioner):
     forward, backward : bool
     """
 
-    def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat, omega: float, forward: bool, backward: bool):
+    def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat, omega: float, forward: bool,
+                 backward: bool):
         super().__init__(pc, matrix)
         pattern = SparsityPattern(matrix)
+        owned = pattern.owned_columns
         columns = pattern.columns - pattern.first_column
-        has_blocks = omega == 1 and matrix.getType() in ("seqaij", "mpiaij")  # and none of a matrix on a device
+        # PETSc takes no rows in groups where a matrix is on a device.
+        has_blocks = omega == 1 and matrix.getType() in ("seqaij", "mpiaij")
         node = _nodes(pattern, columns) if has_blocks else np.arange(len(pattern.indptr) - 1)
         node_of_row = node[pattern.rows]
-        node_of_column = np.where(pattern.owned_columns, node[np.where(pattern.owned_columns, columns, 0)], -1)
-        diagonal = pattern.owned_columns & (node_of_row == node_of_column)
+        node_of_column = np.where(owned, node[np.where(owned, columns, 0)], -1)
+        diagonal = owned & (node_of_row == node_of_column)
         weights = np.where(diagonal, 1/omega, 1.0)
-        lower = pattern.owned_columns & (node_of_column <= node_of_row)
-        upper = pattern.owned_columns & (node_of_column >= node_of_row)
-        self._sweeps = [_Sweep(_Entries(pattern, lower, weights))]*forward + [_Sweep(_Entries(pattern, upper, weights))]*backward
+        triangles = []
+        if forward:
+            triangles.append(owned & (node_of_column <= node_of_row))
+        if backward:
+            triangles.append(owned & (node_of_column >= node_of_row))
+        self._sweeps = [_Sweep(_Entries(pattern, triangle, weights)) for triangle in triangles]
         self._middle = _Entries(pattern, diagonal, np.full(len(columns), (2 - omega)/omega))
-        self._state = None
-        self._probe, self._work = matrix.createVecRight(), matrix.createVecRight()
+        self._state: int | None = None
+        self._probe = matrix.createVecRight()
+        self._work = matrix.createVecRight()
         _fill(self._probe)
+
+    @classmethod
+    def of(cls, found):
+        if not is_assembled(found.matrix):
+            return None
+        direction, sweeps, local_sweeps = re.search(
+            r"type = (\w+), iterations = (\d+), local iterations = (\d+)", found.text).groups()
+        direction = direction.removeprefix("local_")
+        if direction not in ("forward", "backward", "symmetric"):
+            return None
+        if sweeps != "1" or local_sweeps != "1":
+            return None
+        omega = found.number(r"omega = (\S+)", "pc_sor_omega")
+        return cls(found.pc, found.matrix, omega, direction != "backward", direction != "forward")
 
     def refresh(self, symmetric):
         super().refresh(symmetric)
@@ -312,9 +405,10 @@ class _Relaxation(Preconditioner):
         size = z.norm()
         z.setArray(z.array_r - self._apply(r.array_r)[-1])
         if not z.norm() <= _AGREEMENT*size:
-            raise ValueError("the sor preconditioner is not what its settings say: unrolled differentiation knows one sweep, forwards, "
-                             "backwards or symmetric, with any pc_sor_omega and no pc_sor_diagonal_shift, set up for the present values of "
-                             "the operator")
+            raise ValueError("the sor preconditioner is not what its settings say: unrolled "
+                             "differentiation knows one sweep, forwards, backwards or symmetric, "
+                             "with any pc_sor_omega and no pc_sor_diagonal_shift, set up for the "
+                             "present values of the operator")
         self._state = state
 
     def require_transpose(self):
@@ -324,11 +418,13 @@ class _Relaxation(Preconditioner):
         """The results of the sweeps."""
         results = [self._sweeps[0].solve(r)]
         if len(self._sweeps) == 2:
-            results.append(self._sweeps[1].solve(self._middle.product(self._middle_values, results[0])))
+            middle = self._middle.product(self._middle_values, results[0])
+            results.append(self._sweeps[1].solve(middle))
         return results
 
     def _transposed_middle(self, x: np.ndarray) -> np.ndarray:
-        return np.bincount(self._middle.columns, weights=self._middle_values*x[self._middle.rows], minlength=self._middle.size)
+        weights = self._middle_values*x[self._middle.rows]
+        return np.bincount(self._middle.columns, weights=weights, minlength=self._middle.size)
 
     def apply_transposed(self, x, y):
         if self.symmetric and len(self._sweeps) == 2:
@@ -363,7 +459,8 @@ class _Relaxation(Preconditioner):
             last = self._sweeps[1]
             half = first.solve(r.array_r)
             change = -first.solve(first.entries.product(changes[0], half))
-            change = self._middle.product(middle, half) + self._middle.product(self._middle_values, change)
+            change = (self._middle.product(middle, half)
+                      + self._middle.product(self._middle_values, change))
             out.setArray(last.solve(change - last.entries.product(changes[1], z.array_r)))
         return apply
 
@@ -376,40 +473,33 @@ def _fill(vector: PETSc.Vec) -> None:
 def _nodes(pattern: SparsityPattern, columns: np.ndarray) -> np.ndarray:
     """The group of like rows that each row is in, shape (rows,), as PETSc groups them."""
     size = len(pattern.indptr) - 1
-    patterns = [columns[start:stop][pattern.owned_columns[start:stop]] for start, stop in zip(pattern.indptr[:-1], pattern.indptr[1:])]
+    patterns = [columns[start:stop][pattern.owned_columns[start:stop]]
+                for start, stop in zip(pattern.indptr[:-1], pattern.indptr[1:])]
     node = np.zeros(size, dtype=np.intp)
     count = row = 0
     while row < size:
         stop = row + 1
-        while stop < size and stop - row < _LARGEST_NODE and np.array_equal(patterns[stop], patterns[row]):
+        while (stop < size and stop - row < _LARGEST_NODE
+               and np.array_equal(patterns[stop], patterns[row])):
             stop += 1
         node[row:stop] = count
         count, row = count + 1, stop
     return node if count <= _FEW_NODES*size else np.arange(size)
 
 
-def preconditioner_of(pc: PETSc.PC, matrix: PETSc.Mat, options: Mapping | None = None) -> Preconditioner:
+def preconditioner_of(pc: PETSc.PC, matrix: PETSc.Mat,
+                      options: Mapping | None = None) -> Preconditioner:
     """What is known of a preconditioner.
 
     Parameters
     ----------
     pc : PETSc.PC
-        Set up.
+        It is set up.
     matrix : PETSc.Mat
-        That it is made from.
+        What it is made from.
     options : mapping or None
         Options without prefix, that PETSc's own may have lost.
     """
-    kind = pc.getType()
-    if kind == "none":
-        return _Identity(pc, matrix)
-    if kind in ("jacobi", "pbjacobi"):
-        return _OfBlocks(pc, matrix)
-    if kind == "sor" and is_assembled(matrix):
-        text = described(pc)
-        direction, sweeps, local_sweeps = re.search(r"type = (\w+), iterations = (\d+), local iterations = (\d+)", text).groups()
-        direction = direction.removeprefix("local_")
-        if direction in ("forward", "backward", "symmetric") and sweeps == local_sweeps == "1":
-            omega = setting(pc, text, r"omega = (\S+)", "pc_sor_omega", options)
-            return _Relaxation(pc, matrix, omega, direction != "backward", direction != "forward")
-    return Preconditioner(pc, matrix)
+    entry = restated_preconditioners.find(pc)
+    restated = None if entry is None else entry.restated.of(PCAsSet(pc, matrix, options))
+    return Preconditioner(pc, matrix) if restated is None else restated
