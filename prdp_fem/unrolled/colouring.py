@@ -1,4 +1,7 @@
-"""Colours for the columns of a sparse matrix, so that those of one colour have no row in common (Curtis, Powell and Reid, 1974)."""
+"""Colours for the columns of a sparse matrix: those of one colour have no row in common.
+
+It is the idea of Curtis, Powell and Reid (1974).
+"""
 from __future__ import annotations
 
 import numpy as np
@@ -10,13 +13,16 @@ from prdp_fem.unrolled.operator_cotangent import SparsityPattern
 __all__ = ["colour_columns"]
 
 _UNCOLOURED = -1
-# Weights are a scrambled number above the column's own, both of so many bits that the whole is exact in float64.
+# Weights are a scrambled number above the column's own, both of so many bits that the whole is
+# exact in float64.
 _BITS = 26
 _SCRAMBLE = 2654435761  # Knuth's multiplier
 
 
 def colour_columns(matrix: PETSc.Mat, wanted: np.ndarray) -> np.ndarray:
-    """Colour columns by Jones and Plassmann's method (1993): whoever outweighs all neighbours takes the first colour that they leave.
+    """Colour columns by Jones and Plassmann's method (1993).
+
+    Whoever outweighs all neighbours takes the first colour that they leave.
 
     Parameters
     ----------
@@ -32,9 +38,11 @@ def colour_columns(matrix: PETSc.Mat, wanted: np.ndarray) -> np.ndarray:
     """
     pattern = SparsityPattern(_neighbours(matrix))
     first, last = pattern.first_column, pattern.last_column
-    own, rows = np.arange(first, last), pattern.rows
+    own = np.arange(first, last)
+    rows = pattern.rows
     others = pattern.columns != own[rows]
-    vector, at_columns = matrix.createVecRight(), np.empty(len(rows))
+    vector = matrix.createVecRight()
+    at_columns = np.empty(len(rows))
 
     def of_neighbours(values: np.ndarray) -> np.ndarray:
         vector.setArray(values)

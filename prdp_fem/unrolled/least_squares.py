@@ -47,7 +47,10 @@ def least_squares(beta: float, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def solve_normal_equations(H: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(HᵀH)⁻¹ times a vector of shape (k,). HᵀH, whose condition is the square of that of H, is not formed."""
+    """(HᵀH)⁻¹ times a vector of shape (k,).
+
+    HᵀH, whose condition is the square of that of H, is not formed.
+    """
     R = np.linalg.qr(H, mode="r")
     return _solve(R, _solve(R.T, right))
 

@@ -10,12 +10,12 @@ __all__ = ["OperatorCotangent", "SparsityPattern", "is_assembled", "local_values
 
 
 def is_assembled(matrix: PETSc.Mat) -> bool:
-    """Whether the host has the entries of a matrix row by row; so it has those of matrices on devices."""
+    """Whether the host has the entries of a matrix row by row, as it has those of device matrices."""
     return matrix.getType().startswith(("seqaij", "mpiaij"))
 
 
 def local_values(matrix: PETSc.Mat) -> np.ndarray:
-    """The entries of the rows of this rank, shape (entries,): row by row, in a row by global column."""
+    """The entries of this rank's rows, shape (entries,): row by row, in a row by global column."""
     return matrix.getValuesCSR()[2]
 
 
@@ -44,8 +44,9 @@ class SparsityPattern:
 
     def __init__(self, matrix: PETSc.Mat):
         if not is_assembled(matrix):
-            raise ValueError(f"the derivative with respect to an operator of type {matrix.getType()} has no nonzero pattern to be kept on: "
-                             "assemble it as aij (mat_type)")
+            raise ValueError("the derivative with respect to an operator of type "
+                             f"{matrix.getType()} has no nonzero pattern to be kept on: assemble "
+                             "it as aij (mat_type)")
         self.indptr, columns, _ = matrix.getValuesCSR()
         self.columns = columns.astype(np.intp)
         self.rows = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
@@ -59,10 +60,14 @@ class SparsityPattern:
 
     @cached_property
     def _ghosts(self) -> tuple[PETSc.Scatter, PETSc.Vec, np.ndarray, np.ndarray]:
-        """The scatter to the columns of other ranks, what it fills, where the columns are in owned and ghost values, and these."""
+        """The scatter to the columns of other ranks, and what it takes.
+
+        That is what it fills, where the columns are in owned and ghost values, and these.
+        """
         ghosts = np.unique(self.columns[~self.owned_columns])
         size = self.last_column - self.first_column
-        positions = np.where(self.owned_columns, self.columns - self.first_column, size + np.searchsorted(ghosts, self.columns))
+        positions = np.where(self.owned_columns, self.columns - self.first_column,
+                             size + np.searchsorted(ghosts, self.columns))
         values = PETSc.Vec().createSeq(len(ghosts), comm=PETSc.COMM_SELF)
         of_columns = self._matrix.createVecRight()
         source = PETSc.IS().createGeneral(ghosts.astype(PETSc.IntType), comm=PETSc.COMM_SELF)
@@ -74,7 +79,8 @@ class SparsityPattern:
         if vector.comm.size == 1:
             return np.take(vector.array_r, self.columns, out=out, mode="clip")
         scatter, ghosts, positions, values = self._ghosts
-        scatter.scatter(vector, ghosts, addv=PETSc.InsertMode.INSERT_VALUES, mode=PETSc.ScatterMode.FORWARD)
+        scatter.scatter(vector, ghosts, addv=PETSc.InsertMode.INSERT_VALUES,
+                        mode=PETSc.ScatterMode.FORWARD)
         size = vector.getLocalSize()
         values[:size] = vector.array_r
         values[size:] = ghosts.array_r
@@ -88,7 +94,8 @@ class SparsityPattern:
 class OperatorCotangent:
     """The derivative of a number with respect to each entry of a sparse matrix.
 
-    Contributions are added to it, so that one may collect those of several solves; :meth:`zero` starts again.
+    Contributions are added to it, so that one may collect those of several solves; :meth:`zero`
+    starts again.
 
     Parameters
     ----------

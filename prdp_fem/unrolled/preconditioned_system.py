@@ -43,7 +43,8 @@ class PreconditionedSystem:
         self.multiply_transposed = self.A.mult if symmetric else self.A.multTranspose
         pc = self._ksp.getPC()
         known = self._preconditioner
-        if known is None or (known.pc.handle, known.kind, known.matrix.handle) != (pc.handle, pc.getType(), self.P.handle):
+        present = pc.handle, pc.getType(), self.P.handle
+        if known is None or (known.pc.handle, known.kind, known.matrix.handle) != present:
             self._preconditioner = preconditioner_of(pc, self.P, self._options)
         self.preconditioner = self._preconditioner
         self.preconditioner.refresh(symmetric)
@@ -63,7 +64,10 @@ class PreconditionedSystem:
             self._null_space.remove(z)
 
     def project(self, x: PETSc.Vec) -> None:
-        """Remove what is in the null space of A, in place; an orthogonal projection, which is its own transpose."""
+        """Remove what is in the null space of A, in place.
+
+        It is an orthogonal projection, which is its own transpose.
+        """
         if self.has_null_space:
             self._null_space.remove(x)
 

@@ -9,12 +9,13 @@ __all__ = ["SteepestDescent"]
 
 
 class SteepestDescent:
-    """Steepest descent with exact line search, preconditioned from the left, for symmetric positive definite operators.
+    """Steepest descent with exact line search, for symmetric positive definite operators.
 
     Each iteration goes along z = B (b - A x) to the least ‖x - A⁻¹b‖ in the norm of A. Asked for by
-    ``-ksp_type python -ksp_python_type prdp_fem.unrolled.SteepestDescent``. Tolerances, the limit of iterations, the norm (preconditioned
-    or unpreconditioned), the convergence test, monitors, the residual history, a nonzero guess and transposed solves are as PETSc's own
-    methods have them.
+    ``-ksp_type python -ksp_python_type prdp_fem.unrolled.SteepestDescent``. Tolerances, the limit
+    of iterations, the norm (preconditioned or unpreconditioned), the convergence test, monitors,
+    the residual history, a nonzero guess and transposed solves are as PETSc's own methods have
+    them.
     """
 
     def setUp(self, ksp: PETSc.KSP) -> None:
@@ -50,7 +51,8 @@ class SteepestDescent:
             slope = z.dot(r)
             norm = (r if is_unpreconditioned else z).norm()
             ksp.setIterationNumber(iteration)
-            if not math.isnan(norm):  # which PETSc takes for a mistake of the caller's here, and for divergence in its test
+            # PETSc takes NaN for a mistake of the caller's here, and for divergence in its test.
+            if not math.isnan(norm):
                 ksp.setResidualNorm(norm)
             ksp.logConvergenceHistory(norm)
             ksp.monitor(iteration, norm)

@@ -4,7 +4,12 @@ from __future__ import annotations
 import numpy as np
 from firedrake.petsc import PETSc
 
-from prdp_fem.unrolled.least_squares import Column, hessenberg, least_squares, solve_normal_equations
+from prdp_fem.unrolled.least_squares import (
+    Column,
+    hessenberg,
+    least_squares,
+    solve_normal_equations,
+)
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
 from prdp_fem.unrolled.values import Values, Vector, VectorPool
 
@@ -44,7 +49,8 @@ class _TangentScalar:
 
     def __mul__(self, other):
         other = _lifted(other)
-        return _TangentScalar(self.value*other.value, self.tangent*other.value + self.value*other.tangent)
+        return _TangentScalar(self.value*other.value,
+                              self.tangent*other.value + self.value*other.tangent)
 
     def __truediv__(self, other):
         other = _lifted(other)
@@ -75,10 +81,11 @@ class Tangents:
         Of A, and of the matrix that the preconditioner is made from.
     """
 
-    def __init__(self, system: PreconditionedSystem, pool: VectorPool, operator_tangent: PETSc.Mat | None,
-                 preconditioner_tangent: PETSc.Mat | None):
+    def __init__(self, system: PreconditionedSystem, pool: VectorPool,
+                 operator_tangent: PETSc.Mat | None, preconditioner_tangent: PETSc.Mat | None):
         self._on = Values(system, pool)
-        self.system, self.pool = system, pool
+        self.system = system
+        self.pool = pool
         self._operator_tangent = operator_tangent
         self._preconditioner_tangent = None
         if preconditioner_tangent is not None:
@@ -108,7 +115,8 @@ class Tangents:
                 tangent = self.pool.take()
                 tangent.vec.zeroEntries()
             change = self.pool.take()
-            self._preconditioner_tangent(r.value.vec, self._on.with_null_space(r.value, z).vec, change.vec)
+            whole = self._on.with_null_space(r.value, z)
+            self._preconditioner_tangent(r.value.vec, whole.vec, change.vec)
             self.system.project(change.vec)
             tangent.vec.axpy(1.0, change.vec)
         return _TangentVector(z, tangent)
@@ -123,23 +131,30 @@ class Tangents:
 
     def add(self, x, *terms):
         scalars, vectors = [_lifted(a) for a in terms[::2]], terms[1::2]
-        value = self._on.add(None if x is None else x.value, *_alternate([a.value for a in scalars], [y.value for y in vectors]))
-        coefficients = [a.tangent for a in scalars] + [a.value for a, y in zip(scalars, vectors) if y.tangent is not None]
-        parts = [y.value for y in vectors] + [y.tangent for y in vectors if y.tangent is not None]
-        return _TangentVector(value, self._on.combine(None if x is None else x.tangent, coefficients, *parts))
+        values = [y.value for y in vectors]
+        value = self._on.add(None if x is None else x.value,
+                             *_alternate([a.value for a in scalars], values))
+        moving = [(a.value, y.tangent) for a, y in zip(scalars, vectors) if y.tangent is not None]
+        coefficients = [a.tangent for a in scalars] + [a for a, _ in moving]
+        parts = values + [tangent for _, tangent in moving]
+        start = None if x is None else x.tangent
+        return _TangentVector(value, self._on.combine(start, coefficients, *parts))
 
     def combine(self, x, coefficients, *basis):
         values = [v.value for v in basis]
         parts = [(c, v.tangent) for c, v in zip(coefficients.value, basis) if v.tangent is not None]
         value = self._on.combine(None if x is None else x.value, coefficients.value, *values)
         weights = np.concatenate([coefficients.tangent, [c for c, _ in parts]])
-        return _TangentVector(value, self._on.combine(None if x is None else x.tangent, weights, *values, *[v for _, v in parts]))
+        start = None if x is None else x.tangent
+        return _TangentVector(
+            value, self._on.combine(start, weights, *values, *[v for _, v in parts]))
 
     def orthonormalised(self, x, basis):
         value, (products, norm, _) = self._on.orthonormalised(x.value, [v.value for v in basis])
         tangent = None
         if norm != 0:
-            parts = [(c/norm, v.tangent) for c, v in zip([1.0, *-products], [x, *basis]) if v.tangent is not None]
+            parts = [(c/norm, v.tangent) for c, v in zip([1.0, *-products], [x, *basis])
+                     if v.tangent is not None]
             if parts:
                 tangent = self._on.combine(None, [c for c, _ in parts], *[v for _, v in parts])
                 tangent = self._on.without(tangent, [*(v.value for v in basis), value])
@@ -153,7 +168,8 @@ class Tangents:
             return _TangentScalar(y, np.zeros(len(y)))  # nothing has a tangent
         # From differentiating Wᵀ(r - W y) = 0, where W = V H.
         change = self._on.combine(r.derivative, -y, *changes)
-        right = self._on.dots(changes, self._on.combine(None, residual, *values)) + H.T@self._on.dots(values, change)
+        right = (self._on.dots(changes, self._on.combine(None, residual, *values))
+                 + H.T@self._on.dots(values, change))
         return _TangentScalar(y, solve_normal_equations(H, right))
 
 

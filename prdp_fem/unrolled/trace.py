@@ -5,7 +5,12 @@ from functools import partial
 
 import numpy as np
 
-from prdp_fem.unrolled.least_squares import Column, hessenberg, least_squares, solve_normal_equations
+from prdp_fem.unrolled.least_squares import (
+    Column,
+    hessenberg,
+    least_squares,
+    solve_normal_equations,
+)
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
 from prdp_fem.unrolled.values import Values, Vector, VectorPool, add_to
@@ -14,12 +19,13 @@ __all__ = ["Trace", "TracedScalar", "TracedVector"]
 
 # So many contributions to a cotangent wait to be added in one pass over memory.
 _WAITING = 8
-# A factor that is kept beside a vector stays within these bounds, so that products of them over many iterations do not overflow.
+# A factor that is kept beside a vector stays within these bounds, so that products of them over
+# many iterations do not overflow.
 _SMALL, _LARGE = 1e-60, 1e60
 
 
 class Cotangent:
-    """The cotangent of a vector: a list of terms, which are summed when it is first needed, all in one go.
+    """The cotangent of a vector: a list of terms, which are summed when it is first needed.
 
     A vector that only passes through is not copied.
     """
@@ -39,7 +45,7 @@ class Cotangent:
                 self._add_up(pool)
 
     def add_owned(self, factor: float, vector: Vector, pool: VectorPool) -> None:
-        """Add factor · vector, where nobody else will read the vector: its memory may be the sum's."""
+        """Add factor · vector, which nobody else will read: its memory may be the sum's."""
         if self._sum is None and factor != 0:
             self._factor, self._sum = factor, vector
         else:
@@ -79,8 +85,9 @@ class Cotangent:
 class TracedVector:
     """A vector with its cotangent.
 
-    Its value is worked out when it is first read, from a function and its arguments. Some never are: a solution that grows by a term in
-    each iteration, or all that is linear in what is differentiated. What is recorded keeps the values that it will read, and no others.
+    Its value is worked out when it is first read, from a function and its arguments. Some never
+    are: a solution that grows by a term in each iteration, or all that is linear in what is
+    differentiated. What is recorded keeps the values that it will read, and no others.
 
     Parameters
     ----------
@@ -93,8 +100,11 @@ class TracedVector:
 
     __slots__ = ("cotangent", "recipe", "source", "value")
 
-    def __init__(self, value: Vector | None, recipe: tuple | None = None, source: TracedVector | None = None):
-        self.value, self.recipe, self.source = value, recipe, source
+    def __init__(self, value: Vector | None, recipe: tuple | None = None,
+                 source: TracedVector | None = None):
+        self.value = value
+        self.recipe = recipe
+        self.source = source
         self.cotangent = Cotangent()
 
 
@@ -111,7 +121,8 @@ class TracedScalar:
     __slots__ = ("_nodes", "cotangent", "value")
 
     def __init__(self, value, nodes: list):
-        self.value, self._nodes = value, nodes
+        self.value = value
+        self._nodes = nodes
         self.cotangent = 0.0
 
     def __float__(self) -> float:
@@ -169,35 +180,46 @@ class Trace:
     system : PreconditionedSystem
     pool : VectorPool
     operator_cotangent, preconditioner_cotangent : OperatorCotangent or None
-        What the derivatives with respect to A, and to the matrix that the preconditioner is made from, are added to.
+        What the derivatives with respect to A, and to the matrix that the preconditioner is made
+        from, are added to.
     puts_off : bool
-        Whether products with A and B are worked out when they are first read, as sums always are. It is for methods that never read them,
-        without cotangents of the matrices.
+        Whether products with A and B are worked out when they are first read, as sums always are.
+        It is for methods that never read them, without cotangents of the matrices.
     """
 
-    def __init__(self, system: PreconditionedSystem, pool: VectorPool, operator_cotangent: OperatorCotangent | None,
+    def __init__(self, system: PreconditionedSystem, pool: VectorPool,
+                 operator_cotangent: OperatorCotangent | None,
                  preconditioner_cotangent: OperatorCotangent | None, puts_off: bool = False):
         self._on = Values(system, pool)
         self._puts_off = puts_off
-        self.system, self.pool = system, pool
-        self._operator_cotangent, self._preconditioner_cotangent = operator_cotangent, preconditioner_cotangent
+        self.system = system
+        self.pool = pool
+        self._operator_cotangent = operator_cotangent
+        self._preconditioner_cotangent = preconditioner_cotangent
         # For each operation, what is to be called to play that backwards.
         self._nodes: list[partial] = []
 
     def lifted(self, value):
         """A vector or a number that is given."""
-        return TracedVector(value) if isinstance(value, Vector) else TracedScalar(value, self._nodes)
+        if isinstance(value, Vector):
+            return TracedVector(value)
+        return TracedScalar(value, self._nodes)
 
     def play_backwards(self) -> None:
-        """Work cotangents out, from those of the results to those of what was lifted. What was recorded is dropped on the way."""
+        """Work cotangents out, from those of the results to those of what was lifted.
+
+        What was recorded is dropped on the way.
+        """
         nodes = self._nodes
         while nodes:
             nodes.pop()()
 
     def operator(self, x: TracedVector) -> TracedVector:
+        """A x."""
         is_constant = self._operator_cotangent is None
         y = self._applied(self._on.operator, x, self.system.symmetric and is_constant)
-        self._nodes.append(partial(self._pull_operator, y.cotangent, x.cotangent, None if is_constant else x.value))
+        kept = None if is_constant else x.value
+        self._nodes.append(partial(self._pull_operator, y.cotangent, x.cotangent, kept))
         return y
 
     def _applied(self, function, x: TracedVector, is_symmetric: bool) -> TracedVector:
@@ -216,16 +238,20 @@ class Trace:
             self._operator_cotangent.add_product(bar.vec, x.vec, factor)
 
     def precondition(self, r: TracedVector) -> TracedVector:
+        """B r."""
         if self.system.is_unpreconditioned:
             return r
         is_constant = self._preconditioner_cotangent is None
         is_symmetric = self.system.symmetric and is_constant and not self.system.has_null_space
         z = self._applied(self._on.precondition, r, is_symmetric)
-        kept = (None, None) if is_constant else (r.value, self._on.with_null_space(r.value, z.value))
+        kept = (None, None)
+        if not is_constant:
+            kept = (r.value, self._on.with_null_space(r.value, z.value))
         self._nodes.append(partial(self._pull_precondition, z.cotangent, r.cotangent, *kept))
         return z
 
-    def _pull_precondition(self, of_z: Cotangent, of_r: Cotangent, r: Vector | None, z: Vector | None) -> None:
+    def _pull_precondition(self, of_z: Cotangent, of_r: Cotangent, r: Vector | None,
+                           z: Vector | None) -> None:
         factor, bar = of_z.total(self.pool)
         if bar is None:
             return
@@ -237,15 +263,19 @@ class Trace:
         product = self.pool.take()
         self.system.preconditioner.apply_transposed(bar.vec, product.vec)
         if self._preconditioner_cotangent is not None:
-            self.system.preconditioner.add_cotangent(self._preconditioner_cotangent, factor, bar.vec, product.vec, r.vec, z.vec)
+            self.system.preconditioner.add_cotangent(
+                self._preconditioner_cotangent, factor, bar.vec, product.vec, r.vec, z.vec)
         of_r.add_owned(factor, product, self.pool)
 
     def dot(self, x: TracedVector, y: TracedVector) -> TracedScalar:
-        of_x, of_y = _read(x), _read(y)
+        """(x, y)."""
+        of_x = _read(x)
+        of_y = _read(y)
         s = TracedScalar(of_x.vec.dot(of_y.vec), self._nodes)
         if x is y or y.source is x or x.source is y:
-            # With y = A x for a symmetric A: the cotangent of x is 2 A x, and no product takes part.
-            # With x = B y for a symmetric B: to that of x, which B is yet to be applied to, 2 y is added, so that x need not be kept.
+            # With y = A x for a symmetric A: the cotangent of x is 2 A x, and no product takes
+            # part. With x = B y for a symmetric B: to that of x, which B is yet to be applied to, 2
+            # y is added, so that x need not be kept.
             self._nodes.append(partial(self._pull_square, s, x.cotangent, of_y))
         else:
             self._nodes.append(partial(self._pull_dot, s, x.cotangent, y.cotangent, of_x, of_y))
@@ -254,12 +284,15 @@ class Trace:
     def _pull_square(self, s: TracedScalar, of_x: Cotangent, y: Vector) -> None:
         of_x.add(2*s.cotangent, y, self.pool)
 
-    def _pull_dot(self, s: TracedScalar, of_x: Cotangent, of_y: Cotangent, x: Vector, y: Vector) -> None:
+    def _pull_dot(self, s: TracedScalar, of_x: Cotangent, of_y: Cotangent, x: Vector,
+                  y: Vector) -> None:
         of_x.add(s.cotangent, y, self.pool)
         of_y.add(s.cotangent, x, self.pool)
 
     def add(self, x: TracedVector | None, *terms) -> TracedVector:
-        arguments, of_terms = [x], []
+        """x + a y + b z + …, for scalars and vectors in turns."""
+        arguments = [x]
+        of_terms = []
         for a, y in zip(terms[::2], terms[1::2]):
             if isinstance(a, TracedScalar):
                 value = _read(y)
@@ -269,7 +302,8 @@ class Trace:
                 of_terms.append((a, None, y.cotangent))
                 arguments += (a, y)
         total = TracedVector(None, (self._on.add, arguments))
-        self._nodes.append(partial(self._pull_add, total.cotangent, None if x is None else x.cotangent, of_terms))
+        of_x = None if x is None else x.cotangent
+        self._nodes.append(partial(self._pull_add, total.cotangent, of_x, of_terms))
         return total
 
     def _pull_add(self, of_total: Cotangent, of_x: Cotangent | None, of_terms: list[tuple]) -> None:
@@ -284,13 +318,19 @@ class Trace:
         if of_x is not None:
             of_x.add(factor, bar, self.pool)
 
-    def combine(self, x: TracedVector | None, coefficients: TracedScalar, *basis: TracedVector) -> TracedVector:
+    def combine(self, x: TracedVector | None, coefficients: TracedScalar,
+                *basis: TracedVector) -> TracedVector:
+        """x + V c, for the vectors in V."""
         total = TracedVector(None, (self._on.combine, (x, coefficients.value, *basis)))
-        of_x, of_basis = None if x is None else x.cotangent, [v.cotangent for v in basis]
-        self._nodes.append(partial(self._pull_combine, total.cotangent, of_x, coefficients, of_basis, [_read(v) for v in basis]))
+        of_x = None if x is None else x.cotangent
+        of_basis = [v.cotangent for v in basis]
+        values = [_read(v) for v in basis]
+        self._nodes.append(partial(self._pull_combine, total.cotangent, of_x, coefficients,
+                                   of_basis, values))
         return total
 
-    def _pull_combine(self, of_total: Cotangent, of_x: Cotangent | None, coefficients: TracedScalar, of_basis: list[Cotangent],
+    def _pull_combine(self, of_total: Cotangent, of_x: Cotangent | None,
+                      coefficients: TracedScalar, of_basis: list[Cotangent],
                       basis: list[Vector]) -> None:
         factor, bar = of_total.total(self.pool)
         if bar is None:
@@ -301,16 +341,19 @@ class Trace:
         if of_x is not None:
             of_x.add(factor, bar, self.pool)
 
-    def orthonormalised(self, x: TracedVector, basis: list[TracedVector]) -> tuple[TracedVector, Column]:
-        vectors = [_read(v) for v in basis]
+    def orthonormalised(self, x: TracedVector,
+                        basis: list[TracedVector]) -> tuple[TracedVector, Column]:
+        """The next vector of a basis; see :meth:`Values.orthonormalised`."""
+        vectors = [_read(u) for u in basis]
         value, (products, norm, _) = self._on.orthonormalised(_read(x), vectors)
         v = TracedVector(value)
-        self._nodes.append(partial(self._pull_orthonormalised, v.cotangent, x.cotangent, [v.cotangent for v in basis], products, norm,
-                                   [*vectors, value]))
+        of_basis = [u.cotangent for u in basis]
+        self._nodes.append(partial(self._pull_orthonormalised, v.cotangent, x.cotangent, of_basis,
+                                   products, norm, [*vectors, value]))
         return v, Column(products, norm, x.cotangent)
 
-    def _pull_orthonormalised(self, of_v: Cotangent, of_x: Cotangent, of_basis: list[Cotangent], products: np.ndarray, norm: float,
-                              basis: list[Vector]) -> None:
+    def _pull_orthonormalised(self, of_v: Cotangent, of_x: Cotangent, of_basis: list[Cotangent],
+                              products: np.ndarray, norm: float, basis: list[Vector]) -> None:
         factor, bar = of_v.total(self.pool)
         if bar is None:
             return
@@ -319,19 +362,25 @@ class Trace:
             of_u.add(-factor*h/norm, bar, self.pool)
         of_x.add(factor/norm, bar, self.pool)
 
-    def minimiser(self, r: Column, columns: list[Column], basis: list[TracedVector]) -> TracedScalar:
+    def minimiser(self, r: Column, columns: list[Column],
+                  basis: list[TracedVector]) -> TracedScalar:
+        """The solution of the least-squares problem of GMRES; see :meth:`Values.minimiser`."""
         H = hessenberg(columns)
         y, residual = least_squares(r.norm, H)
         traced = TracedScalar(y, self._nodes)
         of_products = [column.derivative for column in columns]
-        self._nodes.append(partial(self._pull_minimiser, traced, r.derivative, of_products, H, residual, [_read(v) for v in basis]))
+        values = [_read(v) for v in basis]
+        self._nodes.append(partial(self._pull_minimiser, traced, r.derivative, of_products, H,
+                                   residual, values))
         return traced
 
-    def _pull_minimiser(self, y: TracedScalar, of_r: Cotangent, of_products: list[Cotangent], H: np.ndarray, residual: np.ndarray,
-                        basis: list[Vector]) -> None:
-        # With W = V H and ȳ given, s = (WᵀW)⁻¹ȳ: to the cotangent of r is added W s, and to that of W (r - W y) sᵀ - W s yᵀ.
+    def _pull_minimiser(self, y: TracedScalar, of_r: Cotangent, of_products: list[Cotangent],
+                        H: np.ndarray, residual: np.ndarray, basis: list[Vector]) -> None:
+        # With W = V H and ȳ given, s = (WᵀW)⁻¹ȳ: to the cotangent of r is added W s, and to that of
+        # W (r - W y) sᵀ - W s yᵀ.
         s = solve_normal_equations(H, np.broadcast_to(y.cotangent, y.value.shape))
-        rest, image = self._on.combine(None, residual, *basis), self._on.combine(None, H@s, *basis)
+        rest = self._on.combine(None, residual, *basis)
+        image = self._on.combine(None, H@s, *basis)
         of_r.add(1.0, image, self.pool)
         for of_w, a, b in zip(of_products, s.tolist(), y.value.tolist()):
             of_w.add(a, rest, self.pool)
@@ -345,7 +394,8 @@ def _read(x: TracedVector) -> Vector:
 
 
 def _worked_out(x: TracedVector) -> Vector:
-    # One after the other, and not by recursion: what has not been worked out may go back over all iterations.
+    # One after the other, and not by recursion: what has not been worked out may go back over all
+    # iterations.
     waiting = [x]
     while waiting:
         y = waiting[-1]

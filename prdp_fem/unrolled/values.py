@@ -59,8 +59,9 @@ class Values:
     """The arithmetic of methods on vectors and scalars as they are.
 
     A method asks an arithmetic for all it does, so that the same lines give values, tangents
-    (:class:`~prdp_fem.unrolled.tangents.Tangents`) and a trace that is played backwards (:class:`~prdp_fem.unrolled.trace.Trace`).
-    A vector of None is zero. Scalars may be arrays of them.
+    (:class:`~prdp_fem.unrolled.tangents.Tangents`) and a trace that is played backwards
+    (:class:`~prdp_fem.unrolled.trace.Trace`). A vector of None is zero. Scalars may be arrays of
+    them.
 
     Parameters
     ----------
@@ -118,11 +119,14 @@ class Values:
         return total
 
     def orthonormalised(self, x: Vector, basis: list[Vector]) -> tuple[Vector, Column]:
-        """The part of x that is orthogonal to a basis, scaled to length 1 unless it is zero, and what x is in that longer basis.
+        """The part of x that is orthogonal to a basis, and what x is in the basis with that part.
 
-        The numbers of the latter are plain ones in any arithmetic, which does not differentiate them: they may be used for no more than
-        the space that such vectors span. Nor does what a tangent has in that space matter; it is left out, as it would grow from vector to
-        vector, and rounding errors with it.
+        It is scaled to length 1, unless it is zero.
+
+        The numbers of the latter are plain ones in any arithmetic, which does not differentiate
+        them: they may be used for no more than the space that such vectors span. Nor does what a
+        tangent has in that space matter; it is left out, as it would grow from vector to vector,
+        and rounding errors with it.
         """
         # Classical Gram-Schmidt orthogonalisation.
         products = self.dots(basis, x)
@@ -141,12 +145,16 @@ class Values:
         return self.combine(x, -self.dots(basis, x), *basis)
 
     def minimiser(self, r: Column, columns: list[Column], basis: list[Vector]) -> np.ndarray:
-        """y that makes ‖r - W y‖ least, for the vectors in W, of which each gave the basis a vector, as r gave it the first."""
+        """y that makes ‖r - W y‖ least.
+
+        Each of the vectors in W gave the basis a vector, as r gave it the first.
+        """
         return least_squares(r.norm, hessenberg(columns))[0]
 
     def dots(self, basis: Sequence[Vector], x: Vector) -> np.ndarray:
         """Vᵀ x, for the vectors in V."""
-        # One message for all of them, as in mDot, whose products are the slower ones where the vectors are apart in memory.
+        # One message for all of them, as in mDot, whose products are the slower ones where the
+        # vectors are apart in memory.
         for v in basis:
             x.vec.dotBegin(v.vec)
         return np.array([x.vec.dotEnd(v.vec) for v in basis])
