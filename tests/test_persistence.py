@@ -7,6 +7,8 @@ from problems import CG, GMRES, HeatStep
 
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps
+from prdp_fem.krylov.persistence import refuse_persistent
+from prdp_fem.krylov.petsc_types import KSP_TYPES, PC_TYPES, SNES_TYPES, types_with
 
 pytestmark = pytest.mark.parallel([1, 2])
 
@@ -67,6 +69,24 @@ def test_options_that_keep_something_are_refused_by_name(name, where):
         if where == "control" and name not in ("snes_lag_jacobian", "snes_lag_preconditioner"):  # PETSc refuses these values, too
             prdp_fem.control(NonlinearVariationalSolver(problem, solver_parameters=parameters), None)
         prdp_fem.NonlinearVariationalSolver(problem, solver_parameters=parameters, options_prefix=prefix)
+
+
+@pytest.mark.parametrize("option, table", [("ksp_type", KSP_TYPES), ("sub_pc_type", PC_TYPES),
+                                           ("npc_snes_type", SNES_TYPES)])
+def test_all_types_that_remember_are_refused_and_none_of_them_is_recommended(option, table):
+    known = {**KSP_TYPES, **PC_TYPES, **SNES_TYPES}
+    remembering = types_with(table, "remembers_solves")
+    assert remembering
+    for kind in table:
+        if kind not in remembering:
+            refuse_persistent({option: kind})
+            continue
+        with pytest.raises(ValueError, match=f"^{option} {kind} keeps") as error:
+            refuse_persistent({option: kind})
+        words = str(error.value).partition(" such as ")[2].replace(",", "").split()
+        recommended = [word for word in words if word in known]
+        assert len(recommended) > 5
+        assert not any(known[word].remembers_solves for word in recommended)
 
 
 def test_linear_solvers_refuse_them_too():

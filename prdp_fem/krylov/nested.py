@@ -110,7 +110,7 @@ def _is_factorisation(pc: PETSc.PC) -> bool:
     if kind not in (PETSc.PC.Type.KSP, PETSc.PC.Type.PYTHON):
         return False
     # Such as Firedrake's AssembledPC, that assembles the operator and has one of it inside.
-    inside = list(parts(pc))
+    inside = parts(pc)
     if len(inside) != 1:
         return False
     part, = inside
@@ -175,7 +175,7 @@ def _walk_preconditioner(pc: PETSc.PC, smooths: bool) -> Iterator[tuple[PETSc.KS
 
 def _preconditioners(pc: PETSc.PC) -> Iterator[PETSc.PC]:
     """A preconditioner and all inside it."""
-    inside = list(parts(pc))
+    inside = parts(pc)
     yield pc
     for part in inside:
         yield from _preconditioners(part.getPC() if isinstance(part, PETSc.KSP) else part)

@@ -10,7 +10,7 @@ __all__ = ["OperatorCotangent", "SparsityPattern", "is_assembled", "local_values
 
 
 def is_assembled(matrix: PETSc.Mat) -> bool:
-    """Whether the host has the entries of a matrix row by row, as it has those of device matrices."""
+    """Whether the host has the entries of a matrix row by row, as for a device matrix."""
     return matrix.getType().startswith(("seqaij", "mpiaij"))
 
 
