@@ -116,6 +116,20 @@ def well_conditioned(symmetric, skew=0.3):
     return matrix_of(entries)
 
 
+def without_solution():
+    """A singular matrix, whose null space is not that of its transpose, and a right-hand side.
+
+    The last is the norm of the least residual.
+    """
+    entries = np.diag(np.linspace(2, 3, SIZE)) + 0.3*np.eye(SIZE, k=1) - 0.3*np.eye(SIZE, k=-1)
+    u, v = np.random.default_rng(3).standard_normal((2, SIZE))
+    entries -= np.outer(entries@u, v)/(v@u)
+    A = matrix_of(entries)
+    b = vector(A, 1)
+    x, *_ = np.linalg.lstsq(entries, b.array, rcond=1e-10)
+    return A, b, np.linalg.norm(entries@x - b.array)
+
+
 def vector(A, seed):
     x = A.createVecRight()
     x.setArray(np.random.default_rng(seed).standard_normal(x.getSize()))
@@ -199,6 +213,17 @@ def test_what_is_linear_in_the_right_hand_side(name):
     ksp, b, c = solver(name, A, 3), vector(A, 1), vector(A, 2)
     is_linear = difference(solved(ksp, b) + 2*solved(ksp, c), solved(ksp, b + 2*c)) < 1e-12
     assert is_linear == ksp_facts(name).is_linear
+
+
+@pytest.mark.parametrize("name", TRIED_KSP)
+def test_what_goes_on_to_the_least_residual(name):
+    A, b, least = without_solution()
+    best = np.inf
+    for iterations in range(1, SIZE + 6):
+        x, rest = solved(solver(name, A, iterations, pc_type="none", ksp_gmres_restart=60), b), b.copy()
+        A.multAdd(-1.0*x, b, rest)
+        best = min(best, abs(rest.norm() - least)/least)
+    assert (best < 1e-10) == ksp_facts(name).solves_least_squares
 
 
 @pytest.mark.parametrize("name", TRIED_KSP)
@@ -316,11 +341,16 @@ def around(pc, name="preonly", iterations=1):
 
 
 @pytest.mark.parametrize("name", TRIED_ALONE)
-def test_what_factorises(name):
-    A = diffusion()
+def test_what_inverts_and_what_becomes_of_it_where_the_operator_is_singular(name):
+    A, facts = diffusion(), pc_facts(name)
     b, rest = vector(A, 1), vector(A, 1)
     A.mult(applied(preconditioner(name, A), b), rest)
-    assert (difference(rest, b) < 1e-10) == pc_facts(name).factorises
+    assert (difference(rest, b) < 1e-10) == facts.inverts
+    if facts.inverts:
+        A, b, least = without_solution()
+        A.mult(applied(preconditioner(name, A), b), rest := b.copy())
+        is_least = abs((rest - b).norm() - least) < 1e-10*least
+        assert is_least == facts.is_pseudo_inverse != facts.factorises
 
 
 @pytest.mark.parametrize("name", TRIED_ALONE)

@@ -37,6 +37,9 @@ class KSPFacts:
     is_linear : bool
         Whether the result of a number of iterations is linear in the right-hand side, as long as no
         option makes it otherwise.
+    solves_least_squares : bool
+        Whether it goes on to the least residual where a singular system has no solution, whatever
+        the operator.
     remembers_solves : bool
         Whether a solve depends on earlier ones, by vectors that enlarge the next Krylov space, or
         by what is still in work vectors.
@@ -52,6 +55,7 @@ class KSPFacts:
     asks_for_symmetry: bool = False
     is_transposable: bool = True
     is_linear: bool = False
+    solves_least_squares: bool = False
     remembers_solves: bool = False
     has_thresholds: bool = False
     has_free_natural_norm: bool = False
@@ -72,7 +76,11 @@ class PCFacts:
     is_multigrid : bool
         Whether it is made of levels, whose smoothers are part of a cycle.
     factorises : bool
-        Whether it applies the inverse of its operator, by a factorisation.
+        Whether it applies the inverse of its operator by a factorisation, which is anything where
+        the operator is singular.
+    is_pseudo_inverse : bool
+        Whether it applies the inverse of its operator, and where that is singular makes the least
+        residual.
     needs_symmetry_to_transpose : bool
         Whether PETSc applies it transposed only where its matrix is known to be symmetric.
     remembers_values : bool
@@ -94,12 +102,18 @@ class PCFacts:
     nests: bool = False
     is_multigrid: bool = False
     factorises: bool = False
+    is_pseudo_inverse: bool = False
     needs_symmetry_to_transpose: bool = False
     remembers_values: bool = False
     remembers_solves: bool = False
     works_on_host: bool = False
     does_own_richardson: bool = False
     changes_system: bool = False
+
+    @property
+    def inverts(self) -> bool:
+        """Whether it solves by itself, so that a KSP has nothing to iterate for."""
+        return self.factorises or self.is_pseudo_inverse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +157,7 @@ KSP_TYPES: Mapping[str, KSPFacts] = {
     "pipelcg": KSPFacts(asks_for_symmetry=True, remembers_solves=True),
     "pipeprcg": _FOR_SYMMETRIC,
     "pipecg2": _FOR_SYMMETRIC,
-    "cgne": _ORDINARY_KSP,
+    "cgne": KSPFacts(solves_least_squares=True),
     "nash": _FOR_SYMMETRIC,
     "stcg": _FOR_SYMMETRIC,
     "gltr": _FOR_SYMMETRIC,
@@ -168,7 +182,7 @@ KSP_TYPES: Mapping[str, KSPFacts] = {
     "tfqmr": _ORDINARY_KSP,
     "cr": _FOR_SYMMETRIC,
     "pipecr": _FOR_SYMMETRIC,
-    "lsqr": _ORDINARY_KSP,
+    "lsqr": KSPFacts(solves_least_squares=True),
     "preonly": KSPFacts(only_applies_preconditioner=True, is_linear=True),
     "none": KSPFacts(only_applies_preconditioner=True, is_linear=True),
     "qcg": KSPFacts(asks_for_symmetry=True, is_transposable=False),
@@ -183,7 +197,7 @@ KSP_TYPES: Mapping[str, KSPFacts] = {
     "tsirm": KSPFacts(is_transposable=False, has_thresholds=True),
     # It multiplies by the operator where it should by the transpose, and the other way round in
     # part.
-    "cgls": KSPFacts(is_transposable=False),
+    "cgls": KSPFacts(is_transposable=False, solves_least_squares=True),
     "fetidp": KSPFacts(is_transposable=False, has_thresholds=True),
     "hpddm": KSPFacts(is_transposable=False, has_thresholds=True),
     "idr": _ORDINARY_KSP,
@@ -193,6 +207,7 @@ KSP_TYPES: Mapping[str, KSPFacts] = {
 _ORDINARY_PC = PCFacts()
 _SELF_CONTAINED = PCFacts(is_self_contained=True)
 _FACTORISATION = PCFacts(is_self_contained=True, factorises=True)
+_PSEUDO_INVERSE = PCFacts(is_self_contained=True, is_pseudo_inverse=True)
 _NESTING = PCFacts(nests=True)
 _ALGEBRAIC_MULTIGRID = PCFacts(is_multigrid=True, remembers_values=True, does_own_richardson=True)
 _OF_HYPRE = PCFacts(remembers_values=True, does_own_richardson=True)
@@ -203,7 +218,7 @@ PC_TYPES: Mapping[str, PCFacts] = {
     "sor": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True,
                    does_own_richardson=True),
     "lu": _FACTORISATION,
-    "qr": _FACTORISATION,
+    "qr": _PSEUDO_INVERSE,
     "shell": PCFacts(works_on_host=True, does_own_richardson=True),
     "amgx": PCFacts(remembers_values=True),
     "bjacobi": _NESTING,
@@ -239,7 +254,7 @@ PC_TYPES: Mapping[str, PCFacts] = {
     "syspfmg": _OF_HYPRE,
     "smg": _OF_HYPRE,
     "redistribute": PCFacts(needs_symmetry_to_transpose=True),
-    "svd": _FACTORISATION,
+    "svd": _PSEUDO_INVERSE,
     "gamg": _ALGEBRAIC_MULTIGRID,
     "chowiluviennacl": _ORDINARY_PC,
     "rowscalingviennacl": _ORDINARY_PC,

@@ -95,7 +95,7 @@ class UnrolledSystem:
         """Write the cotangents of b and of the guess, and those of the operators that are wanted."""
         wanted = list(of_operators)
         kind = self._unrolled.ksp.getPC().getType()
-        if wanted and pc_facts(kind).factorises:
+        if wanted and pc_facts(kind).inverts:
             raise ValueError(f"pc_type {kind} solves the system by itself, and counts as constant when iterations are unrolled: nothing "
                              "would be left of the derivative by what the operator depends on; use implicit differentiation, or another "
                              "pc_type")
