@@ -217,10 +217,13 @@ def test_what_is_linear_in_the_right_hand_side(name):
 
 @pytest.mark.parametrize("name", TRIED_KSP)
 def test_what_goes_on_to_the_least_residual(name):
+    if name == "pipelcg":
+        pytest.skip("it comes to no end where an operator is not symmetric")
     A, b, least = without_solution()
     best = np.inf
     for iterations in range(1, SIZE + 6):
-        x, rest = solved(solver(name, A, iterations, pc_type="none", ksp_gmres_restart=60), b), b.copy()
+        ksp = solver(name, A, iterations, pc_type="none", ksp_gmres_restart=60)
+        x, rest = solved(ksp, b), b.copy()
         A.multAdd(-1.0*x, b, rest)
         best = min(best, abs(rest.norm() - least)/least)
     assert (best < 1e-10) == ksp_facts(name).solves_least_squares

@@ -15,12 +15,11 @@ from firedrake.petsc import PETSc
 from prdp_fem.krylov.factorisation import FEW, SUSPICIOUS
 from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import null_space
+from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.probe import Probe
 
 __all__ = ["ConsistencyCheck", "solves_least_squares"]
 
-_LEAST_SQUARES_METHODS = frozenset({"lsqr", "cgls", "cgne"})
-_PSEUDO_INVERSES = frozenset({"svd", "qr"})
 # What a KSP looks at is small beside what it does not look at: of a truncated solve for a
 # right-hand side that has a solution they are about as large.
 _HIDDEN = 100
@@ -34,7 +33,8 @@ _REDUCED = 0.5
 
 def solves_least_squares(ksp: PETSc.KSP) -> bool:
     """Whether a KSP minimises the residual of a system that has no solution."""
-    return ksp.getType() in _LEAST_SQUARES_METHODS or ksp.getPC().getType() in _PSEUDO_INVERSES
+    return (ksp_facts(ksp.getType()).solves_least_squares
+            or pc_facts(ksp.getPC().getType()).is_pseudo_inverse)
 
 
 class ConsistencyCheck:
@@ -105,7 +105,7 @@ class ConsistencyCheck:
     def _is_least(refined: RefinedKSP, residual: PETSc.Vec, work: PETSc.Vec) -> bool:
         """Whether nothing of a residual can be solved for."""
         ksp, correction = refined.ksp, work.duplicate()
-        if ksp.getPC().getType() in _PSEUDO_INVERSES:
+        if pc_facts(ksp.getPC().getType()).is_pseudo_inverse:
             ksp.getPC().apply(residual, correction)
         elif refined.is_budget:
             return False  # a budget leaves something of any residual
