@@ -1,8 +1,8 @@
 """Whether what a KSP has claimed to be a solution is one, of the system that is differentiated.
 
 The derivative of a solution u = A⁻¹ b by A is -A⁻¹ dA u. Some KSPs end, as they are told to, at
-what is no solution, and has another derivative: those with the null space of an operator, but not that
-of its transpose, take what is in the former out of the residual that they look at; methods of
+what is no solution, and has another derivative: those with the null space of an operator, but not
+that of its transpose, take what is in the former out of the residual that they look at; methods of
 least squares look at Aᵀ (b - A u).
 """
 from __future__ import annotations
@@ -94,7 +94,8 @@ class ConsistencyCheck:
         if solves_least_squares(ksp):
             if self._is_least(refined, residual, work):
                 return (f"the least that ksp_type {ksp.getType()} with pc_type "
-                        f"{ksp.getPC().getType()} can make of it: give nullspace= and transpose_nullspace=")
+                        f"{ksp.getPC().getType()} can make of it: give nullspace= and "
+                        "transpose_nullspace=")
         elif space is not None and left is None and ksp.getPCSide() == PETSc.PC.Side.LEFT:
             if _is_hidden(ksp.getPC(), space, residual, work):
                 return ("nullspace= has the KSP look at less of it: give the solver "

@@ -173,8 +173,8 @@ class FactorisationCheck:
         if not difference <= _WORST*size:
             if not is_direct(ksp) and "diagonally scaled" in described(ksp):
                 return  # and so is what was factorised
-            raise self._error(ksp, kind, f"solved again, it is another one by {difference/size:.1e} "
-                                         "of its size")
+            raise self._error(ksp, kind, "solved again, it is another one by "
+                                         f"{difference/size:.1e} of its size")
         self._is_determined = True
         if difference > FEW*size:
             self._warn(ksp, kind, difference/size)

@@ -1,11 +1,14 @@
-"""A setting put on a PETSc KSP, or on one inside its preconditioner; what counts as failure, and how many iterations were spent."""
+"""A setting put on a PETSc KSP, or on one inside its preconditioner.
+
+And what counts as failure of its solves, and how many iterations they have spent.
+"""
 from __future__ import annotations
 
 import ctypes
 import sys
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
@@ -31,7 +34,8 @@ _TOLERANCES = ("ksp_rtol", "ksp_atol", "ksp_divtol", "ksp_max_it")
 _NO_ATOL = 1e-50
 # Below it, a relative tolerance is none: an absolute one is to decide.
 _NO_RTOL = sys.float_info.epsilon
-# The relative tolerance then, where the absolute one is not meant: what is below would only stir rounding errors.
+# The relative tolerance then, where the absolute one is not meant: what is below would only stir
+# rounding errors.
 _FLOOR = 1e-12
 # petsc4py has no name for what is called of it.
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
@@ -39,18 +43,29 @@ _LIBRARY = ctypes.CDLL(PETSc.__file__)
 
 def reason_names(reasons: type) -> dict[int, str]:
     """The names of the converged reasons of a PETSc class, by their values."""
-    return {value: name for name, value in vars(reasons).items() if not name.startswith("_") and isinstance(value, int)}
+    return {value: name for name, value in vars(reasons).items()
+            if not name.startswith("_") and isinstance(value, int)}
 
 
 _REASONS = reason_names(PETSc.KSP.ConvergedReason)
+_USED_UP = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
 _REMEDIES = {
-    "DIVERGED_MAX_IT": "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance or a stronger pc_type",
-    "DIVERGED_DTOL": "the iteration does not converge for this operator: try another ksp_type or pc_type, or damp it "
-                     "(ksp_richardson_scale)",
-    "DIVERGED_NANORINF": "look for NaN or infinity in the controls and coefficients, or for an operator that is singular",
-    "DIVERGED_INDEFINITE_MAT": "the operator is not positive definite: use ksp_type minres or gmres",
-    "DIVERGED_INDEFINITE_PC": "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",
-    "DIVERGED_PCSETUP_FAILED": "the preconditioner could not be set up: the operator may be singular, or need another pc_type",
+    "DIVERGED_MAX_IT":
+        "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance "
+        "or a stronger pc_type",
+    "DIVERGED_DTOL":
+        "the iteration does not converge for this operator: try another ksp_type or pc_type, or "
+        "damp it (ksp_richardson_scale)",
+    "DIVERGED_NANORINF":
+        "look for NaN or infinity in the controls and coefficients, or for an operator that is "
+        "singular",
+    "DIVERGED_INDEFINITE_MAT":
+        "the operator is not positive definite: use ksp_type minres or gmres",
+    "DIVERGED_INDEFINITE_PC":
+        "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",
+    "DIVERGED_PCSETUP_FAILED":
+        "the preconditioner could not be set up: the operator may be singular, or need another "
+        "pc_type",
 }
 
 # What a preconditioner that could not be set up may have noted, which is another matter.
@@ -59,7 +74,7 @@ _NO_ROOM = ("the factorisation needs more room than was estimated: allow for mor
 
 
 def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
-    """What to raise for an error that has come out of PETSc: what Python has raised inside it, if that is where it comes from."""
+    """What to raise for an error of PETSc's: what Python raised inside, where it is from there."""
     cause = cause_of(error)
     if not isinstance(cause, PETSc.Error):
         return cause
@@ -67,7 +82,10 @@ def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
 
 
 def renew_preconditioner(ksp: PETSc.KSP) -> None:
-    """Put a new preconditioner, of the same options, in the place of the one there is; inside its solver's context."""
+    """Put a new preconditioner, of the same options, in the place of the one there is.
+
+    Inside its solver's context.
+    """
     operators = ksp.getOperators()
     _exchange_preconditioner(ksp)
     ksp.setOperators(*operators)
@@ -159,7 +177,10 @@ def forget_zero_pivots(ksp: PETSc.KSP) -> None:
 
 
 def reset(ksp: PETSc.KSP) -> None:
-    """Have vectors and preconditioner made anew when a KSP is set up again; inside its solver's context."""
+    """Have vectors and preconditioner made anew when a KSP is set up again.
+
+    Inside its solver's context.
+    """
     forget_zero_pivots(ksp)
     ksp.reset()
     pc = ksp.getPC()
@@ -206,8 +227,8 @@ class SetByHand:
 def abandon_preconditioner(ksp: PETSc.KSP) -> None:
     """Put a new one in the place of a preconditioner that an error of PETSc's has left half-way.
 
-    What is left is never destroyed, nor reset: some, such as multigrid, would destroy vectors and matrices that are not
-    theirs. The KSP is to be reset before its next use.
+    What is left is never destroyed, nor reset: some, such as multigrid, would destroy vectors and
+    matrices that are not theirs. The KSP is to be reset before its next use.
     """
     forget_zero_pivots(ksp)
     ksp.getPC().incRef()
@@ -215,15 +236,18 @@ def abandon_preconditioner(ksp: PETSc.KSP) -> None:
 
 
 def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
-    """Set a KSP up for the present values of its operators, whatever it was set up for before; inside its solver's context.
+    """Set a KSP up for the present values of its operators, whatever it was set up for before.
+
+    Inside its solver's context.
 
     Raises
     ------
     firedrake.exceptions.ConvergenceError
-        Where the preconditioner refuses them; to be reset before its next use.
+        Where the preconditioner refuses them; the KSP is to be reset before its next use.
     """
     if nested.has_memory_inside(ksp):
-        # To reset one that remembers is not enough, since smoothers estimate eigenvalues from what they had.
+        # To reset one that remembers is not enough, since smoothers estimate eigenvalues from what
+        # they had.
         renew_preconditioner(ksp)
     ksp.setOperators(A, P)
     try:
@@ -231,8 +255,18 @@ def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
         ksp.setUpOnBlocks()
     except PETSc.Error as error:
         abandon_preconditioner(ksp)
-        said = in_a_sentence(error, f"the preconditioner for '{name}' (pc_type {ksp.getPC().getType()}) could not be set up")
+        said = in_a_sentence(error, f"the preconditioner for '{name}' (pc_type "
+                                    f"{ksp.getPC().getType()}) could not be set up")
         raise said from said.__cause__
+
+
+class _AsOptionsSay(NamedTuple):
+    """What options had said of a KSP, which is kept from being let go of."""
+
+    ksp: PETSc.KSP
+    tolerances: tuple[float, float, float, int]
+    error_if_not_converged: bool
+    norm: int
 
 
 class RefinedKSP:
@@ -241,21 +275,23 @@ class RefinedKSP:
     Parameters
     ----------
     ksp : PETSc.KSP
-        With its operators and options.
+        It has its operators and options.
     name : str
-        Of what is solved for, for messages.
+        The name of what is solved for, for messages.
     prefix : str or None
-        Options prefix of the KSP that settings are put on; None for the only iterative one.
+        The options prefix of the KSP that settings are put on; None for the only iterative one.
     in_snes : bool
         Whether a SNES calls its solves.
     """
 
     def __init__(self, ksp: PETSc.KSP, name: str, prefix: str | None, *, in_snes: bool = False):
         self.ksp = ksp
-        self.name, self._prefix, self._in_snes = name, prefix, in_snes
+        self.name = name
+        self._prefix = prefix
+        self._in_snes = in_snes
         self._refined: PETSc.KSP | None = None
         # What options had said of KSPs, before something else was put on them.
-        self._options: dict[int, tuple] = {}
+        self._options: dict[int, _AsOptionsSay] = {}
         # What was put on the KSP last, and the tolerances that it then had: most solves ask for the
         # same again. That nothing absolute stops a solve is the same as its opposite where there is
         # no absolute tolerance.
@@ -276,7 +312,10 @@ class RefinedKSP:
         return self._refined is not None
 
     def find(self) -> None:
-        """Find the KSP that settings are put on; once the preconditioner is set up where that may have one inside."""
+        """Find the KSP that settings are put on.
+
+        The preconditioner is set up by then, where one may be inside.
+        """
         refined = nested.find_iterative(self.ksp, self._prefix)
         if refined.handle == self.ksp.handle:
             refined = self.ksp
@@ -301,8 +340,12 @@ class RefinedKSP:
 
     @cached_property
     def may_have_thresholds(self) -> bool:
-        """Whether something in it may look at absolute sizes, whatever tolerances say; not all inside a preconditioner can be told."""
-        return ksp_facts(self.ksp.getType()).has_thresholds or not nested.is_self_contained(self.ksp)
+        """Whether something in it may look at absolute sizes, whatever tolerances say.
+
+        Not all that is inside a preconditioner can be told.
+        """
+        has_thresholds = ksp_facts(self.ksp.getType()).has_thresholds
+        return has_thresholds or not nested.is_self_contained(self.ksp)
 
     @property
     def is_budget(self) -> bool:
@@ -322,7 +365,8 @@ class RefinedKSP:
     def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
         self._hidden_iterations += ksp.getIterationNumber()
         reason = ksp.getConvergedReason()
-        if reason < 0 and not (self._is_budget and reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT):
+        is_used_up = reason == _USED_UP
+        if reason < 0 and not (self._is_budget and is_used_up):
             self._hidden_failure = _failure(ksp)
 
     def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> bool:
@@ -334,8 +378,8 @@ class RefinedKSP:
         guess : bool
             Whether solves start from what is in the solution vector.
         is_absolute : bool
-            Whether the absolute tolerances that options say, of all KSPs, are meant for such right-hand sides; else nothing absolute
-            stops a solve.
+            Whether the absolute tolerances that options say, of all KSPs, are meant for such
+            right-hand sides; else nothing absolute stops a solve.
 
         Returns
         -------
@@ -377,34 +421,38 @@ class RefinedKSP:
             if nested.is_self_contained(self.ksp):
                 self._others = []
             else:
-                everywhere = {ksp.handle: ksp for ksp in [*nested.all_inside(self.ksp)[1:], self.ksp]}
-                self._options = {handle: kept for handle, kept in self._options.items() if handle in everywhere}
+                inside = nested.all_inside(self.ksp)[1:]
+                everywhere = {ksp.handle: ksp for ksp in [*inside, self.ksp]}
+                self._options = {handle: kept for handle, kept in self._options.items()
+                                 if handle in everywhere}
                 everywhere.pop(refined.handle, None)
-                self._others = [ksp for ksp in everywhere.values() if ksp is self.ksp or self._atol(ksp) > _NO_ATOL]
+                self._others = [ksp for ksp in everywhere.values()
+                                if ksp is self.ksp or self._atol(ksp) > _NO_ATOL]
         return self._others
 
     def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool, is_absolute: bool) -> None:
         if setting is None and not guess and (is_absolute or self._atol(ksp) <= _NO_ATOL):
-            if ksp.handle in self._options:
-                _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options.pop(ksp.handle)
-                ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
-                ksp.setErrorIfNotConverged(error_if_not_converged)
-                ksp.setNormType(norm)
+            self._put_back(ksp)
             return
         if ksp.handle not in self._options:
-            self._options[ksp.handle] = ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType()
+            self._options[ksp.handle] = _AsOptionsSay(
+                ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType())
         _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options[ksp.handle]
         if setting is not None:
-            rtol, max_it = setting.rtol, setting.max_it
-            # PETSc would take a used-up budget for an error; what is one is decided in checked_iterations.
+            rtol = setting.rtol
+            max_it = setting.max_it
+            # PETSc would take a used-up budget for an error; what is one is decided in
+            # checked_iterations.
             error_if_not_converged = False
-            if setting.budget and norm == PETSc.KSP.NormType.PRECONDITIONED and ksp.getType() == PETSc.KSP.Type.CG:
-                # For a budget any norm will do to see the floor and NaN by, and the natural one costs CG nothing.
+            is_free = ksp_facts(ksp.getType()).has_free_natural_norm
+            if setting.budget and is_free and norm == PETSc.KSP.NormType.PRECONDITIONED:
+                # For a budget any norm will do to see the floor and NaN by.
                 norm = PETSc.KSP.NormType.NATURAL
         if ksp.getNormType() != norm:
             ksp.setNormType(norm)
         if guess:
-            divtol = _NEVER  # it is relative to the right-hand side, of which a guess may be any multiple away
+            # It is relative to the right-hand side, of which a guess may be any multiple away.
+            divtol = _NEVER
         if not is_absolute and atol > _NO_ATOL:
             if setting is None and rtol < _NO_RTOL:
                 rtol = _FLOOR
@@ -412,9 +460,19 @@ class RefinedKSP:
         ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
         ksp.setErrorIfNotConverged(error_if_not_converged)
 
+    def _put_back(self, ksp: PETSc.KSP) -> None:
+        """Have a KSP as options say, where something else was put on it."""
+        if ksp.handle in self._options:
+            said = self._options.pop(ksp.handle)
+            rtol, atol, divtol, max_it = said.tolerances
+            ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+            ksp.setErrorIfNotConverged(said.error_if_not_converged)
+            ksp.setNormType(said.norm)
+
     def _atol(self, ksp: PETSc.KSP) -> float:
         """The absolute tolerance that options say."""
-        return self._options[ksp.handle][1][1] if ksp.handle in self._options else ksp.getTolerances()[1]
+        said = self._options.get(ksp.handle)
+        return (ksp.getTolerances() if said is None else said.tolerances)[1]
 
     def checked_iterations(self, kind: str) -> int:
         """The iterations that the last solve has spent, on the KSP that settings are put on.
@@ -426,22 +484,29 @@ class RefinedKSP:
         """
         ksp = self.ksp
         reason = ksp.getConvergedReason()
-        if reason < 0 and not (reason == PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT and self._is_budget and not self.is_nested):
+        is_spent = reason == _USED_UP and self._is_budget and not self.is_nested
+        if reason < 0 and not is_spent:
             raise ConvergenceError(f"the {kind} solve for '{self.name}' {self.failure()}")
         return self._account() if self.is_nested else ksp.getIterationNumber()
 
     def checked_newton_iterations(self, iterations: int) -> int:
-        """The iterations that the steps of a SNES have spent, where they were those of ``ksp``: see :meth:`checked_iterations`."""
+        """The iterations that the steps of a SNES have spent, where they were those of ``ksp``.
+
+        It raises as :meth:`checked_iterations` does.
+        """
         return iterations if self._refined is None else self._account()
 
     def _account(self) -> int:
-        failure, comm = self._hidden_failure, self.ksp.comm
-        if self._refined.comm.size < comm.size and comm.tompi4py().allreduce(failure is not None, MPI.LOR):
-            # The block of another rank, which raises the same.
-            failure = failure or "has failed on another rank"
+        failure = self._hidden_failure
+        comm = self.ksp.comm
+        if self._refined.comm.size < comm.size:
+            # It is a block of this rank. That of another one may have failed, which raises, too.
+            if comm.tompi4py().allreduce(failure is not None, MPI.LOR):
+                failure = failure or "has failed on another rank"
         if failure is not None:
             raise ConvergenceError(f"a linear solve inside that for '{self.name}' {failure}")
-        iterations, self._hidden_iterations = self._hidden_iterations, 0
+        iterations = self._hidden_iterations
+        self._hidden_iterations = 0
         return iterations
 
     def failure(self) -> str:
@@ -462,5 +527,7 @@ def _failure(ksp: PETSc.KSP) -> str:
         remedies = [_NO_ROOM]
     elif name in _REMEDIES:
         remedies.append(_REMEDIES[name])
-    return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after {ksp.getIterationNumber()} "
-            f"iterations, residual norm {ksp.getResidualNorm():.3e}" + (f"; {', or '.join(remedies)}" if remedies else ""))
+    said = f"; {', or '.join(remedies)}" if remedies else ""
+    return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} "
+            f"after {ksp.getIterationNumber()} iterations, residual norm "
+            f"{ksp.getResidualNorm():.3e}{said}")

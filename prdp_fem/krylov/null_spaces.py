@@ -18,7 +18,8 @@ __all__ = ["NullSpaceCheck", "null_space"]
 
 # How long the product with a vector may be, relative to that with one as large, and in the same
 # places, without a pattern. Rounding errors leave 1e-13 and less; inexact quadrature, and modes
-# that a space can only interpolate, something in between; vectors that are in no null space, the most.
+# that a space can only interpolate, something in between; vectors that are in no null space, the
+# most.
 _INEXACT, _WRONG = 1e-10, 1e-3
 # What rounding errors leave of a product, relative to one with a vector in all places.
 _ROUNDING = 1e-14
@@ -98,7 +99,8 @@ class NullSpaceCheck:
     def _message(self, argument: str, condition: str, finding: str, found: float,
                  expected: float) -> str:
         return (f"the {argument}= of the solver for '{self._name}' {finding}: the operator makes "
-                f"of a vector in it one of length {found:.1e}, and of one as large without a pattern "
+                f"of a vector in it one of length {found:.1e}, and of one as large without a "
+                "pattern "
                 f"{expected:.1e}, so that what it determines is taken out of solutions: give the "
                 f"vectors v with {condition}, or leave {argument}= away")
 

@@ -5,27 +5,33 @@ from petsc4py import PETSc
 
 __all__ = ["cause_of", "remedy", "what_went_wrong"]
 
-# PETSC_ERR_SUP, PETSC_ERR_MEM, PETSC_ERR_NOT_CONVERGED, and what petsc4py returns to PETSc where Python has raised something.
+# PETSC_ERR_SUP, PETSC_ERR_MEM, PETSC_ERR_NOT_CONVERGED, and what petsc4py returns to PETSc where
+# Python has raised something.
 _NOT_SUPPORTED, _NO_MEMORY, _NOT_CONVERGED, _FROM_PYTHON = 56, 55, 91, 101
 _REMEDIES = {
     _NOT_SUPPORTED: "PETSc does not have it for this operator ({}): use another pc_type",
     _NO_MEMORY: "there is not enough memory ({}): use a pc_type that needs less",
-    _NOT_CONVERGED: "PETSc was told to take this for an error ({}): allow more iterations or a looser tolerance, or leave "
-                    "ksp_error_if_not_converged and snes_error_if_not_converged away",
+    _NOT_CONVERGED: "PETSc was told to take this for an error ({}): allow more iterations or a "
+                    "looser tolerance, or leave ksp_error_if_not_converged and "
+                    "snes_error_if_not_converged away",
 }
-_OTHERWISE = "look for NaN or infinity in the controls and coefficients, or for an operator that is singular (PETSc says: {})"
+_OTHERWISE = ("look for NaN or infinity in the controls and coefficients, or for an operator that "
+              "is singular (PETSc says: {})")
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What Python raised inside a call of PETSc's, which PETSc has passed on as an error of its own; else the error."""
-    while isinstance(error, PETSc.Error) and error.ierr == _FROM_PYTHON and error.__cause__ is not None:
+    """What Python raised inside a call of PETSc's, which passed it on as its own; else the error."""
+    while isinstance(error, PETSc.Error) and error.ierr == _FROM_PYTHON:
+        if error.__cause__ is None:
+            break
         error = error.__cause__
     return error
 
 
 def what_went_wrong(error: Exception) -> str:
-    """What PETSc says is wrong, without where it was noticed: the last line that is no place in its source."""
-    lines = [line.partition("] ")[2] for line in str(error).splitlines() if line.startswith("[") and "() at " not in line]
+    """What PETSc says is wrong: the last line that is no place in its source."""
+    lines = [line.partition("] ")[2] for line in str(error).splitlines()
+             if line.startswith("[") and "() at " not in line]
     return lines[-1].partition(". ")[0] if lines else str(error).partition("\n")[0]
 
 

@@ -37,12 +37,15 @@ class Probe:
         self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
 
     def keep_for_ever(self) -> None:
-        """Never destroy the vectors, of which a preconditioner that was left by an error may have some, and destroy them."""
+        """Never destroy the vectors.
+
+        A preconditioner that was left by an error may have some of them, and destroy them.
+        """
         for vector in (self.x, self.y, self.Ax, self.Ay):
             vector.incRef()
 
     def finds_symmetric(self, multiply: Callable[[PETSc.Vec, PETSc.Vec], None]) -> bool:
-        """Compare (A x, y) with (x, A y): two products, where PETSc's own test compares matrices."""
+        """Compare (A x, y) with (x, A y): two products, where PETSc's own test takes matrices."""
         multiply(self.x, self.Ax)
         multiply(self.y, self.Ay)
         size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
@@ -60,4 +63,5 @@ class Probe:
         pc.apply(self.x, self.Ax)
         forward = self.Ax.dot(self.y)
         pc.applyTranspose(self.y, self.Ay)
-        return bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6*abs(forward)) and pc.getFailedReason() == 0
+        agrees = bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6*abs(forward))
+        return agrees and pc.getFailedReason() == 0

@@ -17,12 +17,20 @@ __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
 _MANY = 2**30
 _REASONS = reason_names(PETSc.SNES.ConvergedReason)
 _REMEDIES = {
-    "DIVERGED_MAX_IT": "allow more steps (snes_max_it), looser tolerances (snes_rtol, snes_atol), or a number of steps that is meant to "
-                       "be used up (a NewtonLadder); with truncated linear solves Newton's method needs more steps",
-    "DIVERGED_LINE_SEARCH": "truncated linear solves may give no direction of descent: use snes_linesearch_type basic, or more iterations",
-    "DIVERGED_LINEAR_SOLVE": "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type",
-    "DIVERGED_FUNCTION_NANORINF": "look for NaN or infinity in the controls, coefficients and the guess",
-    "DIVERGED_DTOL": "the steps lead away from a solution: try a better guess or a line search (snes_linesearch_type bt)",
+    "DIVERGED_MAX_IT":
+        "allow more steps (snes_max_it), looser tolerances (snes_rtol, snes_atol), or a number of "
+        "steps that is meant to be used up (a NewtonLadder); with truncated linear solves Newton's "
+        "method needs more steps",
+    "DIVERGED_LINE_SEARCH":
+        "truncated linear solves may give no direction of descent: use snes_linesearch_type basic, "
+        "or more iterations",
+    "DIVERGED_LINEAR_SOLVE":
+        "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type",
+    "DIVERGED_FUNCTION_NANORINF":
+        "look for NaN or infinity in the controls, coefficients and the guess",
+    "DIVERGED_DTOL":
+        "the steps lead away from a solution: try a better guess or a line search "
+        "(snes_linesearch_type bt)",
 }
 
 
@@ -40,7 +48,10 @@ def reset_with_linear_solver(snes: PETSc.SNES) -> None:
 
 
 def solves_linear_systems(snes: PETSc.SNES) -> bool:
-    """Whether a SNES makes its steps by linear solves; another one leaves the options of its KSP unread."""
+    """Whether a SNES makes its steps by linear solves.
+
+    Another one leaves the options of its KSP unread.
+    """
     return snes_facts(snes.getType()).solves_linear_systems
 
 
@@ -50,11 +61,11 @@ class Newton:
     Parameters
     ----------
     snes : PETSc.SNES
-        With its callbacks and options.
+        It has its callbacks and options.
     name : str
-        Of what is solved for, for messages.
+        The name of what is solved for, for messages.
     prefix : str or None
-        Options prefix of the KSP that settings are put on; None for the only iterative one.
+        The options prefix of the KSP that settings are put on; None for the only iterative one.
 
     Attributes
     ----------
@@ -68,7 +79,8 @@ class Newton:
         self.snes = snes
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
-        self.factorisation, self.null_spaces = FactorisationCheck(name), NullSpaceCheck(name)
+        self.factorisation = FactorisationCheck(name)
+        self.null_spaces = NullSpaceCheck(name)
         self._look_at_step: PostSolve | None = None
         if is_direct(snes.getKSP()):
             self._look_at_step = PostSolve(self.factorisation.look_at_step)
@@ -86,7 +98,10 @@ class Newton:
         return snes_facts(self.snes.getType()).remembers_solves
 
     def reset(self) -> None:
-        """Have vectors and preconditioner made anew at the next solve, by the options; inside the solver's context."""
+        """Have vectors and preconditioner made anew at the next solve, by the options.
+
+        Inside the solver's context.
+        """
         reset_with_linear_solver(self.snes)
         self.factorisation.forget()
         self.null_spaces.forget()
@@ -122,7 +137,8 @@ class Newton:
             # First of all, since steps that lack what is in a wrong one may come to no end.
             self.null_spaces.look(snes.getKSP().getOperators()[0])
         reason = snes.getConvergedReason()
-        if reason < 0 and not (steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT):
+        is_spent = steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT
+        if reason < 0 and not is_spent:
             self._raise(reason)
         iterations = self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
         if made and self.solves_linear_systems:
@@ -137,16 +153,23 @@ class Newton:
                 return
             self._options = self.snes.getTolerances(), self.snes.getMaxKSPFailures()
         (rtol, atol, stol, max_it), failures = self._options
-        self.snes.setTolerances(rtol=rtol, atol=atol, stol=stol, max_it=max_it if steps is None else steps)
-        # SNES would take a used-up budget of iterations for an error.
-        self.snes.setMaxKSPFailures(_MANY if setting is not None and setting.budget else failures)
+        if steps is not None:
+            max_it = steps
+        self.snes.setTolerances(rtol=rtol, atol=atol, stol=stol, max_it=max_it)
+        if setting is not None and setting.budget:
+            # SNES would take a used-up budget of iterations for an error.
+            failures = _MANY
+        self.snes.setMaxKSPFailures(failures)
         if setting is None:
             self._options = None
 
     def _raise(self, reason: int) -> None:
         name = _REASONS.get(reason, str(reason))
-        inside = f" (a linear solve {self.refined.failure()})" if name == "DIVERGED_LINEAR_SOLVE" else ""
-        remedy = _REMEDIES.get(name)
-        raise ConvergenceError(f"the nonlinear solve for '{self._name}' with snes_type {self.snes.getType()} failed: {name} after "
-                               f"{self.snes.getIterationNumber()} steps, residual norm {self.snes.getFunctionNorm():.3e}{inside}"
-                               + (f"; {remedy}" if remedy else ""))
+        inside = ""
+        if name == "DIVERGED_LINEAR_SOLVE":
+            inside = f" (a linear solve {self.refined.failure()})"
+        remedy = f"; {_REMEDIES[name]}" if name in _REMEDIES else ""
+        raise ConvergenceError(
+            f"the nonlinear solve for '{self._name}' with snes_type {self.snes.getType()} failed: "
+            f"{name} after {self.snes.getIterationNumber()} steps, residual norm "
+            f"{self.snes.getFunctionNorm():.3e}{inside}{remedy}")

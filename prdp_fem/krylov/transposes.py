@@ -14,13 +14,14 @@ from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space
-from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
-from prdp_fem.krylov.probe import Probe, has_python_blocks
+from prdp_fem.krylov.petsc_types import pc_facts
+from prdp_fem.krylov.symmetry import Symmetry
 from prdp_fem.refinement.ladders import Setting
 
 __all__ = ["Krylov"]
 
-# Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest power of two by which others are scaled.
+# Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest
+# power of two by which others are scaled.
 _SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
 # A residual norm whose square, and those of its larger parts, have all bits.
 _FAINT = 1e-100
@@ -28,35 +29,43 @@ _INFINITY = PETSc.NormType.NORM_INFINITY
 _BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
 
 
+# It takes a right-hand side and what it writes the solution to, and gives the iterations spent.
+Solve = Callable[[PETSc.Vec, PETSc.Vec], int]
+
+
 class Krylov:
     """The solves of a linear system and its transpose, each told how far to go.
 
-    They depend on nothing but their arguments: each starts from zero, or from the guess that it is given.
+    They depend on nothing but their arguments: each starts from zero, or from the guess that it is
+    given.
 
     Parameters
     ----------
     ksp : PETSc.KSP
-        With its operators and options.
+        It has its operators and options.
     transposed : callable
-        A context manager with a KSP for the transposed operator, set up for its present values; used only where method or
-        preconditioner cannot be transposed.
+        A context manager with a KSP for the transposed operator, set up for its present values;
+        used only where method or preconditioner cannot be transposed.
     name : str
-        Of what is solved for, for messages.
+        The name of what is solved for, for messages.
     prefix : str or None
-        Options prefix of the KSP that settings are put on; None for the only iterative one.
+        The options prefix of the KSP that settings are put on; None for the only iterative one.
     factorisation : FactorisationCheck or None
         That of other solves of the same solver.
     null_spaces : NullSpaceCheck or None
         Likewise.
     """
 
-    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str, prefix: str | None,
-                 factorisation: FactorisationCheck | None = None,
+    def __init__(self, ksp: PETSc.KSP,
+                 transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str,
+                 prefix: str | None, factorisation: FactorisationCheck | None = None,
                  null_spaces: NullSpaceCheck | None = None):
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
-        self._name, self._prefix = name, prefix
+        self._name = name
+        self._prefix = prefix
+        self._symmetry = Symmetry(self.refined)
         self._factorisation = FactorisationCheck(name, factorisation)
         self._null_spaces = NullSpaceCheck(name) if null_spaces is None else null_spaces
         self._consistency = ConsistencyCheck(name)
@@ -64,19 +73,15 @@ class Krylov:
 
     def forget_operators(self) -> None:
         """Forget what was known of the operators, which are other matrices from now on."""
-        for known in ("_probe", "_one_sided_null_space", "may_hide_residuals"):
+        for known in ("_one_sided_null_space", "may_hide_residuals"):
             vars(self).pop(known, None)
+        self._symmetry.forget()
         self._factorisation.forget()
         self._null_spaces.forget()
         self._refined_transposed: RefinedKSP | None = None
-        self._transposable: bool | None = None
-        self._symmetric: bool | None = None
-        self._symmetric_after: set[frozenset] = set()
-        self._has_symmetric_operator: bool | None = None
-        self._has_symmetric_parts: bool | None = None
-        self._changed: frozenset = frozenset()
-        # The functions that solve, by the kind of solve, while nothing that they were made for changes.
-        self._solves: dict[str, Callable] = {}
+        # The functions that solve, by the kind of solve, while nothing that they were made for
+        # changes.
+        self._solves: dict[str, Solve] = {}
 
     def operator_changed(self, inputs: frozenset) -> None:
         """Forget what was known of the operator's values. Collective.
@@ -84,23 +89,22 @@ class Krylov:
         Parameters
         ----------
         inputs : frozenset
-            What it depends on that has changed. Where it was symmetric after a change of the same, it is taken for symmetric again.
+            What it depends on that has changed. Where it was symmetric after a change of the same,
+            it is taken for symmetric again.
 
         Raises
         ------
         firedrake.exceptions.ConvergenceError
             Where the first operator does not have the null spaces that it was given.
         """
-        if not (self._symmetric and inputs in self._symmetric_after):
-            self._changed = inputs if self._symmetric is not None else self._changed | inputs
-            self._symmetric = None
-        self._has_symmetric_operator = self._has_symmetric_parts = None
+        self._symmetry.operator_changed(inputs)
         self._solves.clear()
         self._factorisation.renew()
         self.refined.set_up()
         self._null_spaces.look(self.ksp.getOperators()[0])
 
-    def solver(self, setting: Setting | None, *, guess: bool = False, kind: str = "forward") -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+    def solver(self, setting: Setting | None, *, guess: bool = False,
+               kind: str = "forward") -> Solve:
         """A function that solves A x = b for b and x, and returns the iterations spent.
 
         It holds until another is asked for.
@@ -116,8 +120,8 @@ class Krylov:
 
         Notes
         -----
-        The function raises :class:`firedrake.exceptions.ConvergenceError` on NaN, breakdown or divergence, and where a tolerance
-        is not reached; not for a used-up budget.
+        The function raises :class:`firedrake.exceptions.ConvergenceError` on NaN, breakdown or
+        divergence, and where a tolerance is not reached; not for a used-up budget.
         """
         if kind == "forward":
             if self.refined.apply(setting, guess):
@@ -152,15 +156,15 @@ class Krylov:
             self._solves.clear()
         self._consistency.look(self.refined, b, x)
 
-    def transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
+    def transposed_solver(self, setting: Setting | None) -> Solve:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
         solve = self._transposed_solver(setting)
         return solve if self._one_sided_null_space is None else self._projected(solve)
 
-    def _transposed_solver(self, setting: Setting | None) -> Callable[[PETSc.Vec, PETSc.Vec], int]:
-        if self.is_symmetric():
+    def _transposed_solver(self, setting: Setting | None) -> Solve:
+        if self._symmetry.is_symmetric():
             return self._scaled(self.refined, self.ksp.solve, setting, "adjoint")
-        if self._is_transposable():
+        if self._symmetry.is_transposable():
             return self._scaled(self.refined, self.ksp.solveTranspose, setting, "adjoint")
 
         def solve(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -171,10 +175,13 @@ class Krylov:
                 return self._scaled(self._refined_transposed, ksp.solve, setting, "adjoint")(b, x)
         return solve
 
-    def _projected(self, solve: Callable) -> Callable:
-        """With the null space of a symmetric operator for that of its transpose, where nobody has named one."""
+    def _projected(self, solve: Solve) -> Solve:
+        """A solve with the null space of a symmetric operator for that of its transpose.
+
+        It is so where nobody has named the latter.
+        """
         space = self._one_sided_null_space
-        if space is None or not self._operator_is_symmetric():
+        if space is None or not self._symmetry.has_symmetric_operator():
             return solve
 
         def solve_projected(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -190,13 +197,12 @@ class Krylov:
         A, _ = self.ksp.getOperators()
         return null_space(A) if null_space(A, transposed=True) is None else None
 
-    def _operator_is_symmetric(self) -> bool:
-        if self._has_symmetric_operator is None:
-            self._has_symmetric_operator = self._probe.finds_symmetric(self.ksp.getOperators()[0].mult)
-        return self._has_symmetric_operator
+    def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None,
+                kind: str) -> Solve:
+        """A solve for a derivative, whose right-hand side has no size to be expected.
 
-    def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None, kind: str) -> Callable:
-        """A solve for a derivative, whose right-hand side, which it may write to, has no size to be expected."""
+        It may write to that.
+        """
         if refined.apply(setting, False, is_absolute=False):
             self._solves.clear()
         if kind not in self._solves:
@@ -205,7 +211,8 @@ class Krylov:
 
     def _scaled_anew(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
         solve_and_check = self._checked(refined, solve, kind, is_relative=True)
-        ksp, has_thresholds = refined.ksp, refined.may_have_thresholds
+        ksp = refined.ksp
+        has_thresholds = refined.may_have_thresholds
         smallest = math.inf if has_thresholds else _SMALL
 
         def is_sized(b: PETSc.Vec) -> bool:
@@ -242,7 +249,8 @@ class Krylov:
         Where it is relative nothing absolute stops it: not PETSc's own tolerance either, which
         residuals of a large operator are below.
         """
-        ksp, is_nested = refined.ksp, refined.is_nested
+        ksp = refined.ksp
+        is_nested = refined.is_nested
         is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -265,48 +273,10 @@ class Krylov:
             return iterations
         return solve_and_check
 
-    @cached_property
-    def _probe(self) -> Probe:
-        return Probe(self.ksp.getOperators()[0])
-
     def is_symmetric(self) -> bool:
-        """Whether the method asks for a symmetric operator and preconditioner, and the operator is symmetric."""
-        if self._symmetric is None:
-            self._symmetric = (ksp_facts(self.ksp.getType()).asks_for_symmetry
-                               and self._operator_is_symmetric())
-            if self._symmetric:
-                self._symmetric_after.add(self._changed)
-        return self._symmetric
+        """Whether the method asks for a symmetric system, and the operator is symmetric."""
+        return self._symmetry.is_symmetric()
 
     def has_symmetric_parts(self) -> bool:
-        """Whether operator and preconditioner are symmetric, both as they are now, and whatever the method asks for."""
-        if self._has_symmetric_parts is None:
-            self._has_symmetric_parts = self._operator_is_symmetric() and self._probe.finds_symmetric(self.ksp.getPC().apply)
-        return self._has_symmetric_parts
-
-    def _is_transposable(self) -> bool:
-        """Whether method and preconditioner have a transpose; of the latter PETSc tells only by trying."""
-        if self._transposable is None:
-            A, P = self.ksp.getOperators()
-            pc = self.ksp.getPC()
-            # With a coarse setting the transpose of what is inside may be none, whatever it is with the setting of the moment.
-            if (not ksp_facts(self.ksp.getType()).is_transposable
-                    or nested.has_truncated_inside(self.ksp)
-                    or nested.has_untransposable_inside(self.ksp) or has_python_blocks(A)):
-                self._transposable = False
-                return False
-            try:
-                # A Python matrix may have no transposed product, or one that is none of its transpose.
-                self._transposable = (self._probe.finds_transposed_operator(A)
-                                      and self._probe.finds_transposed(pc))
-            except (PETSc.Error, AttributeError, NotImplementedError):
-                self._transposable = False
-                self._probe.keep_for_ever()
-                del self._probe
-            if not self._transposable:
-                # A failed try leaves its mark on the preconditioners inside.
-                pc.reset()
-                self.ksp.setOperators(A, P)
-                self.ksp.setUp()
-                self.refined.set_up()
-        return self._transposable
+        """Whether operator and preconditioner are symmetric, as they are now."""
+        return self._symmetry.has_symmetric_parts()
