@@ -20,7 +20,7 @@ _OTHERWISE = ("look for NaN or infinity in the controls and coefficients, or for
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What Python raised inside a call of PETSc's, which passed it on as its own; else the error."""
+    """What Python raised inside a call of PETSc's, which passed it on as its own; or the error."""
     while isinstance(error, PETSc.Error) and error.ierr == _FROM_PYTHON:
         if error.__cause__ is None:
             break
