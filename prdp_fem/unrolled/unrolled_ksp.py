@@ -9,11 +9,11 @@ from firedrake.petsc import PETSc
 from prdp_fem.krylov.nested import krylov_method_inside
 from prdp_fem.krylov.petsc_types import KSP_TYPES, listed, pc_facts, types_with
 from prdp_fem.ranks.finite import require_finite
+from prdp_fem.unrolled.backwards import Backwards, advance
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
 from prdp_fem.unrolled.registry import Entry, KSPAsSet, unrolled_methods
 from prdp_fem.unrolled.tangents import Tangents
-from prdp_fem.unrolled.trace import Trace, TracedScalar, TracedVector
 from prdp_fem.unrolled.values import Values, Vector, VectorPool
 
 __all__ = ["UnrolledKSP"]
@@ -155,7 +155,7 @@ class UnrolledKSP:
         method = self._method
         start = None if guess is None else Vector(guess)
         state = method.initial(on, self._right_hand_side(b), start)
-        state = _advance(on, method, state, method.steps(iterations))
+        state = advance(on, method, state, method.steps(iterations))
         solution = method.solution(on, state)
         if solution is None:
             out.zeroEntries()
@@ -195,7 +195,7 @@ class UnrolledKSP:
                               None if guess_tangent is None else Vector(guess_tangent))
         right = on.lifted(self._right_hand_side(b),
                           None if b_tangent is None else self._right_hand_side(b_tangent))
-        state = _advance(on, method, method.initial(on, right, start), method.steps(iterations))
+        state = advance(on, method, method.initial(on, right, start), method.steps(iterations))
         solution = method.solution(on, state)
         if solution is None or solution.tangent is None:
             out.zeroEntries()
@@ -236,8 +236,9 @@ class UnrolledKSP:
         start = None if guess is None else Vector(guess)
         if start is None and guess_cotangent is not None:
             start = self._zero()
-        bars = self._played_backwards(right, start, iterations, Vector(cotangent),
-                                      operator_cotangent, preconditioner_cotangent)
+        backwards = Backwards(self._method, system, self._pool, self.checkpoints)
+        bars = backwards.cotangents(right, start, iterations, Vector(cotangent),
+                                    operator_cotangent, preconditioner_cotangent)
         _write(bars[0], b_cotangent)
         system.project_right_hand_side(b_cotangent)
         results = [b_cotangent]
@@ -245,40 +246,6 @@ class UnrolledKSP:
             _write(bars[1], guess_cotangent)
             results.append(guess_cotangent)
         self._require_finite(iterations, "derivative", *results)
-
-    def _played_backwards(self, right: Vector, start: Vector | None, iterations: int,
-                          cotangent: Vector, of_operator: OperatorCotangent | None,
-                          of_preconditioner: OperatorCotangent | None) -> list:
-        """The cotangents of right-hand side and guess; those of the matrices are added to."""
-        pool = self._pool
-        method = self._method
-        # What is linear in b and the guess keeps no vectors for their cotangents, so that
-        # checkpoints would spare none.
-        is_linear = method.is_linear and of_operator is None and of_preconditioner is None
-        stretches, states = self._stretches(right, start, iterations,
-                                            None if is_linear else self.checkpoints)
-        # The cotangents of the state at the end of a stretch, from the stretch that follows it.
-        bars: list = []
-        for number in reversed(range(len(stretches))):
-            on = Trace(self._system, pool, of_operator, of_preconditioner, is_linear)
-            if number == 0:
-                lifted = [on.lifted(right), None if start is None else on.lifted(start)]
-                state = method.initial(on, *lifted)
-            else:
-                lifted = tuple(None if part is None else on.lifted(part) for part in states.pop())
-                state = lifted
-            state = _advance(on, method, state, stretches[number])
-            if number == len(stretches) - 1:
-                solution = method.solution(on, state)
-                if solution is not None:
-                    solution.cotangent.add(1.0, cotangent, pool)
-                del solution
-            _add_cotangents(state, bars, pool)
-            # What nobody holds any more is let go of on the way back.
-            del state
-            on.play_backwards()
-            bars = [_cotangent(part, pool) for part in lifted]
-        return bars
 
     def _require_finite(self, iterations: int, what: str, *results: PETSc.Vec) -> None:
         suspicious = [vector for vector in results if not math.isfinite(vector.norm())]
@@ -290,50 +257,6 @@ class UnrolledKSP:
                 f"the {what} of {iterations} iterations of ksp_type {self.ksp.getType()}{whose} "
                 "holds NaN or infinity: look for them in what it is made of, or for an iteration "
                 "that diverges"))
-
-    def _stretches(self, b: Vector, guess: Vector | None, iterations: int,
-                   checkpoints: int | None) -> tuple[list[list[int]], list[tuple]]:
-        """The steps between checkpoints, and the states where each stretch but the first begins."""
-        method = self._method
-        steps = method.steps(iterations)
-        if checkpoints is None or len(steps) <= 1:
-            return [steps], []
-        length = math.ceil(len(steps)/(checkpoints + 1))
-        stretches = [steps[i:i + length] for i in range(0, len(steps), length)]
-        on = Values(self._system, self._pool)
-        state = method.initial(on, b, guess)
-        states = []
-        for stretch in stretches[:-1]:
-            state = _advance(on, method, state, stretch)
-            states.append(state)
-        return stretches, states
-
-
-def _advance(on, method, state: tuple, steps: list[int]) -> tuple:
-    for iterations in steps:
-        following = method.advance(on, state, iterations)
-        if following is state:
-            break
-        state = following
-    return state
-
-
-def _add_cotangents(state: tuple, bars: list, pool: VectorPool) -> None:
-    """Add to the cotangents of a state those from the stretch that follows."""
-    for part, bar in zip(state, bars):
-        if isinstance(part, TracedVector):
-            if bar[1] is not None:
-                part.cotangent.add(*bar, pool)
-        elif isinstance(part, TracedScalar):
-            part.cotangent = part.cotangent + bar
-
-
-def _cotangent(part: TracedVector | TracedScalar | None, pool: VectorPool):
-    """Of a part of a state: a factor and a vector, or a number."""
-    if part is None:
-        return None
-    return part.cotangent.total(pool) if isinstance(part, TracedVector) else part.cotangent
-
 
 def _write(bar: tuple[float, Vector | None], out: PETSc.Vec) -> None:
     factor, vector = bar
