@@ -498,6 +498,8 @@ def test_refusals(matrices):
     refuses("ksp_pc_side", ksp_type="bcgs", ksp_pc_side="right")
     refuses("self-scal", ksp_type="richardson", ksp_richardson_self_scale=None, pc_type="sor")
     refuses("knoll", ksp_type="cg", ksp_knoll=None)
+    refuses("there is a self-scaled richardson inside the preconditioner", ksp_type="fgmres",
+            pc_type="ksp", ksp_ksp_type="richardson", ksp_ksp_richardson_self_scale=None)
     refuses("pc_sor_diagonal_shift", ksp_type="gmres", pc_type="sor", pc_sor_diagonal_shift=0.1)
     # PETSc tells six digits of a number.
     ksp = solver(A, ksp_type="richardson", ksp_richardson_scale=0.6666666666666666, pc_type="jacobi")

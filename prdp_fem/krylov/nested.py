@@ -8,6 +8,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
+from prdp_fem.krylov.view import described
 
 __all__ = ["all_inside", "all_preconditioners", "applies_factorisation", "find_iterative",
            "has_factorisation", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
@@ -124,9 +125,17 @@ def has_truncated_inside(ksp: PETSc.KSP) -> bool:
 
 
 def krylov_method_inside(ksp: PETSc.KSP) -> str | None:
-    """The type of a Krylov method in the preconditioner, which is not linear then, or None."""
-    kinds = (nested.getType() for nested, _ in _walk_preconditioner(ksp.getPC(), False))
-    return next((kind for kind in kinds if not ksp_facts(kind).is_linear), None)
+    """The method in the preconditioner that makes it another map of each vector, or None.
+
+    Collective: whether Richardson's iteration scales itself, PETSc tells only in its view.
+    """
+    for nested, _ in _walk_preconditioner(ksp.getPC(), False):
+        kind = nested.getType()
+        if not ksp_facts(kind).is_linear:
+            return kind
+        if kind == PETSc.KSP.Type.RICHARDSON and "self-scale" in described(nested):
+            return f"self-scaled {kind}"
+    return None
 
 
 def has_memory_inside(ksp: PETSc.KSP) -> bool:
