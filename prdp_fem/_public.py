@@ -1,20 +1,8 @@
 """What users name in the package itself, all at once: importing this module imports Firedrake."""
 # First, as it says what is wrong with Firedrake.
 import prdp_fem.release  # noqa: F401  # isort: split
-from prdp_fem.refinement import (
-    FixedRefinement,
-    IterationLadder,
-    Iterations,
-    NewtonLadder,
-    NewtonSteps,
-    ProgressiveRefinement,
-    Record,
-    Refinement,
-    ScheduledRefinement,
-    Setting,
-    Tolerance,
-    ToleranceLadder,
-)
+from prdp_fem.refinement import *  # noqa: F403
+from prdp_fem.refinement import __all__ as _of_refinement
 from prdp_fem.refinement.options import refinement_from_options
 from prdp_fem.solution.differentiation import Implicit, Unrolled
 from prdp_fem.solvers import LinearVariationalSolver as LinearVariationalSolver
@@ -25,20 +13,9 @@ from prdp_fem.unrolled import SteepestDescent
 # Without LinearVariationalSolver and NonlinearVariationalSolver: a star import leaves a script's
 # names from Firedrake and torch alone.
 __all__ = [
-    "FixedRefinement",
+    *_of_refinement,
     "Implicit",
-    "IterationLadder",
-    "Iterations",
-    "NewtonLadder",
-    "NewtonSteps",
-    "ProgressiveRefinement",
-    "Record",
-    "Refinement",
-    "ScheduledRefinement",
-    "Setting",
     "SteepestDescent",
-    "Tolerance",
-    "ToleranceLadder",
     "Unrolled",
     "control",
     "refinement_from_options",

@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 from collections.abc import Sequence
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from mpi4py import MPI
 
 from prdp_fem.refinement import (
+    LADDERS,
+    RULES,
     FixedRefinement,
     IterationLadder,
     Iterations,
@@ -22,10 +25,13 @@ from prdp_fem.refinement import (
     NewtonSteps,
     ProgressiveRefinement,
     Record,
+    Refinement,
     ScheduledRefinement,
     Tolerance,
     ToleranceLadder,
+    registry,
 )
+from prdp_fem.refinement.settings import NewtonSetting
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 
@@ -985,3 +991,126 @@ def test_the_record_is_the_same_on_all_ranks(make):
     refinement = make(comm)
     run(refinement, [comm.rank + 1.0, comm.rank + 2.0])
     assert comm.allgather([record.metric for record in refinement.history]) == [[1.0, 2.0]]*comm.size
+
+
+# --- rules, ladders and settings of one's own --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digits:
+    """So many digits, in five Newton steps: a setting by its attributes alone."""
+
+    digits: int
+    max_it: int = 500
+    budget: bool = False
+    steps: int = 5
+
+    @property
+    def rtol(self):
+        return 10.0**-self.digits
+
+
+class Halving(Refinement):
+    """Up when the metric has not halved."""
+
+    def __init__(self, ladder, *, ratio=0.5, comm=None):
+        super().__init__(ladder, ema_window=1, comm=comm)
+        self.ratio = ratio
+
+    parameters = ("ema_window", "ratio")
+
+    def next_level(self, smoothed):
+        is_last = self.level + 1 == len(self.ladder)
+        return self.level + (not is_last and bool(self.history) and smoothed > self.ratio*self.history[-1].smoothed)
+
+
+class Compared(Refinement):
+    """Told how to find the metric: up when it is another one a level higher."""
+
+    def step(self, validate):
+        level = self.level
+        coarse = self.agreed_metric(validate())
+        self.level = min(level + 1, len(self.ladder) - 1)
+        fine = self.agreed_metric(validate())
+        self.level = level
+        self.differs = abs(coarse - fine) > 0.1*fine
+        return super().step(coarse)
+
+    def next_level(self, smoothed):
+        return self.level + self.differs
+
+
+def test_a_rule_of_ones_own_is_one_method():
+    refinement = Halving([5, 10, 20])
+    assert run(refinement, [8.0, 4.0, 3.0, 1.0, 0.9, 0.9]) == [0, 0, 1, 1, 2, 2]
+    other = Halving([5, 10, 20])
+    other.load_state_dict(json.loads(json.dumps(refinement.state_dict())))
+    assert state_of(other) == state_of(refinement)
+    with pytest.raises(ValueError, match="saved with ratio 0.5"):
+        Halving([5, 10, 20], ratio=0.25).load_state_dict(refinement.state_dict())
+
+
+def test_a_rule_may_be_told_something_else_than_a_metric():
+    refinement = Compared([1, 2, 4])
+    errors = {1: 1.0, 2: 0.5, 4: 0.49}
+    seen = []
+
+    def validate():
+        seen.append(refinement.setting.iterations)
+        return errors[seen[-1]]
+
+    assert [refinement.step(validate) for _ in range(2)] == [True, False]
+    assert seen == [1, 2, 2, 4] and [record.metric for record in refinement.history] == [1.0, 0.5]
+
+
+def test_a_rule_without_its_method_says_what_to_write():
+    with pytest.raises(NotImplementedError, match=r"write its method next_level\(smoothed\)"):
+        Refinement([1, 2]).step(1.0)
+
+
+def test_a_setting_of_ones_own_is_its_attributes():
+    setting = Digits(3)
+    assert isinstance(setting, NewtonSetting) and not isinstance(Iterations(3), NewtonSetting)
+    state = FixedRefinement(setting).state_dict()
+    assert state["ladder"] == [[0, 1e-3, 500, False, 5]]
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, found 0, in the setting"):
+        FixedRefinement(Digits(3, steps=0))
+    with pytest.raises(TypeError, match="linear must be the setting of a linear solve"):
+        NewtonSteps(2, setting)
+
+
+@pytest.fixture
+def registered():
+    """Ladders and rules that are registered in a test are so in it alone."""
+    ladders, rules = dict(LADDERS), dict(RULES)
+    yield
+    for entries, before in ((LADDERS, ladders), (RULES, rules)):
+        entries.clear()
+        entries.update(before)
+
+
+def test_a_ladder_that_is_registered_is_one_for_options(registered):
+    from prdp_fem.refinement.options import refinement_from_options
+
+    @registry.ladder("doubling", step=("ratio", float))
+    class Doubling(list):
+        def __init__(self, start=1, ratio=2.0, stop=9):
+            super().__init__(int(start*ratio**level) for level in range(9) if start*ratio**level <= stop)
+
+    made = refinement_from_options(ladder="doubling", start=2, step=3.0, stop=20, comm=MPI.COMM_SELF)
+    assert made.ladder == [2, 6, 18] and made.setting == Iterations(2)
+
+
+def test_a_rule_that_is_registered_is_one_for_studies(registered):
+    from prdp_fem.studies import CONVERGED, PRDP, Schedule
+
+    with pytest.raises(ValueError, match="a schedule is converged, prdp, prdp:TAU_STEP:TAU_STOP or a number"):
+        Schedule.from_text("halving")
+    registry.rule("halving", title="halving", options={"ratio": float}, varied=("ratio",))(Halving)
+    schedule = Schedule.from_text("halving:0.25")
+    assert (schedule.name, schedule.title, schedule.is_varied) == ("halving:0.25", "halving 0.25", True)
+    made = schedule.refinement(ladder=[3, 5], converged=Tolerance(1e-8))
+    assert isinstance(made, Halving) and made.ratio == 0.25 and made.setting == Iterations(3)
+    schedules = [CONVERGED, PRDP, Schedule("halving"), Schedule("constant", 8), schedule]
+    assert sorted(reversed(schedules), key=lambda schedule: schedule.place) == schedules
+    assert len({schedule.colour for schedule in schedules}) == 4

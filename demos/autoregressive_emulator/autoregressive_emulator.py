@@ -246,7 +246,7 @@ def draw_growth(path):
     steps = np.arange(1, 2*STEPS + 1)
     for schedule, by_seed in runs.items():
         axes.plot(steps, np.mean([run.extras["error after each step"] for run in by_seed.values()], axis=0), "o-", markersize=4,
-                  label=schedule.title, color=schedule.colour, zorder=1 if schedule.kind == "constant" else 2)
+                  label=schedule.title, color=schedule.colour, zorder=1 if schedule.is_constant else 2)
     axes.axvspan(STEPS, 2*STEPS, color="0.92", zorder=0)
     axes.text(STEPS + 0.1, 0.02, "not trained for", transform=axes.get_xaxis_transform(), color="0.4")
     axes.set(xlabel="time step", ylabel="relative error of the network alone", ylim=(0, None))

@@ -36,7 +36,7 @@ from firedrake.petsc import PETSc
 from matplotlib.figure import Figure
 
 from prdp_fem import IterationLadder, LinearVariationalSolver
-from prdp_fem.studies import Study, command_line, draw_training, save_figure
+from prdp_fem.studies import CONVERGED, Study, command_line, draw_training, save_figure
 from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
 arguments = command_line(__file__, __doc__)
@@ -249,7 +249,7 @@ def errors_by_step(schedule, what):
 uncorrected = errors_by_step(next(iter(runs)), "coarse")
 rows = {"without corrections": uncorrected} | {schedule.title: errors_by_step(schedule, "corrected") for schedule in runs}
 rows |= {f"{schedule.title}, then converged physics": errors_by_step(schedule, "corrected, converged physics")
-         for schedule in runs if schedule.kind != "converged"}
+         for schedule in runs if schedule != CONVERGED}
 PETSc.Sys.Print("\nrelative error after step" + " "*11 + "".join(f"{number:8}" for number in (1, 2, 5)))
 for title, errors in rows.items():
     PETSc.Sys.Print(f"{title:36}" + "".join(f"{errors[number - 1]:8.2%}" for number in (1, 2, 5)))

@@ -10,7 +10,7 @@ from prdp_fem.krylov.nested import is_direct
 from prdp_fem.krylov.null_spaces import NullSpaceCheck
 from prdp_fem.krylov.petsc_types import snes_facts
 from prdp_fem.krylov.post_solve import PostSolve
-from prdp_fem.refinement.ladders import NewtonSteps, Setting
+from prdp_fem.refinement.settings import NewtonSetting, Setting, newton_steps
 
 __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
 
@@ -106,14 +106,14 @@ class Newton:
         self.factorisation.forget()
         self.null_spaces.forget()
 
-    def solve(self, x: PETSc.Vec, setting: Setting | NewtonSteps | None) -> tuple[int, int]:
+    def solve(self, x: PETSc.Vec, setting: Setting | NewtonSetting | None) -> tuple[int, int]:
         """Solve from what is in x.
 
         Parameters
         ----------
         x : PETSc.Vec
             The guess, with boundary values, and then the solution.
-        setting : Setting, NewtonSteps or None
+        setting : Setting, NewtonSetting or None
             How far to go; None for what the options say.
 
         Returns
@@ -127,7 +127,7 @@ class Newton:
             Where the options' tolerances are not reached, unless the steps were a budget.
         """
         snes = self.snes
-        steps = setting.steps if isinstance(setting, NewtonSteps) else None
+        steps = newton_steps(setting)
         self._apply(steps, setting)
         if self._look_at_step is not None:
             self._look_at_step.put_on(snes.getKSP())

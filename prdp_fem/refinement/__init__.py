@@ -1,13 +1,11 @@
-"""When to refine, and what levels mean: pure Python, without Firedrake, PETSc or torch."""
-from prdp_fem.refinement.ladders import (
-    IterationLadder,
-    Iterations,
-    NewtonLadder,
-    NewtonSteps,
-    Setting,
-    Tolerance,
-    ToleranceLadder,
-)
+"""When to refine, and what levels mean: pure Python, without Firedrake, PETSc or torch.
+
+Ladders and rules are registered as their modules are imported here; what is in ``__all__`` is what
+``prdp_fem`` itself exports, too.
+"""
+from prdp_fem.refinement.ladders import IterationLadder, NewtonLadder, ToleranceLadder
+from prdp_fem.refinement.registry import LADDERS as LADDERS
+from prdp_fem.refinement.registry import RULES as RULES
 from prdp_fem.refinement.rules import (
     FixedRefinement,
     ProgressiveRefinement,
@@ -15,6 +13,7 @@ from prdp_fem.refinement.rules import (
     Refinement,
     ScheduledRefinement,
 )
+from prdp_fem.refinement.settings import Iterations, NewtonSteps, Setting, Tolerance
 
 __all__ = [
     "FixedRefinement",

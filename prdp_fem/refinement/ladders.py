@@ -1,48 +1,45 @@
 """What the levels of a refinement mean: ladders of solver settings, from coarse to fine.
 
-A *setting* is anything with the three attributes of :class:`Setting`; a *ladder* is any sequence of
-settings, or of integers, which mean so many iterations. Level 0 is the coarsest. This module is
-pure Python: it knows neither PETSc nor Firedrake.
+A *ladder* is any sequence of settings (:mod:`prdp_fem.refinement.settings`), or of integers, which
+mean so many iterations. Level 0 is the coarsest. This module is pure Python: it knows neither PETSc
+nor Firedrake.
 """
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from prdp_fem.arguments import count, flag, fraction, shown
+from prdp_fem.arguments import count, fraction, shown
+from prdp_fem.refinement.registry import is_registered, ladder
+from prdp_fem.refinement.settings import (
+    Iterations,
+    NewtonSteps,
+    Setting,
+    Tolerance,
+    checked_setting,
+    in_numbers,
+    in_words,
+    is_frozen,
+    setting_of,
+)
 
-__all__ = ["Setting", "Iterations", "Tolerance", "NewtonSteps", "IterationLadder",
-           "ToleranceLadder", "NewtonLadder", "checked_ladder",
-           "checked_setting", "in_numbers", "in_words", "is_frozen", "setting_of"]
-
-
-@runtime_checkable
-class Setting(Protocol):
-    """What is put on a Krylov solver. Where all three are None, its own options stand.
-
-    Attributes
-    ----------
-    rtol : float
-        Stop when the residual norm is below ``rtol`` times the norm of the right-hand side.
-    max_it : int
-        Stop after so many iterations.
-    budget : bool
-        Whether using up ``max_it`` iterations is success (a budget of iterations) or failure (a cap on the way to
-        a tolerance).
-    """
-
-    @property
-    def rtol(self) -> float: ...
-
-    @property
-    def max_it(self) -> int: ...
-
-    @property
-    def budget(self) -> bool: ...
+__all__ = [
+    "IterationLadder",
+    "Iterations",
+    "NewtonLadder",
+    "NewtonSteps",
+    "Setting",
+    "Tolerance",
+    "ToleranceLadder",
+    "checked_ladder",
+    "checked_setting",
+    "in_numbers",
+    "in_words",
+    "is_frozen",
+    "setting_of",
+]
 
 
 # Ladders with more levels than this are those without an end.
@@ -53,196 +50,12 @@ _LOOKED_AT = 1000
 
 def _counts(start: int, step: int, stop: int | None) -> range:
     """The counts of a ladder; without an end where ``stop`` is None."""
-    counts = range(count("start", start), sys.maxsize if stop is None else count("stop", stop) + 1,
-                   count("step", step))
+    end = sys.maxsize if stop is None else count("stop", stop) + 1
+    counts = range(count("start", start), end, count("step", step))
     if not counts:
-        raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the ladder would be empty")
+        raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the "
+                         "ladder would be empty")
     return counts
-
-
-@dataclass(frozen=True)
-class Iterations:
-    """Exactly so many iterations, unless the residual falls below a floor earlier.
-
-    Parameters
-    ----------
-    iterations : int
-        The number of Krylov iterations, at least 1.
-    rtol_floor : float
-        Relative residual below which further iterations would only stir rounding errors.
-    """
-
-    iterations: int
-    rtol_floor: float = 1e-12
-
-    def __post_init__(self):
-        count("iterations", self.iterations)
-        fraction("rtol_floor", self.rtol_floor, allow_zero=True)
-
-    @property
-    def rtol(self) -> float:
-        return self.rtol_floor
-
-    @property
-    def max_it(self) -> int:
-        return self.iterations
-
-    @property
-    def budget(self) -> bool:
-        return True
-
-    def __str__(self) -> str:
-        return f"{self.iterations} iteration{'s' if self.iterations > 1 else ''}"
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """As many iterations as a relative residual needs; it is an error when ``max_it`` of them do not reach it.
-
-    Parameters
-    ----------
-    rtol : float
-        Residual norm relative to the norm of the right-hand side, in (0, 1).
-    max_it : int
-        The most iterations that may be spent.
-    """
-
-    rtol: float
-    max_it: int = 10_000
-
-    def __post_init__(self):
-        fraction("rtol", self.rtol)
-        count("max_it", self.max_it)
-
-    @property
-    def budget(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return f"relative tolerance {self.rtol:g}"
-
-
-@dataclass(frozen=True)
-class NewtonSteps:
-    """At most so many Newton (or Picard) steps, each with a linear solve of its own setting.
-
-    A step that the nonlinear solver's own tolerances (``snes_rtol`` and so on) make needless is not made. Solvers of linear
-    problems take the setting of the linear solves.
-
-    Parameters
-    ----------
-    steps : int
-        The number of steps, at least 1.
-    linear : Setting or None
-        What is put on the KSP of each step, and on the adjoint's; None for what its options say.
-    """
-
-    steps: int
-    linear: Setting | None = None
-
-    def __post_init__(self):
-        count("steps", self.steps)
-        if isinstance(self.linear, (NewtonSteps, type)) or not isinstance(self.linear, (Setting, type(None))):
-            raise TypeError(f"linear must be the setting of a linear solve, such as "
-                            f"Iterations(20), or None, found {shown(self.linear)}")
-        if self.linear is not None:
-            checked_setting(self.linear)
-
-    @property
-    def rtol(self) -> float | None:
-        return None if self.linear is None else self.linear.rtol
-
-    @property
-    def max_it(self) -> int | None:
-        return None if self.linear is None else self.linear.max_it
-
-    @property
-    def budget(self) -> bool | None:
-        return None if self.linear is None else self.linear.budget
-
-    def __str__(self) -> str:
-        text = f"{self.steps} Newton step{'s' if self.steps > 1 else ''}"
-        return text if self.linear is None else f"{text} of {self.linear}"
-
-
-# Of the package's own settings, whose numbers were checked when they were made.
-_FROZEN = frozenset({Iterations, Tolerance})
-_SETTING = ("a setting must have the attributes rtol, max_it and budget, as Iterations(20) and "
-            "Tolerance(1e-6) have")
-
-
-def is_frozen(setting: Any) -> bool:
-    """Whether a setting is the same for ever, as those of the package are, but for Newton's."""
-    return type(setting) in _FROZEN
-
-
-def checked_setting(setting: Any) -> Setting:
-    """A setting, whose numbers are such that a solver can be told them.
-
-    Costs next to nothing for the package's own settings, which cannot change; those of a user's
-    class can at any time.
-
-    Raises
-    ------
-    TypeError
-        For what is no setting.
-    ValueError
-        For numbers that the package's own settings would refuse, too.
-    """
-    kind = type(setting)
-    if kind in _FROZEN:
-        return setting
-    if kind is NewtonSteps:
-        if setting.linear is not None:
-            checked_setting(setting.linear)
-        return setting
-    try:
-        rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
-    except AttributeError:
-        raise TypeError(f"{_SETTING}, found {shown(setting)}") from None
-    if isinstance(setting, type):
-        raise TypeError(f"{_SETTING}, found {shown(setting)}, a class: make an object of it")
-    if any(number is not None for number in (rtol, max_it, budget)):
-        try:
-            is_budget = flag("budget", budget)
-            fraction("rtol", rtol, allow_zero=is_budget)
-            count("max_it", max_it)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error}, in the setting {shown(setting)}") from None
-    return setting
-
-
-def setting_of(entry: Any) -> Setting:
-    """What an entry of a ladder means: itself, or as many iterations as an integer says.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As :func:`checked_setting`, and for an integer below 1.
-    """
-    if type(entry) in _FROZEN:
-        return entry
-    if isinstance(entry, Integral) and not isinstance(entry, bool):
-        return Iterations(int(entry))
-    return checked_setting(entry)
-
-
-def in_numbers(setting: Setting) -> list:
-    """What a setting puts on solvers, in numbers that JSON takes.
-
-    They are rtol, max_it and budget, and Newton steps where it has them.
-    """
-    rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
-    numbers = [None, None, None] if max_it is None else [float(rtol), int(max_it), bool(budget)]
-    return [*numbers, int(setting.steps)] if isinstance(setting, NewtonSteps) else numbers
-
-
-def in_words(setting: Setting | None) -> str:
-    """What a setting, which may be of a user's class, puts on solvers, on one line."""
-    if setting is None:
-        return "no setting"
-    steps = f"steps {setting.steps}, " if hasattr(setting, "steps") else ""
-    return f"{steps}rtol {setting.rtol}, max_it {setting.max_it}, budget {setting.budget}"
 
 
 def checked_ladder(ladder: Any, of: str = "a ladder") -> Sequence:
@@ -266,7 +79,7 @@ def checked_ladder(ladder: Any, of: str = "a ladder") -> Sequence:
         For an empty ladder, for an entry whose numbers cannot be meant, and for one that is coarser
         than the one before.
     """
-    if type(ladder) in _SELF_CHECKED:
+    if is_registered(ladder):
         return ladder
     if not isinstance(ladder, Sequence) or isinstance(ladder, (str, bytes, bytearray, memoryview)):
         raise TypeError(f"{of} must be a sequence of settings, such as IterationLadder(start=1, "
@@ -286,7 +99,8 @@ def _entry(ladder: Sequence, level: int, of: str) -> Setting:
     try:
         return setting_of(ladder[level])
     except LookupError:
-        raise ValueError(f"level {level} of {of} is not there, though its length is {len(ladder)}") from None
+        raise ValueError(f"level {level} of {of} is not there, though its length is "
+                         f"{len(ladder)}") from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"level {level} of {of}: {error}") from None
 
@@ -304,6 +118,7 @@ def _is_coarser(setting: Setting, other: Setting) -> bool:
     return max_it < other_max_it and rtol >= other_rtol if budget else rtol > other_rtol
 
 
+@ladder("iterations")
 class IterationLadder(Sequence):
     """Iteration counts ``start, start + step, …`` up to and including ``stop``.
 
@@ -314,8 +129,8 @@ class IterationLadder(Sequence):
     step : int
         Iterations that each level adds, at least 1.
     stop : int or None
-        No level has more iterations than this; None for a ladder without an end (its ``len`` is then as large as Python
-        can express).
+        No level has more iterations than this; None for a ladder without an end (its ``len`` is
+        then as large as Python can express).
     rtol_floor : float
         See :class:`Iterations`.
 
@@ -326,9 +141,12 @@ class IterationLadder(Sequence):
     [1, 3, 5, 7]
     """
 
-    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, rtol_floor: float = 1e-12):
+    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *,
+                 rtol_floor: float = 1e-12):
         self._counts = _counts(start, step, stop)
-        self.start, self.step, self.stop = self._counts.start, self._counts.step, None if stop is None else int(stop)
+        self.start = self._counts.start
+        self.step = self._counts.step
+        self.stop = None if stop is None else int(stop)
         self.rtol_floor = fraction("rtol_floor", rtol_floor, allow_zero=True)
 
     def __len__(self) -> int:
@@ -343,7 +161,9 @@ class IterationLadder(Sequence):
         return Iterations(counts, self.rtol_floor)
 
     def __contains__(self, setting) -> bool:
-        return isinstance(setting, Iterations) and setting.rtol_floor == self.rtol_floor and setting.iterations in self._counts
+        if not isinstance(setting, Iterations) or setting.rtol_floor != self.rtol_floor:
+            return False
+        return setting.iterations in self._counts
 
     def __repr__(self) -> str:
         floor = "" if self.rtol_floor == 1e-12 else f", rtol_floor={self.rtol_floor!r}"
@@ -358,14 +178,15 @@ class IterationLadder(Sequence):
         return hash((self._counts, self.rtol_floor))
 
 
+@ladder("tolerances", start=float, step=("factor", float), stop=float)
 class ToleranceLadder(Sequence):
     """Relative tolerances ``start, start·factor, …`` down to and including ``stop``.
 
     Parameters
     ----------
     start : float
-        Tolerance at level 0, in (0, 1). It is relative to the norm of the right-hand side, also where a solve starts
-        from a good guess.
+        Tolerance at level 0, in (0, 1). It is relative to the norm of the right-hand side, also
+        where a solve starts from a good guess.
     factor : float
         What each level multiplies the tolerance by, in (0, 1).
     stop : float
@@ -374,13 +195,19 @@ class ToleranceLadder(Sequence):
         The most iterations that any level may spend; needing more is an error.
     """
 
-    def __init__(self, start: float = 1e-1, factor: float = 0.1, stop: float = 1e-10, max_it: int = 10_000):
-        self.start, self.factor = fraction("start", start), fraction("factor", factor)
-        self.stop, self.max_it = fraction("stop", stop), count("max_it", max_it)
+    def __init__(self, start: float = 1e-1, factor: float = 0.1, stop: float = 1e-10,
+                 max_it: int = 10_000):
+        self.start = fraction("start", start)
+        self.factor = fraction("factor", factor)
+        self.stop = fraction("stop", stop)
+        self.max_it = count("max_it", max_it)
         if self.start < self.stop:
-            raise ValueError(f"start must not be below stop, found start={start} and stop={stop}: the ladder would be empty")
-        # Powers of the factor reach `stop` up to rounding: count them on a logarithmic scale, with room for it.
-        self._levels = range(1 + math.floor(math.log(self.stop/self.start)/math.log(self.factor) + 1e-9))
+            raise ValueError(f"start must not be below stop, found start={start} and stop={stop}: "
+                             "the ladder would be empty")
+        # Powers of the factor reach `stop` up to rounding: count them on a logarithmic scale, with
+        # room for it.
+        finer = math.log(self.stop/self.start)/math.log(self.factor)
+        self._levels = range(1 + math.floor(finer + 1e-9))
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -392,19 +219,26 @@ class ToleranceLadder(Sequence):
         return Tolerance(max(self.start*self.factor**levels, self.stop), self.max_it)
 
     def __repr__(self) -> str:
-        return f"ToleranceLadder(start={self.start}, factor={self.factor}, stop={self.stop}, max_it={self.max_it})"
+        return (f"ToleranceLadder(start={self.start}, factor={self.factor}, stop={self.stop}, "
+                f"max_it={self.max_it})")
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, ToleranceLadder):
             return NotImplemented
-        return (self.start, self.factor, self.stop, self.max_it) == (other.start, other.factor, other.stop, other.max_it)
+        return self._values() == other._values()
 
     def __hash__(self) -> int:
-        return hash((self.start, self.factor, self.stop, self.max_it))
+        return hash(self._values())
+
+    def _values(self) -> tuple[float, float, float, int]:
+        return self.start, self.factor, self.stop, self.max_it
 
 
+@ladder("newton")
 class NewtonLadder(Sequence):
-    """Newton (or Picard) steps ``start, start + step, …`` up to and including ``stop``, alone or together with their linear solves.
+    """Newton (or Picard) steps ``start, start + step, …`` up to and including ``stop``.
+
+    Their linear solves may be refined with them.
 
     Parameters
     ----------
@@ -415,26 +249,33 @@ class NewtonLadder(Sequence):
     stop : int or None
         No level has more steps than this; None for a ladder without an end.
     linear : Setting, Sequence of Setting or None
-        What is put on the KSP of each step: one setting for all levels, a ladder that is gone up in step with this one, or None
-        for what the KSP's options say. Where one of the two ladders ends first, it stays at its last level.
+        What is put on the KSP of each step: one setting for all levels, a ladder that is gone up in
+        step with this one, or None for what the KSP's options say. Where one of the two ladders
+        ends first, it stays at its last level.
 
     Examples
     --------
-    >>> ladder = NewtonLadder(start=1, step=1, stop=2, linear=IterationLadder(start=2, step=2, stop=6))
-    >>> [str(setting) for setting in ladder]
-    ['1 Newton step of 2 iterations', '2 Newton steps of 4 iterations', '2 Newton steps of 6 iterations']
+    >>> linear = IterationLadder(start=2, step=2, stop=6)
+    >>> for setting in NewtonLadder(start=1, step=1, stop=2, linear=linear):
+    ...     print(setting)
+    1 Newton step of 2 iterations
+    2 Newton steps of 4 iterations
+    2 Newton steps of 6 iterations
     """
 
-    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *, linear: Setting | Sequence[Setting] | None = None):
+    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *,
+                 linear: Setting | Sequence[Setting | int] | None = None):
         self._counts = _counts(start, step, stop)
-        self.start, self.step, self.stop = self._counts.start, self._counts.step, None if stop is None else int(stop)
+        self.start = self._counts.start
+        self.step = self._counts.step
+        self.stop = None if stop is None else int(stop)
         if isinstance(linear, Sequence) and not isinstance(linear, (str, bytes)):
             if len(linear) == 0:
                 raise ValueError("the ladder of the linear solves is empty")
             self.linear = self._linear = checked_ladder(linear, "the ladder of the linear solves")
         else:
             self.linear, self._linear = linear, (linear,)
-        looked_at = 1 if type(linear) in _SELF_CHECKED else min(len(self._linear), _LOOKED_AT)
+        looked_at = 1 if is_registered(linear) else min(len(self._linear), _LOOKED_AT)
         for level in range(looked_at):
             self._steps(self.start, level)  # refuses what is no setting of a linear solve
 
@@ -465,7 +306,3 @@ class NewtonLadder(Sequence):
 
     def __hash__(self) -> int:
         return hash(self._counts)
-
-
-# Ladders whose entries are right by construction.
-_SELF_CHECKED = frozenset({IterationLadder, ToleranceLadder, NewtonLadder})

@@ -1,4 +1,7 @@
-"""The names of this package's options in PETSc's database, so that a misspelt one is found when options are first read."""
+"""The names of this package's options in PETSc's database.
+
+With them a misspelt one is found when options are first read.
+"""
 from __future__ import annotations
 
 import re
@@ -8,11 +11,19 @@ from difflib import get_close_matches
 
 from petsc4py import PETSc
 
-__all__ = ["OF_REFINEMENTS", "OF_SOLVERS", "check_option_names", "check_solver_parameters"]
+from prdp_fem.refinement import RULES
+
+__all__ = [
+    "OF_LADDERS",
+    "OF_REFINEMENTS",
+    "OF_SOLVERS",
+    "check_option_names",
+    "check_solver_parameters",
+]
 
 # Behind prdp_: what refinement_from_options reads, and what solvers read.
-OF_REFINEMENTS = ("ladder", "start", "step", "stop", "tau_step", "tau_stop", "ema_window",
-                  "error_window", "monitor", "view")
+OF_LADDERS = ("start", "step", "stop")
+OF_REFINEMENTS = ("ladder", *OF_LADDERS, *RULES["prdp"].options, "monitor", "view")
 OF_SOLVERS = ("device",)
 # A prefix, and what is behind prdp_; PETSc does not tell capitals from small letters.
 _OWN = re.compile(r"(?P<prefix>|.*_)prdp(?P<separator>[_-]?)(?P<name>.*)", re.IGNORECASE)

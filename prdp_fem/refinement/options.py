@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from inspect import signature
 from typing import Any
 
 from mpi4py import MPI
@@ -10,15 +11,12 @@ from petsc4py import PETSc
 
 from prdp_fem.arguments import instance, shown
 from prdp_fem.ranks.agreement import agree
-from prdp_fem.refinement.ladders import IterationLadder, NewtonLadder, ToleranceLadder
-from prdp_fem.refinement.option_names import check_option_names
-from prdp_fem.refinement.rules import ProgressiveRefinement, Record
+from prdp_fem.refinement import LADDERS, RULES, ProgressiveRefinement, Record
+from prdp_fem.refinement.option_names import OF_LADDERS, check_option_names
+from prdp_fem.refinement.registry import LadderEntry, Number
 
 __all__ = ["refinement_from_options"]
 
-_LADDERS = {"iterations": IterationLadder, "tolerances": ToleranceLadder, "newton": NewtonLadder}
-_STEPS = ("start", "step", "stop")
-_RULE = ("tau_step", "tau_stop", "ema_window", "error_window")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # As PETSc reads them; an option without a value is one that is switched on.
@@ -26,18 +24,35 @@ _SWITCHES = {**dict.fromkeys(("", "true", "yes", "on", "1"), True),
              **dict.fromkeys(("false", "no", "off", "0"), False)}
 
 
-def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", comm: MPI.Comm | None = None,
-                            **defaults) -> ProgressiveRefinement:
-    """A :class:`ProgressiveRefinement` as PETSc's options say, on the command line or in the options database.
+def _documented(function: Callable) -> Callable:
+    """Put the names of all ladders, and their defaults, into the documentation of the options."""
+    def defaults(option: str) -> str:
+        texts = []
+        for entry in LADDERS.values():
+            default = signature(entry.make).parameters[entry.numbers[option].argument].default
+            texts.append("no limit" if default is None else str(default))
+        return ", or ".join(dict.fromkeys(texts))
 
-    ::
+    texts = {"LADDERS": "|".join(LADDERS), **{option.upper(): defaults(option)
+                                              for option in OF_LADDERS}}
+    # Docstrings are taken away by python -OO.
+    function.__doc__ = re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], function.__doc__ or "")
+    return function
 
-        -prdp_ladder <iterations|tolerances|newton>: iterations or tolerances of linear solves, or Newton steps (iterations)
-        -prdp_start <number>: iterations or steps, or relative tolerance, at level 0 (1, or 0.1)
-        -prdp_step <number>: iterations or steps that each level adds, or factor that each level multiplies the tolerance by (1, or 0.1)
-        -prdp_stop <number>: the most iterations or steps, or the smallest tolerance (no limit, or 1e-10)
-        -prdp_tau_step <real>: ratio of moving averages above which training counts as plateaued (0.98)
-        -prdp_tau_stop <real>: least improvement between plateaus that makes another refinement worth while (0.9)
+
+@_documented
+def refinement_from_options(prefix: str = "", *, ladder: str = "iterations",
+                            comm: MPI.Comm | None = None, **defaults) -> ProgressiveRefinement:
+    """A :class:`ProgressiveRefinement` as PETSc's options say.
+
+    They are given on the command line, or in the options database::
+
+        -prdp_ladder <{LADDERS}>: what the levels mean (iterations)
+        -prdp_start <number>: iterations, steps or relative tolerance at level 0 ({START})
+        -prdp_step <number>: what a level adds, or multiplies a tolerance by ({STEP})
+        -prdp_stop <number>: most iterations or steps, or smallest tolerance ({STOP})
+        -prdp_tau_step <real>: ratio of moving averages above which training has plateaued (0.98)
+        -prdp_tau_stop <real>: least improvement that makes another refinement worth while (0.9)
         -prdp_ema_window <int>: window of the moving average of the metrics (6)
         -prdp_error_window <int>: how many moving averages are looked back over (3)
         -prdp_monitor: print metric, level and setting at each step
@@ -54,11 +69,11 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations", com
     ladder : str
         Default of ``-prdp_ladder``.
     comm : mpi4py.MPI.Comm or None
-        Communicator of the refinement, see :class:`~prdp_fem.refinement.rules.Refinement`; the world's
-        where None. This is collective on it.
+        Communicator of the refinement, see :class:`~prdp_fem.refinement.rules.Refinement`; the
+        world's where None. This is collective on it.
     **defaults
-        Defaults of the other options, by the name behind ``prdp_``: ``start``, ``step``, ``stop``, ``tau_step``, ``tau_stop``,
-        ``ema_window``, ``error_window``.
+        Defaults of the other options, by the name behind ``prdp_``: ``start``, ``step``, ``stop``,
+        ``tau_step``, ``tau_stop``, ``ema_window``, ``error_window``.
 
     Returns
     -------
@@ -104,22 +119,21 @@ def _read(prefix: str, ladder: str, defaults: dict[str, Any],
           comm: MPI.Comm) -> tuple[ProgressiveRefinement, list[str]]:
     """The refinement that the options mean, and which switches are on."""
     options = PETSc.Options(f"{prefix}prdp_")
-    unknown = defaults.keys() - {*_STEPS, *_RULE}
+    known = [*OF_LADDERS, *RULES["prdp"].options]
+    unknown = defaults.keys() - set(known)
     if unknown:
         raise TypeError(f"no option has the default {', '.join(sorted(unknown))}: known are "
-                        f"{', '.join([*_STEPS, *_RULE])}")
-    kind = options.getString("ladder") if options.hasName("ladder") else ladder
-    if not isinstance(kind, str) or kind not in _LADDERS:
-        raise ValueError(f"-{prefix}prdp_ladder must be one of {', '.join(_LADDERS)}, found "
-                         f"{shown(kind)}")
-    has_tolerances = kind == "tolerances"
+                        f"{', '.join(known)}")
+    entry = _ladder(prefix, options.getString("ladder") if options.hasName("ladder") else ladder)
 
-    def read(names: tuple[str, ...], are_real: Callable[[str], bool]) -> tuple[dict[str, Any], str]:
-        """Values by name, and how they were written where they are those of options."""
-        values = {name: defaults[name] for name in names if name in defaults}
-        written = {name: options.getString(name) for name in names if options.hasName(name)}
+    def read(numbers: Mapping[str, Number]) -> tuple[dict[str, Any], str]:
+        """Values by argument, and how they were written where they are those of options."""
+        values = {number.argument: defaults[name] for name, number in numbers.items()
+                  if name in defaults}
+        written = {name: options.getString(name) for name in numbers if options.hasName(name)}
         for name, text in written.items():
-            values[name] = _number(f"-{prefix}prdp_{name}", text, is_real=are_real(name))
+            number = numbers[name]
+            values[number.argument] = _number(f"-{prefix}prdp_{name}", text, is_real=number.is_real)
         return values, " ".join(f"-{prefix}prdp_{name} {text}" for name, text in written.items())
 
     def made(make: Callable, values: dict[str, Any], written: str, **others):
@@ -129,15 +143,18 @@ def _read(prefix: str, ladder: str, defaults: dict[str, Any],
             raise type(error)(f"{error} (as the options {written} have it)"
                               if written else str(error)) from None
 
-    steps, written = read(_STEPS, lambda name: has_tolerances)
-    if has_tolerances:
-        steps = {"factor" if name == "step" else name: value for name, value in steps.items()}
-    levels = made(_LADDERS[kind], steps, written)
-    rule, written = read(_RULE, lambda name: name.startswith("tau"))
-    refinement = made(ProgressiveRefinement, rule, written, ladder=levels, comm=comm)
+    levels = made(entry.make, *read(entry.numbers))
+    refinement = made(ProgressiveRefinement, *read(RULES["prdp"].options), ladder=levels, comm=comm)
     switches = [name for name in ("view", "monitor") if options.hasName(name)
                 and _switch(f"-{prefix}prdp_{name}", options.getString(name))]
     return refinement, switches
+
+
+def _ladder(prefix: str, name: Any) -> LadderEntry:
+    if not isinstance(name, str) or name not in LADDERS:
+        raise ValueError(f"-{prefix}prdp_ladder must be one of {', '.join(LADDERS)}, found "
+                         f"{shown(name)}")
+    return LADDERS[name]
 
 
 def _number(option: str, text: str, *, is_real: bool) -> int | float:
@@ -158,6 +175,6 @@ def _switch(option: str, text: str) -> bool:
 
 def _line(refinement: ProgressiveRefinement, record: Record) -> str:
     """One line of ``-prdp_monitor``."""
-    line = (f"{len(refinement.history) - 1:5d} PRDP metric {record.metric:.6e} smoothed {record.smoothed:.6e} "
-            f"level {record.level} ({record.setting})")
+    line = (f"{len(refinement.history) - 1:5d} PRDP metric {record.metric:.6e} "
+            f"smoothed {record.smoothed:.6e} level {record.level} ({record.setting})")
     return line + (f", refined to {refinement.setting}" if record.refined else "")

@@ -1,19 +1,31 @@
 """When to go up a level: progressive refinement (PRDP), and the schedules it is compared with.
 
-A refinement reads like a scheduler of ``torch.optim.lr_scheduler``: once an outer iteration (an epoch, or an optimiser
-step) call ``step(metric)``. Solvers ask it for its ``setting`` at every solve, so going up a level costs no more than an
-attribute: nothing is compiled, assembled or set up again. This module is pure Python.
+A refinement reads like a scheduler of ``torch.optim.lr_scheduler``: once an outer iteration (an
+epoch, or an optimiser step) call ``step(metric)``. Solvers ask it for its ``setting`` at every
+solve, so going up a level costs no more than an attribute: nothing is compiled, assembled or set up
+again. This module is pure Python.
 """
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
-from prdp_fem.arguments import count, flag, shown
-from prdp_fem.refinement.ladders import Setting, checked_ladder, checked_setting, in_numbers, setting_of
+from prdp_fem.arguments import count, shown
+from prdp_fem.refinement.ladders import checked_ladder
+from prdp_fem.refinement.registry import rule
+from prdp_fem.refinement.settings import Setting, checked_setting, setting_of
+from prdp_fem.refinement.states import (
+    check_levels,
+    check_records,
+    checked_metric,
+    is_equal,
+    is_level,
+    is_natural,
+    is_number,
+    levels_in_numbers,
+)
 
 __all__ = ["Record", "Refinement", "ProgressiveRefinement", "FixedRefinement",
            "ScheduledRefinement", "checked_metric"]
@@ -68,6 +80,11 @@ class _Checked:
 class Refinement:
     """What all refinements share: a ladder, a level, and the record of the outer iterations.
 
+    A rule of one's own is a subclass with one method, :meth:`next_level`. Where it has numbers of
+    its own, it names them in ``parameters``; where it remembers more than levels and metrics, it
+    adds that to :meth:`state_dict` and to :meth:`checked_state`. Where ``step`` is to be told
+    something else than a metric, it makes a metric of that and hands it to ``super().step``.
+
     Parameters
     ----------
     ladder : Sequence of Setting or int
@@ -77,8 +94,8 @@ class Refinement:
     level : int
         The first level.
     comm : mpi4py.MPI.Comm or None
-        Where given, every rank takes the metric of rank 0, so that metrics that differ by rounding never let ranks
-        decide differently. ``step`` is then collective.
+        Where given, every rank takes the metric of rank 0, so that metrics that differ by rounding
+        never let ranks decide differently. ``step`` is then collective.
 
     Attributes
     ----------
@@ -91,6 +108,9 @@ class Refinement:
     changes : int
         How often it was stepped, loaded or set, whether it means something else since then or
         not: by it ranks know together that settings are to be compared.
+    parameters : tuple of str
+        Of a class: the attributes that a refinement must have alike to continue from the state of
+        another one. They are numbers, or dictionaries of numbers.
 
     Notes
     -----
@@ -98,7 +118,23 @@ class Refinement:
     settings, and raise where ranks have others. (A call that one rank makes alone is noticed where a
     solve has something else to reduce before it iterates, as one with a field in the operator has;
     elsewhere the others wait for ever, since solves reduce nothing for this.)
+
+    Examples
+    --------
+    A rule that goes up whenever the metric has not halved:
+
+    >>> class Halving(Refinement):
+    ...     def next_level(self, smoothed):
+    ...         is_last = self.level + 1 == len(self.ladder)
+    ...         if is_last or not self.history or smoothed <= self.history[-1].smoothed/2:
+    ...             return self.level
+    ...         return self.level + 1
+    >>> refinement = Halving([5, 10, 20], ema_window=1)
+    >>> [refinement.step(metric) for metric in (8.0, 4.0, 3.0)]
+    [False, False, True]
     """
+
+    parameters: ClassVar[tuple[str, ...]] = ("ema_window",)
 
     ladder = _Checked(lambda refinement, ladder: refinement._checked_ladder(ladder))
     level = _Checked(lambda refinement, level: refinement._checked_level(level))
@@ -129,7 +165,7 @@ class Refinement:
 
     def _checked_level(self, level) -> int:
         ladder = self.ladder
-        if not _is_level(level, ladder):
+        if not is_level(level, ladder):
             raise ValueError(f"level must be one of 0 to {len(ladder) - 1}, which are on the "
                              f"ladder {shown(ladder)}, found {shown(level)}")
         # of a ladder of a user's own class perhaps the first time that it is looked at
@@ -142,7 +178,8 @@ class Refinement:
         Parameters
         ----------
         metric : float
-            What the outer iteration achieved, such as a validation error: lower is better, finite, not negative.
+            What the outer iteration achieved, such as a validation error: lower is better, finite,
+            not negative.
 
         Returns
         -------
@@ -152,24 +189,34 @@ class Refinement:
         Raises
         ------
         ValueError
-            For a metric that is not a number, or is NaN, infinite or negative. Nothing is recorded then.
+            For a metric that is not a number, or is NaN, infinite or negative. Nothing is recorded
+            then.
         """
-        metric = self._agreed_metric(metric)
+        metric = self.agreed_metric(metric)
         if self.history:
-            # Written so that the average of a constant is that constant, and that of a window of 1 is the metric, in every bit.
+            # Written so that the average of a constant is that constant, and that of a window of 1
+            # is the metric, in every bit.
             weight = 2/(self.ema_window + 1)
             smoothed = metric + (1 - weight)*(self.history[-1].smoothed - metric)
         else:
             smoothed = metric
         level, setting = self.level, self.setting
-        self.level = self._next_level(smoothed)
+        self.level = self.next_level(smoothed)
         refined = self.level > level
         self.history.append(Record(metric, smoothed, level, setting, refined))
         for monitor in self.monitors:
             monitor(self.history[-1])
         return refined
 
-    def _agreed_metric(self, metric) -> float:
+    def agreed_metric(self, metric) -> float:
+        """The metric that all ranks take, which is that of rank 0; collective where there is a
+        communicator.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`step`, on all ranks.
+        """
         if self.comm is None:
             return checked_metric(metric)
         value = refusal = None
@@ -183,19 +230,31 @@ class Refinement:
             raise ValueError(refusal)
         return value
 
-    def _next_level(self, smoothed: float) -> int:
-        """The level after an outer iteration with this moving average, which is not in the history yet."""
-        raise NotImplementedError
+    def next_level(self, smoothed: float) -> int:
+        """The level after an outer iteration: what a rule is.
+
+        It is asked once an outer iteration, on all ranks alike, before the iteration is in the
+        history; ``level`` is still that of the iteration.
+
+        Parameters
+        ----------
+        smoothed : float
+            The moving average of the metrics, the newest included.
+
+        Returns
+        -------
+        int
+            A level on the ladder.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no rule: write its method "
+                                  "next_level(smoothed), which returns the next level")
 
     def _rule(self) -> dict[str, Any]:
         """What an equal refinement has alike, beside its ladder, as plain numbers and lists."""
-        return {"refinement": type(self).__name__, "ema_window": self.ema_window}
-
-    def _levels(self, reached: set[int]) -> list[list]:
-        """Levels in numbers, each behind its own: the first hundred, and those that were reached."""
-        first = range(min(len(self.ladder), 100))
-        return [[level, *in_numbers(setting_of(self.ladder[level]))]
-                for level in sorted(reached.union(first))]
+        values = {name: getattr(self, name) for name in self.parameters}
+        return {"refinement": type(self).__name__, **{
+            name: [list(pair) for pair in value.items()] if isinstance(value, Mapping) else value
+            for name, value in values.items()}}
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, and what it holds for, as plain numbers and lists.
@@ -205,10 +264,11 @@ class Refinement:
         reached = {self.level, *(record.level for record in self.history)}
         return {
             **self._rule(),
-            "ladder": self._levels(reached),
+            "ladder": levels_in_numbers(self.ladder, reached),
             "levels": len(self.ladder),
             "level": self.level,
-            "history": [[record.metric, record.smoothed, record.level, record.refined] for record in self.history],
+            "history": [[record.metric, record.smoothed, record.level, record.refined]
+                        for record in self.history],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -226,88 +286,64 @@ class Refinement:
         expected = self.state_dict().keys()
         if missing := expected - state.keys():
             if {"level", "history"} <= state.keys() <= {"level", "history", "checkpoint"}:
-                raise ValueError("the state was saved by an earlier version of prdp_fem, which did not "
-                                 "note the ladder and the rule that it holds for: where they are those "
-                                 "of this refinement, load {**refinement.state_dict(), **state}")
+                raise ValueError("the state was saved by an earlier version of prdp_fem, which did "
+                                 "not note the ladder and the rule that it holds for: where they "
+                                 "are those of this refinement, load "
+                                 "{**refinement.state_dict(), **state}")
             raise ValueError(f"the state of a {type(self).__name__} lacks {sorted(missing)}; found "
-                             f"{_names(state)}")
+                             f"{sorted(map(str, state))}")
         if unknown := state.keys() - expected:
-            raise ValueError(f"the state of a {type(self).__name__} has no {_names(unknown)}; it "
-                             f"has {_names(expected)}")
-        for name, value in self._checked_state(state).items():
+            raise ValueError(f"the state of a {type(self).__name__} has no "
+                             f"{sorted(map(str, unknown))}; it has {sorted(expected)}")
+        for name, value in self.checked_state(state).items():
             setattr(self, name, value)
 
-    def _checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The attributes that a state means, by name.
+    def checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The attributes that a state with all its entries means, by name.
 
         Raises
         ------
         ValueError
             For a state of another refinement, or a damaged one.
         """
-        remedy = "load it into a refinement with the ladder it was saved with"
         for name, value in self._rule().items():
-            if not _is_equal(state[name], value):
+            if not is_equal(state[name], value):
                 raise ValueError(f"the state was saved with {name} {shown(state[name])}, and this "
                                  f"refinement has {shown(value)}: load it "
                                  "into one that was made as that which it was saved from")
-        if not isinstance(state["history"], (list, tuple)):
-            raise ValueError(f"the history of the state must be a list of records, found "
-                             f"{shown(state['history'])}")
-        for record in state["history"]:
-            if not isinstance(record, (list, tuple)) or len(record) != 4:
-                raise ValueError("a record in the history of the state must have metric, smoothed, "
-                                 "level and refined, found "
-                                 f"{shown(record)}")
-            for value in record[:2]:
-                checked_metric(value)
-            try:
-                flag("refined", record[3])
-            except TypeError as error:
-                raise ValueError(f"{error}, in a record in the history of the state") from None
-        levels = [state["level"], *(level for _, _, level, _ in state["history"])]
-        for level in levels:
-            if not _is_level(level, self.ladder):
-                raise ValueError(f"level {shown(level)} of the state is not on the ladder "
-                                 f"{shown(self.ladder)}, which has levels 0 to "
-                                 f"{len(self.ladder) - 1}: {remedy}")
-        mine, theirs = self._levels(set(map(int, levels))), state["ladder"]
-        if not _is_equal(theirs, mine):
-            if isinstance(theirs, (list, tuple)):
-                # The first that differs, since there may be a hundred.
-                different = [pair for pair in zip(theirs, mine) if not _is_equal(*pair)]
-                theirs, mine = different[0] if different else (theirs, mine)
-            raise ValueError("the state was saved with another ladder: of level, rtol, max_it, "
-                             "budget and Newton steps it has "
-                             f"{shown(theirs)}, and this one {shown(mine)}: {remedy}")
-        if not _is_equal(state["levels"], len(self.ladder)):
-            raise ValueError(f"the state was saved with a ladder of {shown(state['levels'])} "
-                             f"levels, and this one, {shown(self.ladder)}, "
-                             f"has {len(self.ladder)}: {remedy}")
+        check_records(state["history"])
+        check_levels(state, self.ladder)
         history = [Record(float(metric), float(smoothed), int(level),
                           setting_of(self.ladder[level]), bool(refined))
                    for metric, smoothed, level, refined in state["history"]]
         return {"level": int(state["level"]), "history": history}
 
 
+@rule("prdp", title="PRDP",
+      options={"tau_step": float, "tau_stop": float, "ema_window": int, "error_window": int},
+      varied=("tau_step", "tau_stop"))
 class ProgressiveRefinement(Refinement):
     r"""Refine when the metric stops improving; stop refining when refining no longer helps (PRDP).
 
-    With :math:`e` the exponential moving average of all metrics (weight :math:`2/(w+1)` for the newest, started at the
-    first metric), a step does nothing while no more than ``error_window`` metrics are recorded. Then, where
-    ``e[-1]/e[-error_window] <= tau_step``, training still improves and the level stays. Otherwise it has plateaued: with
-    ``r = e[-1]/checkpoint``, if ``r < tau_stop or r > 1`` then the checkpoint becomes ``e[-1]`` and the level goes up;
-    else the last refinement did not help, and the level stays. At the last level of the ladder nothing happens.
+    With :math:`e` the exponential moving average of all metrics (weight :math:`2/(w+1)` for the
+    newest, started at the first metric), a step does nothing while no more than ``error_window``
+    metrics are recorded. Then, where ``e[-1]/e[-error_window] <= tau_step``, training still
+    improves and the level stays. Otherwise it has plateaued: with ``r = e[-1]/checkpoint``, if
+    ``r < tau_stop or r > 1`` then the checkpoint becomes ``e[-1]`` and the level goes up; else the
+    last refinement did not help, and the level stays. At the last level of the ladder nothing
+    happens.
 
     Parameters
     ----------
     ladder : Sequence of Setting or int
-        For example :class:`~prdp_fem.refinement.ladders.IterationLadder`, or ``[5, 10, 20]`` for so many
-        iterations.
+        For example :class:`~prdp_fem.refinement.ladders.IterationLadder`, or ``[5, 10, 20]`` for so
+        many iterations.
     tau_step : float
-        In (0, 1]: the ratio of moving averages above which training counts as plateaued. Higher waits longer.
+        In (0, 1]: the ratio of moving averages above which training counts as plateaued. Higher
+        waits longer.
     tau_stop : float
-        In (0, 1]: the least improvement, as a ratio of plateaus, that makes another refinement worth while.
+        In (0, 1]: the least improvement, as a ratio of plateaus, that makes another refinement
+        worth while.
     ema_window : int
         Window of the moving average, at least 1 (1: no smoothing).
     error_window : int
@@ -327,9 +363,11 @@ class ProgressiveRefinement(Refinement):
 
     References
     ----------
-    K. Bhatia, F. Koehler, N. Thuerey, *PRDP: Progressively Refined Differentiable Physics*, ICLR 2025, arXiv:2502.19611,
-    section 3.
+    K. Bhatia, F. Koehler, N. Thuerey, *PRDP: Progressively Refined Differentiable Physics*, ICLR
+    2025, arXiv:2502.19611, section 3.
     """
+
+    parameters = ("ema_window", "tau_step", "tau_stop", "error_window")
 
     tau_step = _Checked(lambda refinement, ratio: _checked_threshold("tau_step", ratio))
     tau_stop = _Checked(lambda refinement, ratio: _checked_threshold("tau_stop", ratio))
@@ -339,18 +377,21 @@ class ProgressiveRefinement(Refinement):
                  tau_stop: float = 0.9, ema_window: int = 6,
                  error_window: int = 3, checkpoint: float = math.inf, comm=None):
         super().__init__(ladder, ema_window=ema_window, comm=comm)
-        self.tau_step, self.tau_stop = tau_step, tau_stop
+        self.tau_step = tau_step
+        self.tau_stop = tau_stop
         self.error_window = error_window
-        if not _is_number(checkpoint) or not checkpoint > 0:
+        if not is_number(checkpoint) or not checkpoint > 0:
             raise ValueError(f"checkpoint must be a positive number or inf, found "
                              f"{shown(checkpoint)}")
         self.checkpoint = float(checkpoint)
 
-    def _next_level(self, smoothed: float) -> int:
+    def next_level(self, smoothed: float) -> int:
         if len(self.history) + 1 <= self.error_window or self.level + 1 >= len(self.ladder):
             return self.level
         # e[-error_window]; the newest average is not in the history yet
-        earlier = smoothed if self.error_window == 1 else self.history[1 - self.error_window].smoothed
+        earlier = smoothed
+        if self.error_window > 1:
+            earlier = self.history[1 - self.error_window].smoothed
         if _ratio(smoothed, earlier) <= self.tau_step:
             return self.level
         gain = _ratio(smoothed, self.checkpoint)
@@ -360,30 +401,29 @@ class ProgressiveRefinement(Refinement):
             return level
         return self.level
 
-    def _rule(self) -> dict[str, Any]:
-        return {**super()._rule(), "tau_step": self.tau_step, "tau_stop": self.tau_stop,
-                "error_window": self.error_window}
-
     def state_dict(self) -> dict[str, Any]:
         # JSON has no infinity.
         return {**super().state_dict(),
                 "checkpoint": None if math.isinf(self.checkpoint) else self.checkpoint}
 
-    def _checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         checkpoint = math.inf if state["checkpoint"] is None else state["checkpoint"]
-        if not _is_number(checkpoint) or not checkpoint >= 0:
+        if not is_number(checkpoint) or not checkpoint >= 0:
             raise ValueError("checkpoint must be a number of at least 0 in a state, or None before "
                              "the first plateau, found "
                              f"{shown(checkpoint)}")
-        return {**super()._checked_state(state), "checkpoint": float(checkpoint)}
+        return {**super().checked_state(state), "checkpoint": float(checkpoint)}
 
     def __repr__(self) -> str:
-        return (f"ProgressiveRefinement({self.ladder!r}, tau_step={self.tau_step:g}, tau_stop={self.tau_stop:g}, "
-                f"ema_window={self.ema_window}, error_window={self.error_window})")
+        return (f"ProgressiveRefinement({self.ladder!r}, tau_step={self.tau_step:g}, "
+                f"tau_stop={self.tau_stop:g}, ema_window={self.ema_window}, "
+                f"error_window={self.error_window})")
 
 
 class FixedRefinement(Refinement):
-    """One setting throughout, with the record of a refinement: what progressive refinement is compared with.
+    """One setting throughout, with the record of a refinement.
+
+    It is what progressive refinement is compared with.
 
     Parameters
     ----------
@@ -396,7 +436,7 @@ class FixedRefinement(Refinement):
     def __init__(self, setting: Setting, *, comm=None):
         super().__init__((checked_setting(setting),), comm=comm)
 
-    def _next_level(self, smoothed: float) -> int:
+    def next_level(self, smoothed: float) -> int:
         return self.level
 
     def __repr__(self) -> str:
@@ -410,11 +450,13 @@ class ScheduledRefinement(Refinement):
     ----------
     ladder : Sequence of Setting
     schedule : Mapping of int to int
-        From which outer iteration on (counted from 0) which level holds, e.g. ``{0: 0, 20: 3, 50: 7}``. Before the first
-        entry the level is 0. Levels must not decrease.
+        From which outer iteration on (counted from 0) which level holds, e.g.
+        ``{0: 0, 20: 3, 50: 7}``. Before the first entry the level is 0. Levels must not decrease.
     comm : mpi4py.MPI.Comm or None
         See :class:`Refinement`.
     """
+
+    parameters = ("ema_window", "schedule")
 
     def __init__(self, ladder: Sequence[Setting], schedule: Mapping[int, int], *, comm=None):
         ladder = checked_ladder(ladder)
@@ -423,7 +465,7 @@ class ScheduledRefinement(Refinement):
                             f"such as {{0: 0, 20: 3}}, found "
                             f"{shown(schedule)}")
         for iteration, level in schedule.items():
-            if any(isinstance(value, bool) or not isinstance(value, Integral) or value < 0 for value in (iteration, level)):
+            if not (is_natural(iteration) and is_natural(level)):
                 raise ValueError("a schedule maps outer iterations to levels, both integers from "
                                  f"0, found {shown(iteration)}: {shown(level)}")
         schedule = {int(iteration): int(schedule[iteration]) for iteration in sorted(schedule)}
@@ -434,55 +476,28 @@ class ScheduledRefinement(Refinement):
                                  f"ladder {shown(ladder)}, "
                                  f"which has levels 0 to {len(ladder) - 1}")
             if level < previous:
-                raise ValueError(f"levels must not decrease, found {level} after {previous} at outer iteration {iteration}")
+                raise ValueError(f"levels must not decrease, found {level} after {previous} at "
+                                 f"outer iteration {iteration}")
             previous = level
         super().__init__(ladder, level=schedule.get(0, 0), comm=comm)
         self.schedule = schedule
 
-    def _next_level(self, smoothed: float) -> int:
+    def next_level(self, smoothed: float) -> int:
         return self.schedule.get(len(self.history) + 1, self.level)
-
-    def _rule(self) -> dict[str, Any]:
-        return {**super()._rule(), "schedule": [[iteration, level] for iteration,
-                                                level in self.schedule.items()]}
 
     def __repr__(self) -> str:
         return f"ScheduledRefinement({self.ladder!r}, {self.schedule!r})"
 
 
 def _ratio(value: float, reference: float) -> float:
-    """``value/reference`` for non-negative numbers; an error of zero that stays zero counts as unchanged."""
+    """``value/reference`` for non-negative numbers; zero that stays zero counts as unchanged."""
     if reference == 0:
         return 1.0 if value == 0 else math.inf
     return value/reference
 
 
-def checked_metric(metric) -> float:
-    """A metric as a float.
-
-    Raises
-    ------
-    ValueError
-        Where it is no number, NaN, infinite or negative.
-    """
-    try:
-        # of an array or a tensor of one number, or of NumPy's numbers
-        kind = getattr(metric, "dtype", "float")
-        is_real = any(name in str(kind) for name in ("float", "int"))
-        if not is_real or isinstance(metric, (bool, str, bytes, bytearray)):
-            raise TypeError
-        value = float(metric)
-    except Exception:  # of whatever class, since the number is looked for in an object of any
-        raise ValueError(f"a metric must be a number, found {shown(metric)}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"a metric must be finite, found {value}: training has diverged, or the metric divides by zero")
-    if value < 0:
-        raise ValueError(f"a metric must not be negative (lower is better, zero is perfect), found {value}")
-    return value
-
-
 def _checked_threshold(name: str, value) -> float:
-    if not _is_number(value) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{name} must lie in (0, 1], found {shown(value)}")
     return float(value)
 
@@ -493,31 +508,3 @@ def _checked_communicator(comm):
         raise TypeError(f"comm must be a communicator of mpi4py's, such as mesh.comm, or None, "
                         f"found {shown(comm)}")
     return comm
-
-
-def _is_level(level, ladder: Sequence) -> bool:
-    is_integer = isinstance(level, Integral) and not isinstance(level, bool)
-    return is_integer and 0 <= level < len(ladder)
-
-
-def _is_number(value) -> bool:
-    """Whether it is a real number that a float can hold, or infinity or NaN."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        return False
-    try:
-        float(value)
-    except OverflowError:
-        return False
-    return True
-
-
-def _is_equal(one, other) -> bool:
-    """Whether two things of plain numbers, strings and lists are equal; tuples are lists."""
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        return len(one) == len(other) and all(map(_is_equal, one, other))
-    plain = (Real, str, type(None))
-    return isinstance(one, plain) and isinstance(other, plain) and bool(one == other)
-
-
-def _names(keys) -> list[str]:
-    return sorted(map(str, keys))

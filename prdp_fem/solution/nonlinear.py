@@ -19,7 +19,7 @@ from prdp_fem.problem.firedrake_internals import Callbacks, SolverContext, appli
 from prdp_fem.problem.forms import NonlinearForms
 from prdp_fem.problem.inputs import set_local_values
 from prdp_fem.problem.point import Point
-from prdp_fem.refinement.ladders import NewtonSteps, Setting
+from prdp_fem.refinement.settings import Setting, newton_steps
 from prdp_fem.solution.system import System
 
 __all__ = ["NonlinearSystem"]
@@ -73,7 +73,8 @@ class NonlinearSystem(System):
 
     def check_setting(self, setting: Setting) -> None:
         snes = self.newton.snes
-        if not isinstance(setting, NewtonSteps) or setting.linear is not None:
+        # Newton steps alone leave the linear solves to their options.
+        if newton_steps(setting) is None or setting.max_it is not None:
             if not self.newton.solves_linear_systems:
                 raise ValueError(f"snes_type {snes.getType()} has no linear solves to refine: use newtonls, or a NewtonLadder")
             if snes.getUseEW():

@@ -14,7 +14,7 @@ from petsc4py import PETSc
 
 from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.ranks.job import say_refusals
-from prdp_fem.studies.schedules import Schedule
+from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule, forms
 
 __all__ = ["Parser", "SOLVER_PREFIX", "command_line", "count"]
 
@@ -96,7 +96,8 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     ::
 
         --seed N [N ...]             of data, initial weights and order of samples
-        --schedules S [S ...]        converged, prdp, prdp:TAU_STEP:TAU_STOP, or a number of iterations
+        --schedules S [S ...]        converged, the name of a rule, such as prdp, with its numbers or
+                                     without, as in prdp:TAU_STEP:TAU_STOP, or a number of iterations
         --quick, --full              a short run, or one for larger machines; QUICK=1 in the environment means --quick
         --epochs N                   instead of what the size says
         --output DIR                 where runs and figures are put
@@ -129,9 +130,9 @@ def command_line(script: str, description: str, *, configure: Callable[[argparse
     parser = Parser(prog=Path(script).name, description=description.strip().partition("\n")[0])
     parser.add_argument("--seed", dest="seeds", type=count, nargs="+", default=[1], metavar="N",
                         help="of data, initial weights and order of samples; several for several runs (default: 1)")
-    parser.add_argument("--schedules", type=_schedule, nargs="+", default=[Schedule("converged"), Schedule("prdp")], metavar="S",
-                        help="what is compared: converged, prdp, prdp:TAU_STEP:TAU_STOP for other thresholds than the package's, or a "
-                             "number of iterations (default: converged prdp)")
+    parser.add_argument("--schedules", type=_schedule, nargs="+", default=[CONVERGED, PRDP], metavar="S",
+                        help=f"what is compared: {', '.join(forms())} for other numbers than the "
+                             "package's, or a number of iterations (default: converged prdp)")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", dest="size", action="store_const", const="quick",
                       help="a short run, which ends while refining; QUICK=1 in the environment does the same")

@@ -54,9 +54,12 @@ def draw_study(runs: Runs, path: Path) -> None:
 
 
 def _first_seed(runs: Runs) -> dict[Schedule, Run]:
-    """The runs to be drawn as curves: constants first, so that the others lie on top; none with thresholds of their own."""
-    chosen = [schedule for schedule, by_seed in runs.items() if by_seed and schedule.tau_step is None]
-    chosen.sort(key=lambda schedule: (("constant", "converged", "prdp").index(schedule.kind), schedule.iterations or 0))
+    """The runs to be drawn as curves: constants first, so that the others lie on top.
+
+    Those of rules with numbers of their own are not among them.
+    """
+    chosen = [schedule for schedule, by_seed in runs.items() if by_seed and not schedule.is_varied]
+    chosen.sort(key=lambda schedule: (not schedule.is_constant, schedule.place))
     return {schedule: next(iter(runs[schedule].values())) for schedule in chosen}
 
 
@@ -66,10 +69,11 @@ def _label(chosen: Mapping[Schedule, Run], name: str, default: str) -> str:
 
 
 def _styles(schedules: Iterable[Schedule]) -> dict[Schedule, dict]:
-    constants = [schedule for schedule in schedules if schedule.kind == "constant"]
+    constants = [schedule for schedule in schedules if schedule.is_constant]
     greys = matplotlib.colormaps["Greys"](np.linspace(0.35, 0.8, max(len(constants), 1)))
     styles = {schedule: {"color": grey, "linewidth": 1.0} for schedule, grey in zip(constants, greys)}
-    return styles | {CONVERGED: {"color": RED, "linewidth": 1.6}, PRDP: {"color": BLUE, "linewidth": 1.6}}
+    others = (schedule for schedule in schedules if not schedule.is_constant)
+    return styles | {schedule: {"color": schedule.colour, "linewidth": 1.6} for schedule in others}
 
 
 def _plot_errors(axes: Axes, runs: Runs) -> None:
@@ -118,16 +122,23 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
         saved = [savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged]
         if saved:
             points[schedule] = 1 - np.median([saving.iterations for saving in saved]), np.median([saving.excess for saving in saved])
-    constants = sorted((schedule for schedule in points if schedule.kind == "constant"), key=lambda schedule: schedule.iterations)
+    constants = sorted((schedule for schedule in points if schedule.is_constant),
+                       key=lambda schedule: schedule.place)
     if constants:
         axes.plot(*np.transpose([points[schedule] for schedule in constants]), "o-", color="0.5", markersize=4, label="constant K")
     for schedule in constants:
         axes.annotate(str(schedule.iterations), points[schedule], (4, 4), textcoords="offset points", fontsize="small", color="0.4")
-    others = [schedule for schedule in points if schedule.tau_step is not None]
-    for index, schedule in enumerate(others):
-        axes.plot(*points[schedule], "s", color=BLUE, alpha=0.5, markersize=4, label=None if index else "PRDP, other thresholds")
-    if PRDP in points:
-        axes.plot(*points[PRDP], "*", color=BLUE, markersize=13, label="PRDP")
+    labelled = set()
+    for schedule in (schedule for schedule in points if schedule.is_varied):
+        label = None
+        if schedule.kind not in labelled:
+            labelled.add(schedule.kind)
+            label = f"{Schedule(schedule.kind).title}, other thresholds"
+        axes.plot(*points[schedule], "s", color=schedule.colour, alpha=0.5, markersize=4, label=label)
+    for schedule in points:
+        if not (schedule.is_constant or schedule.is_varied or schedule == CONVERGED):
+            axes.plot(*points[schedule], "*", color=schedule.colour, markersize=13,
+                      label=schedule.title)
     axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
     axes.set_xscale("log")
     if max((abs(excess) for _, excess in points.values()), default=0) > 0.15:

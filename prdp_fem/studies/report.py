@@ -23,7 +23,6 @@ from prdp_fem.studies.tables import markdown_table
 __all__ = ["read_runs", "write_report"]
 
 _BLOCK = re.compile(r"<!-- (summary|study (?P<name>[^\s:]+): (?P<title>[^\n]+)) -->\n.*?<!-- end -->", re.DOTALL)
-_KINDS = ("converged", "prdp", "constant")
 
 
 def read_runs(folder: Path) -> dict[str, Runs]:
@@ -35,7 +34,7 @@ def read_runs(folder: Path) -> dict[str, Runs]:
         Where runs of a study differ in their set-up.
     """
     runs = sorted((Run.read(path) for path in sorted(folder.glob("*.json"))),
-                  key=lambda run: (run.study, _place(Schedule.from_text(run.schedule)), run.seed))
+                  key=lambda run: (run.study, Schedule.from_text(run.schedule).place, run.seed))
     studies: dict[str, dict[Schedule, dict[int, Run]]] = {}
     setups: dict[str, dict] = {}
     for run in runs:
@@ -48,11 +47,6 @@ def read_runs(folder: Path) -> dict[str, Runs]:
                              f"{run.seed}: remove one")
         by_seed[run.seed] = run
     return studies
-
-
-def _place(schedule: Schedule) -> tuple:
-    return (schedule.tau_step is not None, _KINDS.index(schedule.kind), schedule.iterations or 0, schedule.tau_step or 0,
-            schedule.tau_stop or 0)
 
 
 def write_report(folder: Path, report: Path) -> list[str]:
@@ -132,8 +126,9 @@ def _section(name: str, runs: Runs, figures: Path) -> str:
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
     draw_study(runs, figures/f"{name}.png")
     parts = [f"*{setup}. Seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}.*",
-             markdown_table({schedule: by_seed for schedule, by_seed in runs.items() if schedule.tau_step is None})]
-    if varied := {schedule: by_seed for schedule, by_seed in runs.items() if schedule.tau_step is not None}:
+             markdown_table({schedule: by_seed for schedule, by_seed in runs.items()
+                             if not schedule.is_varied})]
+    if varied := {schedule: by_seed for schedule, by_seed in runs.items() if schedule.is_varied}:
         # Compared at equal seeds: thresholds are varied for some of them only.
         chosen = set.intersection(*(set(by_seed) for by_seed in varied.values()))
         compared = {schedule: {seed: runs[schedule][seed] for seed in chosen if seed in runs[schedule]}

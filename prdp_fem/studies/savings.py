@@ -75,7 +75,8 @@ def best_constant(runs: Runs) -> Schedule | None:
         None where none of the constants is good enough.
     """
     converged = runs[CONVERGED]
-    for schedule in sorted((schedule for schedule in runs if schedule.kind == "constant"), key=lambda schedule: schedule.iterations):
+    constants = (schedule for schedule in runs if schedule.is_constant)
+    for schedule in sorted(constants, key=lambda schedule: schedule.place):
         seeds = runs[schedule].keys() & converged.keys()
         if seeds and np.median([savings(runs[schedule][seed], converged[seed]).excess for seed in seeds]) <= TOLERATED:
             return schedule

@@ -1,4 +1,8 @@
-"""The refinements that a study compares, by name."""
+"""The refinements that a study compares, by name.
+
+There are converged physics, constant numbers of iterations, and each registered rule
+(:mod:`prdp_fem.refinement.registry`). What tables and figures make of a schedule is asked of it.
+"""
 from __future__ import annotations
 
 import re
@@ -8,46 +12,78 @@ from dataclasses import dataclass
 from mpi4py import MPI
 
 from prdp_fem.arguments import count, instance, shown
-from prdp_fem.refinement.ladders import Iterations, Setting
-from prdp_fem.refinement.rules import FixedRefinement, ProgressiveRefinement, Refinement
+from prdp_fem.refinement import RULES, FixedRefinement, Iterations, Refinement, Setting
 
-__all__ = ["CONVERGED", "PRDP", "Schedule"]
+__all__ = ["CONVERGED", "PRDP", "Schedule", "forms"]
+
+# In these the colour-blind tell schedules apart, too (Okabe and Ito, 2008): converged physics, and
+# rules in the order in which they are registered.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+_GREY = "0.6"
 
 
-@dataclass(frozen=True)
+def _kinds() -> list[str]:
+    """In the order of tables."""
+    return ["converged", *RULES, "constant"]
+
+
+def forms() -> list[str]:
+    """The names that :meth:`Schedule.from_text` reads, beside numbers of iterations."""
+    names = ["converged"]
+    for name, entry in RULES.items():
+        names.append(name)
+        if entry.varied:
+            names.append(":".join([name, *map(str.upper, entry.varied)]))
+    return names
+
+
+@dataclass(frozen=True, init=False)
 class Schedule:
     """A refinement to be made anew for each run.
 
     Parameters
     ----------
     kind : str
-        ``"converged"``, ``"constant"`` or ``"prdp"``.
+        ``"converged"``, ``"constant"``, or the name of a rule, such as ``"prdp"``.
     iterations : int or None
         Of a constant schedule.
-    tau_step, tau_stop : float or None
-        Of progressive refinement, where they are not the package's defaults.
+    **numbers : float
+        Of a rule, by name, where they are not its defaults: all of those that it is registered with
+        as varied, such as ``tau_step`` and ``tau_stop``.
+
+    Attributes
+    ----------
+    kind : str
+    iterations : int or None
+    numbers : tuple of float
+        Those of the rule, in the order in which it names them; empty for its defaults.
     """
 
     kind: str
-    iterations: int | None = None
-    tau_step: float | None = None
-    tau_stop: float | None = None
+    iterations: int | None
+    numbers: tuple[float, ...]
 
-    def __post_init__(self):
-        if self.kind not in ("converged", "constant", "prdp"):
-            raise ValueError(f"kind must be 'converged', 'constant' or 'prdp', found "
-                             f"{shown(self.kind)}")
-        if self.kind == "constant":
-            count("iterations", self.iterations)
-        elif self.iterations is not None:
+    def __init__(self, kind: str, iterations: int | None = None, **numbers: float | None):
+        kinds = _kinds()
+        if kind not in kinds:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, kinds))}, found "
+                             f"{shown(kind)}")
+        if kind == "constant":
+            count("iterations", iterations)
+        elif iterations is not None:
             raise ValueError(f"iterations are those of a constant schedule, found "
-                             f"{shown(self.iterations)} for a {self.kind} one")
-        thresholds = {"tau_step": self.tau_step, "tau_stop": self.tau_stop}
-        given = {name: value for name, value in thresholds.items() if value is not None}
-        if given and (self.kind != "prdp" or len(given) < 2):
-            raise ValueError(f"a prdp schedule has both tau_step and tau_stop or none, and others "
-                             f"have none, found {given}")
-        ProgressiveRefinement([Iterations(1)], **given)  # refuses other thresholds
+                             f"{shown(iterations)} for a {kind} one")
+        given = {name: number for name, number in numbers.items() if number is not None}
+        varied = RULES[kind].varied if kind in RULES else ()
+        if given and given.keys() != set(varied):
+            expected = f"both {' and '.join(varied)} or none" if varied else "no numbers"
+            raise ValueError(f"a {kind} schedule has {expected}, found {given}")
+        # as those of a frozen dataclass are set
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "iterations", iterations)
+        object.__setattr__(self, "numbers", tuple(given[name] for name in varied if given))
+        if given:
+            self._make([Iterations(1)], None)  # refuses numbers that cannot be meant
 
     @classmethod
     def from_text(cls, text: str) -> Schedule:
@@ -56,7 +92,8 @@ class Schedule:
         Parameters
         ----------
         text : str
-            ``converged``; a number K, for K iterations throughout; ``prdp``, or ``prdp:TAU_STEP:TAU_STOP``.
+            ``converged``; a number K, for K iterations throughout; the name of a rule, alone or with
+            its numbers, as in ``prdp`` or ``prdp:TAU_STEP:TAU_STOP``.
 
         Raises
         ------
@@ -65,48 +102,66 @@ class Schedule:
         """
         instance("text", text, str, "a string, such as 'prdp'")
         if text == "converged":
-            return cls("converged")
+            return CONVERGED
         if re.fullmatch("[1-9][0-9]{0,8}", text):
             return cls("constant", iterations=int(text))
-        kind, *thresholds = text.split(":")
-        if kind == "prdp" and len(thresholds) in (0, 2):
+        kind, *numbers = text.split(":")
+        if kind in RULES and len(numbers) in (0, len(RULES[kind].varied)):
             try:
-                step, stop = (float(threshold) for threshold in thresholds) if thresholds else (None, None)
-                ProgressiveRefinement([Iterations(1)], **{} if step is None else {"tau_step": step, "tau_stop": stop})
+                return cls(kind, **dict(zip(RULES[kind].varied, map(float, numbers))))
             except ValueError as error:
                 raise ValueError(f"{text!r}: {error}") from None
-            return cls("prdp", tau_step=step, tau_stop=stop)
-        raise ValueError(f"a schedule is converged, prdp, prdp:TAU_STEP:TAU_STOP or a number of iterations, found {text!r}")
+        raise ValueError(f"a schedule is {', '.join(forms())} or a number of iterations, found "
+                         f"{text!r}")
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it is a number of iterations throughout."""
+        return self.kind == "constant"
+
+    @property
+    def is_varied(self) -> bool:
+        """Whether it is a rule with numbers that are not its defaults."""
+        return bool(self.numbers)
 
     @property
     def name(self) -> str:
         """What ``from_text`` reads."""
-        if self.kind == "constant":
+        if self.is_constant:
             return str(self.iterations)
-        return self.kind if self.tau_step is None else f"{self.kind}:{self.tau_step!r}:{self.tau_stop!r}"
+        return ":".join([self.kind, *map(repr, self.numbers)])
 
     @property
     def title(self) -> str:
         """What tables and figures say."""
-        if self.kind == "constant":
+        if self.is_constant:
             return f"K = {self.iterations}"
-        if self.kind == "converged":
+        if self == CONVERGED:
             return "converged"
-        return "PRDP" if self.tau_step is None else f"PRDP {self.tau_step:g}, {self.tau_stop:g}"
+        title = RULES[self.kind].title
+        return f"{title} {', '.join(f'{number:g}' for number in self.numbers)}".rstrip()
 
     @property
     def colour(self) -> str:
-        """What figures draw it in: converged and progressively refined physics are told apart by the colour-blind as well."""
-        return {"converged": "#D55E00", "prdp": "#0072B2", "constant": "0.6"}[self.kind]
+        """What figures draw it in."""
+        if self.is_constant:
+            return _GREY
+        return _COLOURS[_kinds().index(self.kind) % len(_COLOURS)]
 
-    def refinement(self, *, ladder: Sequence[Setting], converged: Setting, constant: Callable[[int], Setting] = Iterations,
+    @property
+    def place(self) -> tuple:
+        """What tables are sorted by: converged physics, rules, constants; varied rules at the end."""
+        return self.is_varied, _kinds().index(self.kind), self.iterations or 0, self.numbers
+
+    def refinement(self, *, ladder: Sequence[Setting], converged: Setting,
+                   constant: Callable[[int], Setting] = Iterations,
                    comm: MPI.Comm | None = None) -> Refinement:
         """The refinement, at its start.
 
         Parameters
         ----------
         ladder : Sequence of Setting
-            What progressive refinement goes up.
+            What rules go up.
         converged : Setting
             What "converged" means.
         constant : callable
@@ -114,12 +169,17 @@ class Schedule:
         comm : mpi4py.MPI.Comm or None
             See :class:`~prdp_fem.refinement.rules.Refinement`.
         """
-        if self.kind == "constant":
+        if self.iterations is not None:
             return FixedRefinement(constant(self.iterations), comm=comm)
-        if self.kind == "converged":
+        if self == CONVERGED:
             return FixedRefinement(converged, comm=comm)
-        thresholds = {} if self.tau_step is None else {"tau_step": self.tau_step, "tau_stop": self.tau_stop}
-        return ProgressiveRefinement(ladder, comm=comm, **thresholds)
+        return self._make(ladder, comm)
+
+    def _make(self, ladder: Sequence[Setting], comm: MPI.Comm | None) -> Refinement:
+        entry = RULES[self.kind]
+        return entry.make(ladder, comm=comm, **dict(zip(entry.varied, self.numbers)))
 
 
-CONVERGED, PRDP = Schedule("converged"), Schedule("prdp")  # what is compared, where nothing else is said
+# What is compared, where nothing else is said.
+CONVERGED = Schedule("converged")
+PRDP = Schedule("prdp")
