@@ -61,7 +61,7 @@ def test_the_script_for_many_ranks_runs_as_printed():
     assert all(metric == metrics[0] for metric in metrics)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md", "docker/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/gpu.md", "docker/README.md"])
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT/page).read_text()):
         assert ((ROOT/page).parent/target).exists(), target
