@@ -4,7 +4,7 @@
 #                      one core; make -j2 for two at a time; runs that are in docs/runs already are taken from there;
 #                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: the runs of one
 #                      scenario; make report: tables and figures of the runs that are there
-# make test            set up what is missing, lint, and run all tests, serial and on 2 and 3 ranks
+# make test            set up what is missing, lint (ruff and mypy), and run all tests, serial and on 2 and 3 ranks
 # make test-device     build a PETSc with OpenCL, once, and run the tests of solves on devices, those of solvers and layers and a demo on it;
 #                      PoCL runs OpenCL on the processor, so that no device is needed
 # make lint, install   parts of these
@@ -104,7 +104,7 @@ test-device:
 	mpiexec -n 2 python demos/heat_emulator/heat_emulator.py --quick --epochs 20 --schedules prdp
 
 lint: install
-	$(ACTIVATE) && ruff check
+	$(ACTIVATE) && ruff check && mypy
 
 install:
 	@./install.sh

@@ -15,6 +15,7 @@ if TYPE_CHECKING or "firedrake" in sys.modules:
     from prdp_fem._public import LinearVariationalSolver as LinearVariationalSolver
     from prdp_fem._public import NonlinearVariationalSolver as NonlinearVariationalSolver
     from prdp_fem._public import __all__ as __all__
+    from prdp_fem.refinement import *  # noqa: F403  # a type checker does not find them above
 elif importlib.util.find_spec("firedrake") is None:
     importlib.import_module("prdp_fem.release")  # which says so
 else:

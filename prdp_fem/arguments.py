@@ -5,9 +5,19 @@ Each function returns the value as the package uses it, or raises. This module i
 from __future__ import annotations
 
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeGuard
 
-__all__ = ["COUNT", "count", "flag", "fraction", "instance", "whole_number", "shown"]
+__all__ = [
+    "COUNT",
+    "count",
+    "flag",
+    "fraction",
+    "instance",
+    "is_integer",
+    "is_real",
+    "shown",
+    "whole_number",
+]
 
 # The largest number of iterations or steps: PETSc counts them in 32 bits, unless it was configured
 # otherwise.
@@ -25,6 +35,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN - 1]}…"
 
 
+def is_integer(value: Any) -> TypeGuard[int]:
+    """Whether it is an integer of Python's or NumPy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value: Any) -> TypeGuard[float]:
+    """Whether it is a real number of Python's or NumPy's; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
     """An integer of Python's or NumPy's, of at least and at most so much.
 
@@ -33,7 +53,7 @@ def whole_number(name: str, value: Any, least: int = 1, most: int | None = None)
     ValueError
         For another number, and for anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    if not is_integer(value) or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, found {shown(value)}")
     if most is not None and value > most:
         raise ValueError(f"{name} must be an integer of at most {most}, found {shown(value)}")
@@ -53,7 +73,7 @@ def fraction(name: str, value: Any, *, allow_zero: bool = False) -> float:
     ValueError
         For another number, and for anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_real(value):
         raise ValueError(f"{name} must be a number, found {shown(value)}")
     if not (0 < value < 1 or (allow_zero and value == 0)):
         raise ValueError(f"{name} must lie in {'[0' if allow_zero else '(0'}, 1), found "

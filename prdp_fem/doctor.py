@@ -8,6 +8,7 @@ import platform
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -89,11 +90,11 @@ def _findings(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
     yield _tried("solves on the host, and their derivatives", lambda: _solve(HOST))
     for device in filter(is_built_for, DEVICES.values()):
         # What is missing on one rank is used by none, as solves are collective.
-        why = next(filter(None, firedrake.COMM_WORLD.allgather(failure(device))), None)
-        if why is None:
-            yield _tried(f"solves on {device.name}, and their derivatives", lambda device=device: _solve(device.name))
+        missing = next(filter(None, firedrake.COMM_WORLD.allgather(failure(device))), None)
+        if missing is None:
+            yield _tried(f"solves on {device.name}, and their derivatives", partial(_solve, device.name))
         else:
-            yield "-", f"no {device.name}: {why}"
+            yield "-", f"no {device.name}: {missing}"
     others = [device.name for device in DEVICES.values() if not is_built_for(device)]
     if others:
         yield "-", f"no {', '.join(others)}: this PETSc was built without; docs/gpu.md says how to build one"

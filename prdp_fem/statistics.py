@@ -2,9 +2,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 
-from prdp_fem.arguments import shown
+from prdp_fem.arguments import is_integer, is_real, shown
 
 __all__ = ["Statistics"]
 
@@ -51,9 +50,11 @@ class Statistics:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real) or not value >= 0:
+            is_right = is_integer(value) if kind is int else is_real(value)
+            if not (is_right and value >= 0):
                 expected = "an integer" if kind is int else "a number"
-                raise ValueError(f"{field.name} must be {expected} of at least 0, found {shown(value)}")
+                raise ValueError(f"{field.name} must be {expected} of at least 0, found "
+                                 f"{shown(value)}")
 
     @property
     def iterations(self) -> int:

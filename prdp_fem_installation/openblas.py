@@ -64,15 +64,17 @@ def detected_core(asked_for: str | None = None) -> str | None:
     environment |= {"LD_PRELOAD": _LIBRARY, "OPENBLAS_VERBOSE": "2", "OPENBLAS_NUM_THREADS": "1"}
     if asked_for is not None:
         environment[_VARIABLE] = asked_for
-    reader, writer = os.pipe()
+    ends = os.pipe()
+    reader: int | None = ends[0]
+    writer: int | None = ends[1]
     try:
         null = os.open(os.devnull, os.O_RDWR)
-        actions = [(os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, writer, 2)]
+        actions = [(os.POSIX_SPAWN_DUP2, null, 1), (os.POSIX_SPAWN_DUP2, ends[1], 2)]
         process = os.posix_spawn("/bin/true", ["true"], environment, file_actions=actions)
         os.close(null)
-        os.close(writer)
+        os.close(ends[1])
         writer = None
-        with open(reader, errors="replace") as said:
+        with open(ends[0], errors="replace") as said:
             reader = None
             cores = [line.removeprefix("Core: ") for line in said if line.startswith("Core: ")]
         os.waitpid(process, 0)

@@ -93,6 +93,7 @@ class RightHandSide:
 
     @cached_property
     def _rest_assembler(self):
+        assert self._rest is not None
         return self._forms.assembler(self._rest)
 
     def forget(self, changed: set[int], moved: bool) -> None:
@@ -220,6 +221,8 @@ class AffineTerm:
         if not self._is_kept(values):
             product = self.products(values[None], room(1) if self._kept is None else self._kept[1])
             self._kept = values.copy() if isinstance(values, np.ndarray) else None, product
+            return product
+        assert self._kept is not None
         return self._kept[1]
 
     def _is_kept(self, values) -> bool:

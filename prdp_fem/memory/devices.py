@@ -4,6 +4,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from mpi4py import MPI
 from petsc4py import PETSc
@@ -66,7 +67,7 @@ def failure(device: Device) -> str | None:
             _look_for_platforms()
         else:
             _leave_ghosts_to_the_host()
-            kind = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(device.name, PETSc.Device.Type.DEFAULT)
+            kind: Any = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(device.name, PETSc.Device.Type.DEFAULT)
             PETSc.Device.create(kind).destroy()
     except (PETSc.Error, OSError) as error:
         return f"PETSc was built for it, and finds none ({what_went_wrong(error)}): look at the driver, or use device='cpu'"

@@ -7,7 +7,16 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, derivative, get_interpolator, interpolate
+from firedrake import (
+    Cofunction,
+    DirichletBC,
+    Function,
+    SpatialCoordinate,
+    TestFunction,
+    derivative,
+    get_interpolator,
+    interpolate,
+)
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 from ufl import classes
@@ -88,7 +97,7 @@ class BoundaryData:
         self._coordinates = {mesh: _Coordinates(mesh) for mesh in self.meshes}
         # The inputs, by their places, and the meshes that there is a direction of.
         self._direction: tuple = ()
-        self._kept: dict[Hashable, list[_Part]] = {}
+        self._kept: dict[Hashable, list] = {}
         if controls is not None:
             for place in self.inputs:
                 self._first(place)
@@ -213,7 +222,7 @@ class BoundaryData:
         """The inputs that values are not affine in, or affine in with a factor that is another input."""
         derivatives = [_derivative(expression, variable, TestFunction(variable.function_space()))
                        for expression in self._in_variables
-                       for group in [*self.inputs.values(), *self._coordinates.values()]
+                       for group in map(self._group, [*self.inputs, *self._coordinates])
                        for variable in group.variables]
         found = coefficients_of(*derivatives)
         return {place for place, entry in self.inputs.items()
@@ -221,14 +230,15 @@ class BoundaryData:
 
     # What they are made of
 
-    def _group(self, what):
+    def _group(self, what) -> Input | _Coordinates:
         """What a place, or a mesh, stands for."""
         return self.inputs[what] if isinstance(what, int) else self._coordinates[what]
 
     @cached_property
-    def _parts(self) -> list[tuple]:
+    def _parts(self) -> list[tuple[DirichletBC, np.ndarray]]:
         """Of each condition itself and the rank-local dofs that it gives the values of."""
-        parts, later = [], np.empty(0, dtype=int)
+        parts: list[tuple[DirichletBC, np.ndarray]] = []
+        later = np.empty(0, dtype=int)
         with stop_annotating():
             for condition in reversed(self.conditions):
                 for part in self._values.dat:
@@ -482,7 +492,8 @@ def _bound_to_mesh(condition, expression) -> dict:
         Its values, with derivatives expanded.
     """
     space = condition.function_space()
-    own, bound = space.mesh().unique(), {}
+    own = space.mesh().unique()
+    bound: dict = {}
     if isinstance(expression, classes.Zero) or _holds_dofs(condition, expression):
         return bound
     if not space.ufl_element().pullback.is_identity:

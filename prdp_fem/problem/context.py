@@ -77,7 +77,8 @@ def coefficients_in(values: Iterable) -> tuple[list, list]:
     list
         Those that a user's code finds by itself: by a name of its module, in a closure, as an attribute.
     """
-    told, named = {}, {}
+    told: dict = {}
+    named: dict = {}
     _Search(told, named).look_at(list(values), told)
     return list(told), list(named)
 

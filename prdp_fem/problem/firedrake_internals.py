@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import ufl
@@ -331,13 +332,14 @@ class CoordinateAssembler:
         """Assemble into the matrix, which Firedrake passes."""
         assert tensor is self._matrix
         if self._values is None:
-            self._plan()
+            self._values = self._plan()
         self._values[:self._size] = 0.0
         for loop in self._loops:
             loop()
         self._matrix.petscmat.setValuesCOO(self._values)
 
-    def _plan(self) -> None:
+    def _plan(self) -> np.ndarray:
+        """Have PETSc plan where entries go, and return where they will be written."""
         parts = [_ElementTensors(loop) for loop in self._assembler.parloops(self._matrix)]
         diagonal, diagonal_values = self._diagonal()
         rows, columns = zip(*(part.indices() for part in parts), (diagonal, diagonal))
@@ -346,8 +348,10 @@ class CoordinateAssembler:
         mat.setOption(PETSc.Mat.Option.KEEP_NONZERO_PATTERN, True)  # as PyOP2 has it
         bounds = np.cumsum([0, *(part.size for part in parts)])
         self._size = bounds[-1]
-        self._values = np.concatenate([np.zeros(self._size), diagonal_values])
-        self._loops = [part.loop_into(self._values[start:stop]) for part, start, stop in zip(parts, bounds, bounds[1:])]
+        values = np.concatenate([np.zeros(self._size), diagonal_values])
+        self._loops = [part.loop_into(values[start:stop])
+                       for part, start, stop in zip(parts, bounds, bounds[1:])]
+        return values
 
     def _diagonal(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows that this rank owns, and their values: those of boundary rows; zero where there is only room for factorisations.
@@ -420,7 +424,8 @@ def boundary_expression(condition):
     update = vars(condition).get("_function_arg_update")
     if update is None:
         return condition._function_arg
-    source = (update.func if isinstance(update, partial) else update).__self__
+    method: Any = update.func if isinstance(update, partial) else update
+    source = method.__self__
     return source.operand if isinstance(source, Interpolator) else source.source
 
 
@@ -442,9 +447,9 @@ def pin_quadrature(form: ufl.Form, parameters: dict | None) -> ufl.Form:
     if degree == "auto":
         for data in compute_form_data(form, complex_mode=False).integral_data:
             ids = data.subdomain_id if isinstance(data.subdomain_id, tuple) else (data.subdomain_id,)
-            metadata = [integral.metadata() for integral in data.integrals]
             degrees[data.domain, data.integral_type, ids] = max(
-                entry.get("quadrature_degree", entry["estimated_polynomial_degree"]) for entry in metadata)
+                entry.get("quadrature_degree", entry["estimated_polynomial_degree"])
+                for entry in (integral.metadata() for integral in data.integrals))
     pinned = []
     for integral in form.integrals():
         metadata = dict(integral.metadata())

@@ -60,7 +60,7 @@ class Forms:
         The inputs that the preconditioner depends on beside its form.
     """
 
-    residual: ufl.Form | None
+    residual: ufl.Form
     jacobian: ufl.Form
     operator_depends_on_solution: bool
 
@@ -213,11 +213,11 @@ class LinearForms(Forms):
             self.L = None if right is None else self.over_copies(right)
 
     @property
-    def jacobian(self) -> ufl.Form:
+    def jacobian(self) -> ufl.Form:  # type: ignore[override]
         return self.a
 
     @cached_property
-    def residual(self) -> ufl.Form:
+    def residual(self) -> ufl.Form:  # type: ignore[override]
         F = action(self.a, self.solution)
         return F if self.L is None else F - self.L
 

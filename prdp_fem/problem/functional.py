@@ -53,7 +53,8 @@ class Functional:
                 form = entry.in_variables(form)
             self._form = form
             self._assembler = get_assembler(form)
-            self._assemblers = {None: [self._derivative_assembler(self._solution)]}
+            self._assemblers: dict[int | None, list[tuple]] = {
+                None: [self._derivative_assembler(self._solution)]}
 
     @property
     def name(self) -> str:
@@ -102,6 +103,7 @@ class Functional:
         return values if index is None else self.inputs[index].summed(values)
 
     def _assemblers_by(self, index: int | None) -> list[tuple]:
-        if index not in self._assemblers:
-            self._assemblers[index] = [self._derivative_assembler(variable) for variable in self.inputs[index].variables]
+        if index is not None and index not in self._assemblers:
+            self._assemblers[index] = [self._derivative_assembler(variable)
+                                       for variable in self.inputs[index].variables]
         return self._assemblers[index]

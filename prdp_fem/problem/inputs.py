@@ -99,7 +99,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 def coefficients_of(*forms) -> list:
     """All Functions and Constants in forms and expressions, each once, in a fixed order."""
-    found = {}
+    found: dict = {}
     for form in forms:
         if form is None:
             continue
@@ -228,7 +228,7 @@ class Input:
 
     def take_back(self) -> None:
         """Give the user's object the values that it had. Collective."""
-        if self._has_followed:
+        if self._has_followed and self._users is not None:
             set_local_values(self.original, self._users)
         self._users = None
 

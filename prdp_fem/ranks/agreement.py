@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -50,7 +50,8 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
     """
     if comm.size == 1:
         return find()
-    found = error = None
+    found: Any = None
+    error = None
     try:
         found = find()
         mine = repr(found)

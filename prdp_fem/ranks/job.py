@@ -69,7 +69,7 @@ def end_together() -> None:
     comm = MPI.COMM_WORLD.Dup()
     comm.Set_name("prdp_fem.job")
     pyop2 = sys.modules.get("pyop2.mpi")
-    if sys.excepthook is getattr(pyop2, "mpi_excepthook", None):
+    if pyop2 is not None and sys.excepthook is getattr(pyop2, "mpi_excepthook", None):
         show = pyop2.except_hook
     elif sys.excepthook is sys.__excepthook__:
         show = sys.__excepthook__

@@ -272,9 +272,11 @@ class NewtonLadder(Sequence):
         if isinstance(linear, Sequence) and not isinstance(linear, (str, bytes)):
             if len(linear) == 0:
                 raise ValueError("the ladder of the linear solves is empty")
-            self.linear = self._linear = checked_ladder(linear, "the ladder of the linear solves")
+            linear = checked_ladder(linear, "the ladder of the linear solves")
+            self._linear: Sequence = linear
         else:
-            self.linear, self._linear = linear, (linear,)
+            self._linear = (linear,)
+        self.linear = linear
         looked_at = 1 if is_registered(linear) else min(len(self._linear), _LOOKED_AT)
         for level in range(looked_at):
             self._steps(self.start, level)  # refuses what is no setting of a linear solve

@@ -4,7 +4,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 from mpi4py import MPI
 from petsc4py import PETSc
@@ -17,6 +17,7 @@ from prdp_fem.refinement.registry import LadderEntry, Number
 
 __all__ = ["refinement_from_options"]
 
+_Function = TypeVar("_Function", bound=Callable)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # As PETSc reads them; an option without a value is one that is switched on.
@@ -24,7 +25,7 @@ _SWITCHES = {**dict.fromkeys(("", "true", "yes", "on", "1"), True),
              **dict.fromkeys(("false", "no", "off", "0"), False)}
 
 
-def _documented(function: Callable) -> Callable:
+def _documented(function: _Function) -> _Function:
     """Put the names of all ladders, and their defaults, into the documentation of the options."""
     def defaults(option: str) -> str:
         texts = []
@@ -106,11 +107,12 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations",
 
     _, switches = agree(comm, make, "options of a refinement",
                         "mpiexec may hand the environment on to some ranks only")
+    on: Any = comm  # PETSc takes mpi4py's communicators, too
     if "view" in switches:
-        PETSc.Sys.Print(repr(refinement), comm=comm)
+        PETSc.Sys.Print(repr(refinement), comm=on)
     if "monitor" in switches:
         def print_line(record: Record) -> None:
-            PETSc.Sys.Print(_line(refinement, record), comm=comm)
+            PETSc.Sys.Print(_line(refinement, record), comm=on)
         refinement.monitors.append(print_line)
     return refinement
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from prdp_fem.arguments import count, shown
 from prdp_fem.refinement.ladders import checked_ladder
@@ -29,6 +29,8 @@ from prdp_fem.refinement.states import (
 
 __all__ = ["Record", "Refinement", "ProgressiveRefinement", "FixedRefinement",
            "ScheduledRefinement", "checked_metric"]
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Record:
     refined: bool
 
 
-class _Checked:
+class _Checked(Generic[_Value]):
     """An attribute whose values are checked whenever it is set; the object counts its changes.
 
     Parameters
@@ -65,13 +67,17 @@ class _Checked:
         From the object and a value to what is kept; raises for a value that cannot be meant.
     """
 
-    def __init__(self, check: Callable[[Any, Any], Any]):
+    def __init__(self, check: Callable[[Any, Any], _Value]):
         self._check = check
+
+    if TYPE_CHECKING:
+        # Python finds what is kept by itself, in less time.
+        def __get__(self, instance: Any, owner: type) -> _Value: ...
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __set__(self, instance, value) -> None:
+    def __set__(self, instance: Any, value: Any) -> None:
         attributes = vars(instance)
         attributes[self._name] = self._check(instance, value)
         attributes["changes"] = attributes.get("changes", 0) + 1
@@ -136,10 +142,10 @@ class Refinement:
 
     parameters: ClassVar[tuple[str, ...]] = ("ema_window",)
 
-    ladder = _Checked(lambda refinement, ladder: refinement._checked_ladder(ladder))
-    level = _Checked(lambda refinement, level: refinement._checked_level(level))
-    ema_window = _Checked(lambda refinement, window: count("ema_window", window))
-    comm = _Checked(lambda refinement, comm: _checked_communicator(comm))
+    ladder = _Checked[Sequence](lambda refinement, ladder: refinement._checked_ladder(ladder))
+    level = _Checked[int](lambda refinement, level: refinement._checked_level(level))
+    ema_window = _Checked[int](lambda refinement, window: count("ema_window", window))
+    comm = _Checked[Any](lambda refinement, comm: _checked_communicator(comm))
 
     def __init__(self, ladder: Sequence[Setting | int], *, ema_window: int = 6, level: int = 0,
                  comm=None):
@@ -369,9 +375,9 @@ class ProgressiveRefinement(Refinement):
 
     parameters = ("ema_window", "tau_step", "tau_stop", "error_window")
 
-    tau_step = _Checked(lambda refinement, ratio: _checked_threshold("tau_step", ratio))
-    tau_stop = _Checked(lambda refinement, ratio: _checked_threshold("tau_stop", ratio))
-    error_window = _Checked(lambda refinement, window: count("error_window", window))
+    tau_step = _Checked[float](lambda refinement, ratio: _checked_threshold("tau_step", ratio))
+    tau_stop = _Checked[float](lambda refinement, ratio: _checked_threshold("tau_stop", ratio))
+    error_window = _Checked[int](lambda refinement, window: count("error_window", window))
 
     def __init__(self, ladder: Sequence[Setting | int], *, tau_step: float = 0.98,
                  tau_stop: float = 0.9, ema_window: int = 6,

@@ -8,10 +8,9 @@ pure Python.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from prdp_fem.arguments import count, flag, fraction, shown
+from prdp_fem.arguments import count, flag, fraction, is_integer, shown
 
 __all__ = [
     "Iterations",
@@ -274,7 +273,7 @@ def setting_of(entry: Any) -> Setting:
     """
     if type(entry) in _FROZEN:
         return entry
-    if isinstance(entry, Integral) and not isinstance(entry, bool):
+    if is_integer(entry):
         return Iterations(int(entry))
     return checked_setting(entry)
 
@@ -285,7 +284,9 @@ def in_numbers(setting: Setting) -> list:
     They are rtol, max_it and budget, and Newton steps where it has them.
     """
     rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
-    numbers = [None, None, None] if max_it is None else [float(rtol), int(max_it), bool(budget)]
+    numbers: list = [None, None, None]
+    if rtol is not None and max_it is not None:
+        numbers = [float(rtol), int(max_it), bool(budget)]
     steps = newton_steps(setting)
     return numbers if steps is None else [*numbers, int(steps)]
 

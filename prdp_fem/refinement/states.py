@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from prdp_fem.arguments import flag, shown
+from prdp_fem.arguments import flag, is_integer, is_real, shown
 from prdp_fem.refinement.settings import in_numbers, setting_of
 
 __all__ = [
@@ -104,16 +104,18 @@ def checked_metric(metric) -> float:
 
 
 def is_level(level, ladder: Sequence) -> bool:
+    """Whether it is a level on a ladder."""
     return is_natural(level) and level < len(ladder)
 
 
 def is_natural(value) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
+    """Whether it is an integer of at least 0."""
+    return is_integer(value) and value >= 0
 
 
 def is_number(value) -> bool:
     """Whether it is a real number that a float can hold, or infinity or NaN."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_real(value):
         return False
     try:
         float(value)

@@ -89,7 +89,7 @@ def check_numbers(options: Mapping[str, Any], of: str) -> None:
                 # Not int(), which refuses thousands of digits.
                 is_large = _INTEGER.fullmatch(number) is not None and abs(float(number)) > COUNT
             else:
-                is_large = isinstance(number, Integral) and abs(number) > COUNT
+                is_large = isinstance(number, Integral) and abs(int(number)) > COUNT
             if is_large:
                 raise ValueError(f"{of} has {name} {shown(value)}, and PETSc would make another "
                                  f"integer of one beyond {COUNT} (a real number can be written as 1e10)")

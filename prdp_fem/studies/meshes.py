@@ -56,6 +56,8 @@ def triangle_mesh(path: Path, comm: MPI.Comm, *, marks: Collection[int] = ()) ->
         Where the file cannot be read, or does not hold a plane mesh of straight triangles that a
         problem can be solved on.
     """
+    parts: _Parts | None = None  # on other ranks
+
     def read():
         nonlocal parts
         try:
@@ -66,7 +68,6 @@ def triangle_mesh(path: Path, comm: MPI.Comm, *, marks: Collection[int] = ()) ->
         except ValueError as error:
             raise Refused(f"{path} is not a mesh that can be used: {error}") from None
 
-    parts = None  # on other ranks
     from_first_rank(comm, read)
     triangles, points = (parts.triangles, parts.points[:, :2]) if parts else (None, None)
     plex = plex_from_cell_list(2, triangles, points, comm, name="plane")
@@ -237,13 +238,13 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
     elements = list(_old_elements(count, found, bool(order)) if is_old
                     else _elements(found, groups))
     found.end()
-    by_kind = {kind: [] for kind in _NODES}
-    for kind, nodes, mark in elements:
-        if missing := [node for node in nodes if node not in index]:
-            raise ValueError(f"an element has node {missing[0]}, which is not there")
-        by_kind[kind].append(([index[node] for node in nodes], mark))
+    by_kind: dict[int, list] = {kind: [] for kind in _NODES}
+    for kind, corners, mark in elements:
+        if unknown := [node for node in corners if node not in index]:
+            raise ValueError(f"an element has node {unknown[0]}, which is not there")
+        by_kind[kind].append(([index[node] for node in corners], mark))
     lines, triangles = (
-        np.array([nodes for nodes, _ in by_kind[kind]], dtype=int).reshape(-1, _NODES[kind])
+        np.array([corners for corners, _ in by_kind[kind]], dtype=int).reshape(-1, _NODES[kind])
         for kind in (_LINE, _TRIANGLE))
     marks = np.array([mark for _, mark in by_kind[_LINE]], dtype=int)
     return _Parts(np.array(tags), np.array(points).reshape(-1, 3), lines, triangles, marks)
@@ -372,7 +373,8 @@ class _Numbers:
 
     def end(self) -> None:
         """No number is left."""
-        if self._items[self._position:].strip() if self._order else self._items[self._position:]:
+        left = self._items[self._position:]
+        if left.strip() if isinstance(left, bytes) else left:
             raise ValueError(f"${self._name} holds more than it says")
 
     def _taken(self, count: int):

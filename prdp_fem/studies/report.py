@@ -46,7 +46,7 @@ def read_runs(folder: Path) -> dict[str, Runs]:
             raise ValueError(f"{folder} has two runs of {run.study} under {run.schedule} with seed "
                              f"{run.seed}: remove one")
         by_seed[run.seed] = run
-    return studies
+    return dict(studies)
 
 
 def write_report(folder: Path, report: Path) -> list[str]:
@@ -101,7 +101,9 @@ def _summary(studies: dict[str, Runs]) -> str:
         if prdp is None:
             continue
         best = best_constant(runs)
-        in_hindsight = f"{_medians(runs, best).iterations:.1%} ({best.title})" if best else "none tried is good enough"
+        in_hindsight = "none tried is good enough"
+        if best is not None and (saved := _medians(runs, best)) is not None:
+            in_hindsight = f"{saved.iterations:.1%} ({best.title})"
         lines.append(f"| {title} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} + {prdp.incomplete:.0%} | "
                      f"{prdp.solver_seconds:.0%} | {prdp.seconds:.0%} | {in_hindsight} |")
     return "\n".join(lines)

@@ -108,7 +108,7 @@ class Schedule:
         kind, *numbers = text.split(":")
         if kind in RULES and len(numbers) in (0, len(RULES[kind].varied)):
             try:
-                return cls(kind, **dict(zip(RULES[kind].varied, map(float, numbers))))
+                return cls(kind, None, **dict(zip(RULES[kind].varied, map(float, numbers))))
             except ValueError as error:
                 raise ValueError(f"{text!r}: {error}") from None
         raise ValueError(f"a schedule is {', '.join(forms())} or a number of iterations, found "

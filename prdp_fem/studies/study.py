@@ -78,6 +78,9 @@ class Study:
         # Scripts may change their folder meanwhile.
         self.output, self.resume, self.ensemble = arguments.output.absolute(), arguments.resume, arguments.ensemble
         self.ladder, self.converged, self.constant = checked_ladder(ladder), converged, constant
+        # Files of this study, as they were before and as it has written them.
+        self._replaceable: dict[Path, Any] = {}
+        self._own: dict[Path, Any] = {}
         setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
         if arguments.solver_options:
             setup["options"] = arguments.solver_options
@@ -149,7 +152,8 @@ class Study:
         Of others that are there it is said what will become of them.
         """
         taken = {}
-        self._replaceable, self._own = {}, {}
+        self._replaceable = {}
+        self._own = {}
         for schedule, seed in itertools.product(self.schedules, self.seeds):
             path = self._file(schedule, seed)
             if not os.path.lexists(path):

@@ -18,7 +18,7 @@ def _rows(runs: Runs) -> dict[Schedule, tuple[str, ...]]:
     """The cells of each schedule's row: medians over the seeds; of the error the mean, and its spread."""
     converged = runs.get(CONVERGED, {})
     best = best_constant(runs) if converged else None
-    rows = {}
+    rows: dict[Schedule, tuple[str, ...]] = {}
     for schedule, by_seed in runs.items():
         if not by_seed:
             continue

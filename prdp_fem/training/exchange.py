@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,24 +46,27 @@ class Exchange:
         On all ranks, where one has no integers, or wants a node that there is not.
     """
 
-    def __init__(self, comm: MPI.Comm, owned: int, wanted: Sequence[int]):
+    def __init__(self, comm: MPI.Comm, owned: int, wanted: Sequence[int] | np.ndarray):
         self.comm = instance("comm", comm, MPI.Comm,
                              "a communicator of mpi4py's, such as mesh.comm")
 
+        numbers = np.empty(0, dtype=PETSc.IntType)
+
         def look() -> None:
-            nonlocal owned, wanted
-            owned, wanted = whole_number("owned", owned, 0), _node_numbers(wanted)
+            nonlocal owned, numbers
+            owned = whole_number("owned", owned, 0)
+            numbers = _node_numbers(wanted)
 
         agree(comm, look, "nodes")
         self.owned = owned
         self._total = comm.allreduce(owned)
         self._scatters: dict[int, PETSc.Scatter] = {}
-        lowest, highest = wanted.min(initial=0), wanted.max(initial=0)
+        lowest, highest = numbers.min(initial=0), numbers.max(initial=0)
         lowest, highest = comm.allreduce(lowest, MPI.MIN), comm.allreduce(highest, MPI.MAX)
-        is_without_nodes = comm.allreduce(len(wanted)) > 0 and self._total == 0
+        is_without_nodes = comm.allreduce(len(numbers)) > 0 and self._total == 0
         if is_without_nodes or lowest < 0 or highest >= max(self._total, 1):
             raise ValueError(f"nodes are numbered from 0 to {self._total - 1}, found others among those that are wanted")
-        self.wanted = wanted.astype(PETSc.IntType)
+        self.wanted = numbers.astype(PETSc.IntType)
 
     def __call__(self, values: torch.Tensor, axis: int = 0) -> torch.Tensor:
         """The values that this rank wants; collective, forward and backward.
@@ -127,7 +131,8 @@ class Exchange:
     def _scatter(self, width: int, whole: PETSc.Vec, part: PETSc.Vec) -> PETSc.Scatter:
         """For nodes of so many values each."""
         if width not in self._scatters:
-            blocks = PETSc.IS().createBlock(width, self.wanted, comm=PETSc.COMM_SELF)
+            wanted: Any = self.wanted  # PETSc states that it takes a sequence
+            blocks = PETSc.IS().createBlock(width, wanted, comm=PETSc.COMM_SELF)
             self._scatters[width] = PETSc.Scatter().create(whole, blocks, part, None)
         return self._scatters[width]
 
@@ -145,7 +150,7 @@ class _Exchanged(torch.autograd.Function):
         return None, None, _Exchanged.apply(ctx.exchange, not ctx.adjoint, cotangent)
 
 
-def _node_numbers(wanted: Sequence[int]) -> np.ndarray:
+def _node_numbers(wanted: Sequence[int] | np.ndarray) -> np.ndarray:
     """Numbers of nodes, none of which has become another one on the way."""
     try:
         numbers = np.asarray(wanted)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
+from typing import Any, cast
 
 import torch
 from firedrake import Ensemble
@@ -156,7 +157,8 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
             history.record(metric, refinement, account)
             refinement.step(metric)
             if scheduler is not None:
-                scheduler.step(*([metric] if _required(scheduler.step) else []))
+                told: Any = [metric] if _required(scheduler.step) else []
+                scheduler.step(*told)
             bar.set_postfix(metric=f"{metric:.3e}", level=refinement.level, physics=refinement.setting, refresh=False)
     return history
 
@@ -219,7 +221,8 @@ class _Steps:
         weights = [parameter.detach().clone() for parameter in self._optimised()]
         state = copy.deepcopy(self._optimiser.state_dict())
         try:
-            self._optimiser.step(lambda: self._evaluate(batch, share))
+            # torch states that a closure returns a float, and takes tensors.
+            self._optimiser.step(cast("Any", lambda: self._evaluate(batch, share)))
         except BaseException:
             with torch.no_grad():
                 for parameter, before in zip(self._optimised(), weights):
@@ -437,7 +440,7 @@ def _check_sequence(scheduler: torch.optim.lr_scheduler.SequentialLR, steps: int
                 [*scheduler._milestones, math.inf])
     for one, begin, end in turns:
         first = max(begin, done + 1)
-        count = min(end, last + 1) - first
+        count = int(min(end, last + 1)) - first
         if count <= 0:
             continue
         # At a milestone torch computes the first rate of the schedule in place of a step.

@@ -9,6 +9,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -28,9 +29,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _starts_at_zero(layer: nn.Module) -> nn.Module:
-    nn.init.zeros_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -93,7 +93,8 @@ class MLP(nn.Module):
         self.layers = nn.Sequential(*hidden, _starts_at_zero(nn.Linear(width, outputs)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.layers[0][0]
+        hidden: Any = self.layers[0]
+        first = hidden[0]
         _check_values(x, first.in_features, weight=first.weight)
         return self.layers(x)
 
@@ -166,7 +167,8 @@ class ResNet(nn.Module):
                                     _starts_at_zero(convolution(width, outputs)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _check_values(x, self.inputs, math.prod(self.grid), weight=self.layers[0].weight)
+        first: Any = self.layers[0]
+        _check_values(x, self.inputs, math.prod(self.grid), weight=first.weight)
         y = self.layers(x.reshape(-1, x.shape[-2], *self.grid))
         return y.reshape(*x.shape[:-2], y.shape[1], x.shape[-1])
 
@@ -256,8 +258,10 @@ class GraphNetwork(nn.Module):
         if features is not None:
             self.register_buffer("features", features.detach().T.to(torch.get_default_dtype(), copy=True), persistent=False)
             for _ in range(steps):
-                self.gates.append(nn.Sequential(nn.Linear(len(features), hidden), nn.Tanh(), nn.Linear(hidden, hidden)))
-                nn.init.ones_(self.gates[-1][-1].bias)
+                gate: Any = nn.Sequential(nn.Linear(len(features), hidden), nn.Tanh(),
+                                          nn.Linear(hidden, hidden))
+                nn.init.ones_(gate[-1].bias)
+                self.gates.append(gate)
         # What is made of the mesh is on the CPU until here.
         self.to(self.encode.weight.device)
 
@@ -441,7 +445,8 @@ class _MatrixProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, shape, matrix, transposed, x):
         ctx.shape, ctx.matrix, ctx.transposed = shape, matrix, transposed
-        by_rows = torch.sparse_csr_tensor(*matrix, shape, check_invariants=False)
+        starts, columns, entries = matrix
+        by_rows = torch.sparse_csr_tensor(starts, columns, entries, shape, check_invariants=False)
         dense = x.to(matrix[2].dtype)
         if not torch.is_autocast_enabled(x.device.type):
             return (by_rows @ dense).to(x.dtype)

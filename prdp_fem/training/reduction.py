@@ -379,7 +379,7 @@ def check_replicas(network: torch.nn.Module, optimiser: torch.optim.Optimizer, c
 def _checksum(state) -> int:
     """Of nested dictionaries and lists of tensors and numbers."""
     if isinstance(state, torch.Tensor):
-        return zlib.crc32(state.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+        return zlib.crc32(state.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     if isinstance(state, dict):
         return zlib.crc32(repr([(key, _checksum(value)) for key, value in state.items()]).encode())
     if isinstance(state, (list, tuple)):
