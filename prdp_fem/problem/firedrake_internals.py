@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import ufl
-from firedrake import DirichletBC, Function, dmhooks
+from firedrake import Constant, DirichletBC, Function, dmhooks
 from firedrake.adjoint_utils.blocks.solving import extract_subfunction
 from firedrake.adjoint_utils.checkpointing import DelegatedFunctionCheckpoint, maybe_disk_checkpoint
 from firedrake.assemble import ExplicitMatrixAssembler, OneFormAssembler, get_assembler
@@ -23,13 +23,23 @@ from tsfc.ufl_utils import compute_form_data
 from prdp_fem.krylov.nested import is_self_contained
 from prdp_fem.memory.memory import Memory
 
-__all__ = ["Callbacks", "CoordinateAssembler", "MatrixAssembler", "Predecessor", "SolverContext",
+__all__ = ["Callbacks", "ConstantDerivative", "CoordinateAssembler", "MatrixAssembler", "Predecessor", "SolverContext",
            "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
            "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
            "extract_subfunction", "has_block_variable", "has_schedule", "has_solved",
            "has_taped_number", "is_lost",
            "maybe_disk_checkpoint", "operators", "options_in_place", "pin_quadrature", "problem_of",
            "share_transfers", "spaces_of_basis"]
+
+
+class ConstantDerivative(Constant):
+    """A derivative by a Constant.
+
+    pyadjoint adds those of several solves up in place, which a Constant refuses.
+    """
+
+    def __iadd__(self, other):
+        return self._ad_add(other)
 
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:

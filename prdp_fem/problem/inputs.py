@@ -14,6 +14,8 @@ from pyadjoint.tape import stop_annotating
 from pyop2 import Global, MixedDat
 from ufl.algorithms.analysis import extract_coefficients, extract_type
 
+from prdp_fem.problem.firedrake_internals import ConstantDerivative
+
 __all__ = ["Input", "coefficients_of", "deep_copy", "is_component", "is_real", "is_real_space",
            "local_values", "name_of", "same_bits", "set_local_values", "vector_like"]
 
@@ -172,7 +174,7 @@ class Input:
     def dual(self, values: np.ndarray):
         """A derivative by the original, of the type that pyadjoint has for it, with rank-local values."""
         if isinstance(self.original, Constant):
-            return _ConstantDerivative(values.reshape(self.original.ufl_shape))
+            return ConstantDerivative(values.reshape(self.original.ufl_shape))
         dual = Function(self._dual_space) if isinstance(self.original, Cofunction) else Cofunction(self._dual_space)
         set_local_values(dual, values)
         return dual
@@ -271,13 +273,6 @@ class Input:
         if isinstance(self.copy, Constant):
             for place, variable in enumerate(self.variables):
                 variable.dat.data_wo[...] = self._values[place % self.size]
-
-
-class _ConstantDerivative(Constant):
-    """A derivative by a Constant; pyadjoint adds those of several solves up in place, which a Constant refuses."""
-
-    def __iadd__(self, other):
-        return self._ad_add(other)
 
 
 def vector_like(coefficient) -> PETSc.Vec:
