@@ -5,6 +5,7 @@
 #                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: the runs of one
 #                      scenario; make report: tables and figures of the runs that are there
 # make test            set up what is missing, lint (ruff and mypy), and run all tests, serial and on 2 and 3 ranks
+# make test-fast       set up what is missing, and run the tests that find most, on one rank, in a minute or so
 # make test-device     build a PETSc with OpenCL, once, and run the tests of solves on devices, those of solvers and layers and a demo on it;
 #                      PoCL runs OpenCL on the processor, so that no device is needed
 # make lint, install   parts of these
@@ -16,7 +17,7 @@ RANKS ?= 1
 DEMO ?= heat_emulator
 SCENARIOS := poisson heat burgers navier_stokes autoregressive
 
-.PHONY: demo reproduce report $(SCENARIOS) test test-device lint install clean
+.PHONY: demo reproduce report $(SCENARIOS) test test-fast test-device lint install clean
 
 demo: install
 	$(ACTIVATE) && mpiexec -n $(RANKS) python demos/$(DEMO)$(if $(findstring /,$(DEMO)),,/$(DEMO)).py $(if $(QUICK),--quick) $(ARGS)
@@ -89,6 +90,14 @@ test: lint
 	python -m pytest -n auto --maxprocesses 8 -m "not parallel or parallel[1]" $(ARGS) && \
 	mpiexec -n 2 python -m pytest -m "parallel[2]" $(ARGS) && \
 	mpiexec -n 3 python -m pytest -m "parallel[3]" $(ARGS)
+
+# Of all rooms, without those tests that take long.
+FAST_TESTS := agreement control exchange house imports ladders layer linear_solver networks nonlinear options readme rules \
+    schedules tape torch training wrong_inputs
+
+test-fast: install
+	$(ACTIVATE) && export PYOP2_SPMD_STRICT=1 FIREDRAKE_DISABLE_OPTIONS_LEFT=1 && \
+	python -m pytest -n auto --maxprocesses 8 -m "(not parallel or parallel[1]) and not slow" $(FAST_TESTS:%=tests/test_%.py) $(ARGS)
 
 DEVICE_TESTS := linear_solver layer torch nonlinear unrolled tape correctness control taylor nested options memory
 

@@ -20,8 +20,8 @@ def _import_firedrake():
         return importlib.import_module("firedrake")
     except ModuleNotFoundError as error:
         if error.name == "firedrake":
-            raise ImportError(f"prdp_fem needs Firedrake {TESTED}, and there is none in {sys.prefix}: "
-                              "activate the environment that has one, or make one by prdp_fem's "
+            raise ImportError(f"prdp_fem needs Firedrake {TESTED}, and there is none in "
+                              f"{sys.prefix}: activate the environment that has one, or make one by prdp_fem's "
                               "install.sh") from None
         raise _broken(error) from error
     except Exception as error:
@@ -58,8 +58,8 @@ def _check() -> None:
     except (ImportError, AttributeError) as error:
         if not difference:
             raise
-        raise ImportError(f"prdp_fem works with Firedrake {TESTED}, and {difference} and lacks what "
-                          f"it needs ({error}): install firedrake=={TESTED}.*") from None
+        raise ImportError(f"prdp_fem works with Firedrake {TESTED}, and {difference} and lacks "
+                          f"what it needs ({error}): install firedrake=={TESTED}.*") from None
     if difference and firedrake.COMM_WORLD.rank == 0:
         warnings.warn(f"prdp_fem is tested with Firedrake {TESTED}, and {difference}: "
                       "run its tests before you rely on it", stacklevel=2)

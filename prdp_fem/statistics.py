@@ -21,12 +21,14 @@ class Statistics:
     newton_steps : int
         Steps of nonlinear solves.
     assemblies : int
-        How often the operator was assembled, and its preconditioner set up; outside nonlinear solves.
+        How often the operator was assembled, and its preconditioner set up; outside nonlinear
+        solves.
     forward_seconds, adjoint_seconds, tangent_seconds : float
         Wall-clock time of whole solves on this rank: right-hand sides, assembly and KSP.
     copies_to_device, copies_to_host : int
-        How often this rank has moved a vector or a matrix to a device, and back. What a preconditioner moves that is not on the device,
-        ``-log_view`` tells, and :func:`prdp_fem.memory.devices.transfers`.
+        How often this rank has moved a vector or a matrix to a device, and back. What a
+        preconditioner moves that is not on the device, ``-log_view`` tells, and
+        :func:`prdp_fem.memory.devices.transfers`.
     bytes_to_device, bytes_to_host : int
         How much that was.
     """

@@ -32,7 +32,7 @@ _TAYLOR_ROWS: list = []
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than ten seconds on one rank; make test-fast leaves it out")
+    config.addinivalue_line("markers", "slow: takes more than five seconds on one rank; make test-fast leaves it out")
     config.addinivalue_line("markers", "ranks(*numbers): where a test is made for several numbers of ranks, those of these parameters")
 
 

@@ -108,6 +108,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_no_form_describes_is_refused(change):
     problem = HeatStep()

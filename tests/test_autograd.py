@@ -478,6 +478,7 @@ def test_data_parallel_is_refused():
         Diffusion().layer._replicate_for_data_parallel()
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("controls", [None, 3, "u0", {"u0": 1}])
 def test_controls_that_are_no_sequence_are_refused(controls):
     problem = HeatStep(4)

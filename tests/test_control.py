@@ -312,6 +312,7 @@ def test_solves_that_are_on_the_tape_already_stay_as_they_were():
             np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parallel(1)
 def test_what_cannot_be_controlled_is_refused_and_left_as_it_was():
     problem = HeatStep()
     with pytest.raises(TypeError, match="expected a Firedrake LinearVariationalSolver.*found a"):

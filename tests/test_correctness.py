@@ -352,6 +352,7 @@ def test_a_preconditioner_that_petsc_does_not_have_for_an_operator_is_said_to_be
         solver.solve()
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("method", ["lgmres", "dgmres", "qmrcgs"])
 def test_methods_that_remember_are_refused(method):
     with pytest.raises(ValueError, match=f"{method} keeps vectors of earlier solves"):
@@ -480,6 +481,7 @@ def test_a_mesh_that_moves_between_forward_and_backward_is_an_error():
         y.sum().backward()
 
 
+@pytest.mark.parallel(1)
 def test_copies_share_the_solver_and_pickles_are_refused():
     problem = AdvectionDiffusion()
     network = torch.nn.Sequential(torch.nn.Linear(49, 49), SolverLayer(prdp_fem.LinearVariationalSolver(problem.problem), [problem.source]))

@@ -19,8 +19,6 @@ from hypothesis import strategies as st
 
 from prdp_fem.refinement.ladders import IterationLadder, Iterations, Setting, Tolerance, ToleranceLadder
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
-
 # --- settings ----------------------------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ def test_a_control_may_be_in_the_forms_and_give_boundary_values():
     assert gradcheck_of_batches(layer_of(problem, [g]), (2,))
 
 
+@pytest.mark.slow
 def test_boundary_values_of_a_component_and_conditions_that_overlap():
     mesh, _ = mesh_and_space()
     V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
@@ -187,6 +188,7 @@ def test_boundary_controls_and_functionals_agree_with_serial():
 
 # Bad input
 
+@pytest.mark.parallel(1)
 def test_what_cannot_be_an_output_or_a_control_is_refused():
     mesh, V = mesh_and_space()
     problem = HeatStep(mesh=mesh, boundary=smooth(V, 1, "g"))

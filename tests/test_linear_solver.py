@@ -259,6 +259,7 @@ def test_without_a_refinement_the_options_decide():
     assert solver.statistics.forward_iterations == 2
 
 
+@pytest.mark.parallel(1)
 def test_bad_input_is_refused_at_construction():
     problem = HeatStep()
     make = prdp_fem.LinearVariationalSolver
@@ -286,6 +287,7 @@ def test_bad_input_is_refused_at_construction():
         make(problem.problem, post_function_callback=lambda x, f: None)
 
 
+@pytest.mark.parallel(1)
 def test_complex_petsc_is_refused(monkeypatch):
     monkeypatch.setattr("prdp_fem.solvers.complex_mode", True)
     with pytest.raises(ValueError, match="complex scalars"):

@@ -225,6 +225,7 @@ def test_a_mesh_is_refused_on_all_ranks(tmp_path):
         triangle_mesh(path, COMM_WORLD)
 
 
+@pytest.mark.slow
 def test_files_with_other_damages_are_refused_or_can_be_solved_on(tmp_path):
     """Some hundreds of them; fuzz_meshes.py is for more."""
     assert len(list(tried(tmp_path/"damaged.msh", range(300)))) == 300

@@ -71,6 +71,7 @@ class TwoParts:
         return np.array([(ahead - behind)/(2*h) for ahead, behind in rows])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("linear", [True, False], ids=["linear", "nonlinear"])
 def test_derivatives_by_constants_on_two_meshes(linear):
     parts = TwoParts(linear=linear)

@@ -325,6 +325,7 @@ def test_a_singular_jacobian_is_an_error_with_the_name_of_the_solution():
         solver.solve()
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("make, error, words", [
     (lambda p: prdp_fem.NonlinearVariationalSolver(p, solver_parameters={"snes_type": "vinewtonrsls"}),
      ValueError, "variational inequalities.*'u'"),

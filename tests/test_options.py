@@ -12,8 +12,6 @@ from prdp_fem.refinement import IterationLadder, Iterations, NewtonLadder, Progr
 from prdp_fem.refinement import options as module
 from prdp_fem.refinement.options import refinement_from_options
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
-
 
 @pytest.fixture
 def set_options():
@@ -70,6 +68,7 @@ def test_every_option_is_documented_and_nothing_else_is():
     assert DOCUMENTED.keys() == CHANGES.keys()
 
 
+@pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_documented_option_is_read(name, set_options, capfd):
     value, changed = CHANGES[name]
@@ -180,6 +179,7 @@ def test_options_are_read_when_the_refinement_is_made(set_options):
 # --- output ------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parallel([1, 2, 3])
 def test_view(set_options, capfd):
     set_options(prdp_view=None, prdp_stop="60")
     refinement = refinement_from_options(tau_stop=0.5)
@@ -188,6 +188,7 @@ def test_view(set_options, capfd):
     assert "stop=60" in output and "tau_stop=0.5" in output
 
 
+@pytest.mark.parallel([1, 2, 3])
 def test_monitor(set_options, capfd):
     set_options(prdp_monitor=None)
     refinement = refinement_from_options(start=5, step=10, ema_window=1, error_window=1)
@@ -201,12 +202,14 @@ def test_monitor(set_options, capfd):
     assert third.split() == "2 PRDP metric 2.500000e-01 smoothed 2.500000e-01 level 1 (15 iterations)".split()
 
 
+@pytest.mark.parallel([1, 2, 3])
 def test_monitor_of_tolerances(set_options, capfd):
     set_options(heat_prdp_monitor=None)
     refinement_from_options("heat_", ladder="tolerances").step(3)
     assert "level 0 (relative tolerance 0.1)" in printed(capfd)
 
 
+@pytest.mark.parallel([1, 2, 3])
 @pytest.mark.parametrize("options", [{}, {"prdp_monitor": "false", "prdp_view": "0"}, {"heat_prdp_monitor": None, "heat_prdp_view": None}])
 def test_no_output_unasked_for(set_options, capfd, options):
     set_options(**options)

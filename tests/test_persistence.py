@@ -54,6 +54,7 @@ class Bent:
         return self.u.dat.data_ro.copy()
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("where", ["parameters", "database", "control"])
 def test_options_that_keep_something_are_refused_by_name(name, where):
@@ -71,6 +72,7 @@ def test_options_that_keep_something_are_refused_by_name(name, where):
         prdp_fem.NonlinearVariationalSolver(problem, solver_parameters=parameters, options_prefix=prefix)
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("option, table", [("ksp_type", KSP_TYPES), ("sub_pc_type", PC_TYPES),
                                            ("npc_snes_type", SNES_TYPES)])
 def test_all_types_that_remember_are_refused_and_none_of_them_is_recommended(option, table):
@@ -89,6 +91,7 @@ def test_all_types_that_remember_are_refused_and_none_of_them_is_recommended(opt
         assert not any(known[word].remembers_solves for word in recommended)
 
 
+@pytest.mark.parallel(1)
 def test_linear_solvers_refuse_them_too():
     with pytest.raises(ValueError, match="ksp_reuse_preconditioner True keeps the preconditioner"):
         prdp_fem.LinearVariationalSolver(HeatStep().problem, solver_parameters={**CG, "ksp_reuse_preconditioner": True})

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from firedrake import COMM_WORLD, Ensemble
 
-from prdp_fem import FixedRefinement, IterationLadder, Iterations, ProgressiveRefinement, Tolerance
+from prdp_fem import FixedRefinement, IterationLadder, Iterations
 from prdp_fem.history import Account, History
 from prdp_fem.statistics import Statistics
 from prdp_fem.studies import CONVERGED, PRDP, Run, Schedule, Study, draw_training
@@ -33,30 +33,6 @@ def history(metrics, iterations, *, seconds=1.0):
 def run_of(schedule, error, iterations, *, seed=1, seconds=1.0, epochs=20, study="study"):
     return Run(study, schedule.name, seed, history([error**2]*epochs, iterations, seconds=seconds), {"size": "default"}, {},
                {"processor": "abacus", "ranks": 1})
-
-
-@pytest.mark.parametrize("text", ["prdp:0.9000001:0.9", "converged", "prdp", "prdp:0.9:0.8", "1", "25"])
-def test_schedules_have_names_that_are_read_again(text):
-    schedule = Schedule.from_text(text)
-    assert schedule.name == text and Schedule.from_text(schedule.name) == schedule
-
-
-@pytest.mark.parametrize(("text", "message"), [("fast", "found 'fast'"), ("0", "found '0'"), ("-3", "found '-3'"), ("prdp:0.9", "found"),
-                                               ("prdp:x:1", "could not convert"), ("prdp:0.9:1.5", "tau_stop must lie in")])
-def test_other_schedules_are_refused(text, message):
-    with pytest.raises(ValueError, match=message):
-        Schedule.from_text(text)
-
-
-def test_schedules_make_refinements():
-    how = {"ladder": IterationLadder(2, 3), "converged": Tolerance(1e-10)}
-    assert Schedule("converged").refinement(**how).setting == Tolerance(1e-10)
-    assert Schedule.from_text("7").refinement(**how).setting == Iterations(7)
-    assert Schedule.from_text("7").refinement(constant=lambda k: Tolerance(10.0**-k), **how).setting == Tolerance(1e-7)
-    prdp = Schedule.from_text("prdp:0.9:0.8").refinement(**how)
-    assert isinstance(prdp, ProgressiveRefinement) and (prdp.tau_step, prdp.tau_stop, prdp.setting) == (0.9, 0.8, Iterations(2))
-    default, ours = ProgressiveRefinement(IterationLadder()), Schedule("prdp").refinement(**how)
-    assert (ours.tau_step, ours.tau_stop) == (default.tau_step, default.tau_stop)
 
 
 def test_an_account_counts_from_its_opening():

@@ -215,6 +215,7 @@ def test_serial_and_parallel_agree(count):
 
 # Bad input
 
+@pytest.mark.parallel(1)
 def test_bad_layers_are_refused():
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem)

@@ -391,6 +391,7 @@ def test_one_newton_step_is_the_last():
     np.testing.assert_array_equal(*gradients)
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("differentiation, message", [
     ("exact", "one of 'implicit', 'unrolled'"),
     (None, "one of 'implicit', 'unrolled'"),
@@ -401,6 +402,7 @@ def test_unknown_differentiations_are_refused(differentiation, message):
         prdp_fem.LinearVariationalSolver(HeatStep(2).problem, differentiation=differentiation)
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("settings, message", [({"checkpoints": 0}, "at least 1"), ({"checkpoints": True}, "at least 1"),
                                                ({"steps": "first"}, "'all' or 'last'")])
 def test_meaningless_settings_are_refused(settings, message):
@@ -408,12 +410,14 @@ def test_meaningless_settings_are_refused(settings, message):
         Unrolled(**settings)
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("parameters", [{"ksp_type": "minres"}, {"ksp_type": "preonly", "pc_type": "lu"}, {"ksp_type": "tfqmr"}])
 def test_methods_without_an_unrolled_derivative_are_refused_at_construction(parameters):
     with pytest.raises(ValueError, match=r"no unrolled derivative.*bcgs, cg, chebyshev, fgmres, gmres, richardson"):
         prdp_fem.LinearVariationalSolver(HeatStep(2).problem, solver_parameters=parameters, differentiation="unrolled")
 
 
+@pytest.mark.parallel(1)
 @pytest.mark.parametrize("parameters, message", [
     ({"snes_type": "newtontr"}, "snes_type newtontr has no unrolled derivative.*newtonls, ksponly"),
     ({"snes_lag_jacobian": 2}, "snes_lag_jacobian"),

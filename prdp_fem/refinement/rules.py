@@ -121,9 +121,9 @@ class Refinement:
     Notes
     -----
     On several ranks all make the same calls, and all come to the same level: solves compare their
-    settings, and raise where ranks have others. (A call that one rank makes alone is noticed where a
-    solve has something else to reduce before it iterates, as one with a field in the operator has;
-    elsewhere the others wait for ever, since solves reduce nothing for this.)
+    settings, and raise where ranks have others. (A call that one rank makes alone is noticed where
+    a solve has something else to reduce before it iterates, as one with a field in the operator
+    has; elsewhere the others wait for ever, since solves reduce nothing for this.)
 
     Examples
     --------

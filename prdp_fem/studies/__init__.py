@@ -1,8 +1,12 @@
-"""Comparisons of refinements: the same training under several schedules and seeds, what it reached and what it took."""
+"""Comparisons of refinements: the same training under several schedules and seeds.
+
+They say what each has reached, and what it took.
+"""
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError('prdp_fem.studies draws with Matplotlib: pip install "prdp-fem[demos]"') from error
+    raise ImportError("prdp_fem.studies draws with Matplotlib: pip install "
+                      '"prdp-fem[demos]"') from error
 
 from prdp_fem.studies.command_line import command_line
 from prdp_fem.studies.figures import draw_training
@@ -12,5 +16,14 @@ from prdp_fem.studies.runs import Run
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 from prdp_fem.studies.study import Study
 
-__all__ = ["CONVERGED", "PRDP", "Run", "Schedule", "Study", "command_line", "draw_training", "save_figure",
-           "triangle_mesh"]
+__all__ = [
+    "CONVERGED",
+    "PRDP",
+    "Run",
+    "Schedule",
+    "Study",
+    "command_line",
+    "draw_training",
+    "save_figure",
+    "triangle_mesh",
+]

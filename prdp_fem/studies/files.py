@@ -1,7 +1,7 @@
 """Files of results.
 
-Each is whole or not there, none is replaced without a word, and one process at a time writes those of
-a study.
+Each is whole or not there, none is replaced without a word, and one process at a time writes those
+of a study.
 """
 from __future__ import annotations
 
@@ -129,8 +129,8 @@ def _locked(path: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Refused(f"another run ({file.read()}) puts the same results into {path.parent}: wait "
-                          "for its end, or choose another --output") from None
+            raise Refused(f"another run ({file.read()}) puts the same results into {path.parent}: "
+                          "wait for its end, or choose another --output") from None
         except OSError as error:
             say(f"{path.parent} has no locks ({error.strerror}): no other run must put the same "
                 "results into it")

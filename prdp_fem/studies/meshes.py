@@ -201,16 +201,16 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
     header, _, rest = sections["MeshFormat"].partition(b"\n")
     words = header.decode(errors="replace").split()
     if not re.fullmatch("(2.2|4.1) [01] [48]", " ".join(words)):
-        raise ValueError(f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: have "
-                         "Gmsh write it again")
+        raise ValueError(f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: "
+                         "have Gmsh write it again")
     order = ""
     if words[1] == "1":
         order = {b"\x01\0\0\0": "<", b"\0\0\0\x01": ">"}.get(rest[:4], "")
         if not order:
             raise ValueError("it is said to be binary, and does not begin as binary files do")
     if "Periodic" in sections:
-        raise ValueError("parts of its boundary are identified with each other ($Periodic), which no "
-                         "demo expects")
+        raise ValueError("parts of its boundary are identified with each other ($Periodic), which "
+                         "no demo expects")
     if missing := [name for name in ("Nodes", "Elements") if name not in sections]:
         raise ValueError(f"it has no ${missing[0]}")
     is_old = words[0] == "2.2"
@@ -321,8 +321,8 @@ def _elements(found: _Numbers, groups: dict[tuple[int, int], int] | None
         dimension, entity, kind = found.whole(3)
         nodes = _number_of_nodes(kind)
         if groups is not None and (dimension, entity) not in groups:
-            raise ValueError(f"elements belong to entity {entity} of dimension {dimension}, which is "
-                             "not there")
+            raise ValueError(f"elements belong to entity {entity} of dimension {dimension}, which "
+                             "is not there")
         size, = found.counts()
         count -= size
         group = 0 if groups is None else groups[dimension, entity]
@@ -393,4 +393,5 @@ class _Numbers:
             if b"_" not in word and (abs(number := kind(word)) < 2**63 or kind is float):
                 return number
         expected = "whole number" if kind is int else "number"
-        raise ValueError(f"{word.decode(errors='replace')[:20]!r} in ${self._name} is not a {expected}")
+        raise ValueError(f"{word.decode(errors='replace')[:20]!r} in ${self._name} is not a "
+                         f"{expected}")

@@ -10,7 +10,8 @@ from prdp_fem.studies.schedules import CONVERGED, Schedule
 
 __all__ = ["Savings", "best_constant", "savings"]
 
-# A schedule is as good as converged physics where its error exceeds theirs by no more than this, in the median over the seeds.
+# A schedule is as good as converged physics where its error exceeds theirs by no more than this, in
+# the median over the seeds.
 TOLERATED = 0.02
 
 
@@ -25,10 +26,11 @@ class Savings:
     iterations : float
         Saved inner iterations.
     progressive, incomplete : float
-        Their parts, as in the PRDP paper: what coarser levels early in training save against the last level throughout, and what the
-        last level throughout saves against converged physics.
+        Their parts, as in the PRDP paper: what coarser levels early in training save against the
+        last level throughout, and what the last level throughout saves against converged physics.
     solver_seconds, seconds : float
-        Saved wall-clock time, in the solvers and in all; NaN where the two ran on different processors or numbers of ranks.
+        Saved wall-clock time, in the solvers and in all; NaN where the two ran on different
+        processors or numbers of ranks.
     """
 
     excess: float
@@ -43,7 +45,8 @@ def savings(run: Run, converged: Run) -> Savings:
     """What a run saves against the converged one."""
     solves = run.history.solves[-1] + run.history.adjoint_solves[-1]
     at_last_level = run.history.iterations_per_solve[-1]*solves
-    same = all(run.machine.get(key, 1) == converged.machine.get(key, 1) for key in ("processor", "ranks", "members"))
+    same = all(run.machine.get(key, 1) == converged.machine.get(key, 1)
+               for key in ("processor", "ranks", "members"))
     return Savings(
         excess=_ratio(run.error, converged.error) - 1,
         iterations=1 - _ratio(run.iterations, converged.iterations),
@@ -60,9 +63,9 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def best_constant(runs: Runs) -> Schedule | None:
-    """The smallest constant number of iterations, of those tried, whose error is that of converged physics.
+    """The smallest constant number of iterations whose error is that of converged physics.
 
-    Nobody knows it before training.
+    It is one of those tried, and nobody knows it before training.
 
     Parameters
     ----------
@@ -78,6 +81,7 @@ def best_constant(runs: Runs) -> Schedule | None:
     constants = (schedule for schedule in runs if schedule.is_constant)
     for schedule in sorted(constants, key=lambda schedule: schedule.place):
         seeds = runs[schedule].keys() & converged.keys()
-        if seeds and np.median([savings(runs[schedule][seed], converged[seed]).excess for seed in seeds]) <= TOLERATED:
+        excesses = [savings(runs[schedule][seed], converged[seed]).excess for seed in seeds]
+        if excesses and np.median(excesses) <= TOLERATED:
             return schedule
     return None

@@ -92,8 +92,8 @@ class Schedule:
         Parameters
         ----------
         text : str
-            ``converged``; a number K, for K iterations throughout; the name of a rule, alone or with
-            its numbers, as in ``prdp`` or ``prdp:TAU_STEP:TAU_STOP``.
+            ``converged``; a number K, for K iterations throughout; the name of a rule, alone or
+            with its numbers, as in ``prdp`` or ``prdp:TAU_STEP:TAU_STOP``.
 
         Raises
         ------
@@ -150,7 +150,7 @@ class Schedule:
 
     @property
     def place(self) -> tuple:
-        """What tables are sorted by: converged physics, rules, constants; varied rules at the end."""
+        """What tables are sorted by: converged physics, rules, constants; then varied rules."""
         return self.is_varied, _kinds().index(self.kind), self.iterations or 0, self.numbers
 
     def refinement(self, *, ladder: Sequence[Setting], converged: Setting,

@@ -11,11 +11,24 @@ from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 
 __all__ = ["markdown_table", "plain_table"]
 
-_HEADER = ("schedule", "error", "against converged", "inner iterations", "saved", "seconds in solver", "saved", "seconds in all", "saved")
+_HEADER = (
+    "schedule",
+    "error",
+    "against converged",
+    "inner iterations",
+    "saved",
+    "seconds in solver",
+    "saved",
+    "seconds in all",
+    "saved",
+)
 
 
 def _rows(runs: Runs) -> dict[Schedule, tuple[str, ...]]:
-    """The cells of each schedule's row: medians over the seeds; of the error the mean, and its spread."""
+    """The cells of each schedule's row.
+
+    They are medians over the seeds; of the error the mean, and its spread.
+    """
     converged = runs.get(CONVERGED, {})
     best = best_constant(runs) if converged else None
     rows: dict[Schedule, tuple[str, ...]] = {}
@@ -23,14 +36,19 @@ def _rows(runs: Runs) -> dict[Schedule, tuple[str, ...]]:
         if not by_seed:
             continue
         errors = [run.error for run in by_seed.values()]
-        saved = [savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged and schedule != CONVERGED]
+        saved = [savings(run, converged[seed]) for seed, run in by_seed.items()
+                 if seed in converged and schedule != CONVERGED]
+        spread = f" ± {np.std(errors, ddof=1):.3%}" if len(errors) > 1 else ""
         rows[schedule] = (
             schedule.title + (", the best in hindsight" if schedule == best else ""),
-            f"{np.mean(errors):.3%}" + (f" ± {np.std(errors, ddof=1):.3%}" if len(errors) > 1 else ""),
+            f"{np.mean(errors):.3%}{spread}",
             _median(saved, "excess", "+.1%"),
-            _median(by_seed.values(), "iterations", ",.0f"), _median(saved, "iterations", ".1%"),
-            _median(by_seed.values(), "solver_seconds", ".1f"), _median(saved, "solver_seconds", ".1%"),
-            _median(by_seed.values(), "seconds", ".1f"), _median(saved, "seconds", ".1%"),
+            _median(by_seed.values(), "iterations", ",.0f"),
+            _median(saved, "iterations", ".1%"),
+            _median(by_seed.values(), "solver_seconds", ".1f"),
+            _median(saved, "solver_seconds", ".1%"),
+            _median(by_seed.values(), "seconds", ".1f"),
+            _median(saved, "seconds", ".1%"),
         )
     return rows
 
@@ -45,8 +63,9 @@ def plain_table(runs: Runs) -> str:
     """A table for a terminal: one row a schedule."""
     lines = [_HEADER, *_rows(runs).values()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    return "\n".join(f"{line[0]:{widths[0]}}  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:]))
-                     for line in lines)
+    padded = ([f"{line[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width
+                                           in zip(line[1:], widths[1:]))] for line in lines)
+    return "\n".join(map("  ".join, padded))
 
 
 def markdown_table(runs: Runs) -> str:

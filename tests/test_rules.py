@@ -33,8 +33,6 @@ from prdp_fem.refinement import (
 )
 from prdp_fem.refinement.settings import NewtonSetting
 
-pytestmark = pytest.mark.parallel([1, 2, 3])
-
 # Averages are the metrics themselves, and thresholds are exact in binary, so that a case can be worked out in the head.
 EXACT = {"tau_step": 3/4, "tau_stop": 1/2, "ema_window": 1, "error_window": 2}
 
@@ -1099,18 +1097,3 @@ def test_a_ladder_that_is_registered_is_one_for_options(registered):
 
     made = refinement_from_options(ladder="doubling", start=2, step=3.0, stop=20, comm=MPI.COMM_SELF)
     assert made.ladder == [2, 6, 18] and made.setting == Iterations(2)
-
-
-def test_a_rule_that_is_registered_is_one_for_studies(registered):
-    from prdp_fem.studies import CONVERGED, PRDP, Schedule
-
-    with pytest.raises(ValueError, match="a schedule is converged, prdp, prdp:TAU_STEP:TAU_STOP or a number"):
-        Schedule.from_text("halving")
-    registry.rule("halving", title="halving", options={"ratio": float}, varied=("ratio",))(Halving)
-    schedule = Schedule.from_text("halving:0.25")
-    assert (schedule.name, schedule.title, schedule.is_varied) == ("halving:0.25", "halving 0.25", True)
-    made = schedule.refinement(ladder=[3, 5], converged=Tolerance(1e-8))
-    assert isinstance(made, Halving) and made.ratio == 0.25 and made.setting == Iterations(3)
-    schedules = [CONVERGED, PRDP, Schedule("halving"), Schedule("constant", 8), schedule]
-    assert sorted(reversed(schedules), key=lambda schedule: schedule.place) == schedules
-    assert len({schedule.colour for schedule in schedules}) == 4
