@@ -1,7 +1,7 @@
 """Options by which PETSc keeps something of one solve for the next, which is no function then."""
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from firedrake.petsc import PETSc
 from petsctools import flatten_parameters
@@ -19,7 +19,7 @@ _FLAGS = {
 }
 _LAGS = ("snes_lag_jacobian", "snes_lag_preconditioner")
 # The options that name types: where their facts are, and what those that remember keep.
-_TYPES = {
+_TYPES: dict[str, tuple[Callable, str]] = {
     "ksp_type": (ksp_facts, "keeps vectors of earlier solves"),
     "pc_type": (pc_facts, "keeps vectors of earlier solves"),
     "snes_type": (snes_facts, "keeps an approximation of the Jacobian from earlier solves"),
