@@ -222,7 +222,8 @@ class Krylov:
         def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
             if not has_thresholds:
                 # Most often the residual is known afterwards, and tells at no cost that numbers of
-                # the solve had all their bits.
+                # the solve had all their bits. Some methods leave that of an earlier solve there.
+                ksp.setResidualNorm(0.0)
                 try:
                     iterations = solve_and_check(b, x)
                 except ConvergenceError:
