@@ -298,6 +298,9 @@ class RefinedKSP:
         self._setting: Any = _NO_SETTING
         self._asked: tuple | None = None
         self._left: tuple | None = None
+        # Those of KSP and preconditioner at the last solve.
+        self._types: tuple | None = None
+        self._are_types_kept = False
         self._ignores_absolute = False
         # The others beside the one that settings are put on; None where they are to be looked for.
         self._others: list[PETSc.KSP] | None = None
@@ -393,10 +396,13 @@ class RefinedKSP:
         if self._is_hidden:
             self._post_solve.put_on(self._refined)
         # Tolerances of another KSP, inside, are looked at below.
-        asked = ksp.getType(), guess, self._ignores_absolute or is_absolute
+        types = ksp.getType(), ksp.getPC().getType()
+        asked = types, guess, self._ignores_absolute or is_absolute
         if (setting is self._setting and asked == self._asked
                 and ksp.getTolerances() == self._left):
             return False
+        if types != self._types:
+            self._forget_types(types)
         is_kept = setting is None or is_frozen(setting)
         self._setting = setting if is_kept else _NO_SETTING
         if setting is not None and setting.max_it is None:
@@ -411,9 +417,29 @@ class RefinedKSP:
         self._put(refined, setting, guess and refined is ksp, is_absolute)
         is_alone = not beside and refined is ksp
         self._ignores_absolute = is_alone and self._atol(ksp) <= _NO_ATOL
-        self._asked = ksp.getType(), guess, self._ignores_absolute or is_absolute
+        self._asked = types, guess, self._ignores_absolute or is_absolute
         self._left = ksp.getTolerances() if is_alone else None
         return True
+
+    def keep_types(self) -> None:
+        """Have it be an error from now on where types are set by hand."""
+        self._are_types_kept = True
+
+    def _forget_types(self, types: tuple) -> None:
+        """Forget what was known of a KSP and a preconditioner of other types."""
+        if self._types is not None:
+            if self._are_types_kept:
+                (ksp_type, pc_type), (before, pc_before) = types, self._types
+                raise ValueError(
+                    f"the solver for '{self.name}' was made to be differentiated as the iterations "
+                    f"of ksp_type {before} with pc_type {pc_before}, and has ksp_type {ksp_type} "
+                    f"with pc_type {pc_type} now: make another one")
+            if self._is_budget and self._types[0] == PETSc.KSP.Type.CG:
+                # What _put may have asked for, and other methods do not have.
+                self.ksp.setNormType(PETSc.KSP.NormType.DEFAULT)
+        self._types = types
+        self._others = None
+        vars(self).pop("may_have_thresholds", None)
 
     def _beside(self, refined: PETSc.KSP) -> list[PETSc.KSP]:
         """The KSPs, but the one that settings are put on, of which something is changed."""

@@ -78,6 +78,8 @@ class Krylov:
         self._symmetry.forget()
         self._factorisation.forget()
         self._null_spaces.forget()
+        # Those of the KSP and its preconditioner, of which all that follows was found.
+        self._types = self.ksp.getType(), self.ksp.getPC().getType()
         self._refined_transposed: RefinedKSP | None = None
         # The functions that solve, by the kind of solve, while nothing that they were made for
         # changes.
@@ -124,12 +126,29 @@ class Krylov:
         divergence, and where a tolerance is not reached; not for a used-up budget.
         """
         if kind == "forward":
-            if self.refined.apply(setting, guess):
-                self._solves.clear()
+            self._prepare(self.refined, setting, guess, is_absolute=True)
             if kind not in self._solves:
                 self._solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
             return self._solves[kind]
-        return self._projected(self._scaled(self.refined, self.ksp.solve, setting, kind))
+        self._prepare(self.refined, setting)
+        return self._projected(self._scaled(self.refined, self.ksp.solve, kind))
+
+    def _prepare(self, refined: RefinedKSP, setting: Setting | None, guess: bool = False, *,
+                 is_absolute: bool = False) -> None:
+        """Put a setting on a KSP, and forget what is no longer so."""
+        if refined.apply(setting, guess, is_absolute=is_absolute):
+            self._solves.clear()
+            types = self.ksp.getType(), self.ksp.getPC().getType()
+            if types != self._types:
+                # Set by hand since then.
+                self._forget_method()
+                self._types = types
+
+    def _forget_method(self) -> None:
+        """Forget what was known of a method and a preconditioner of other types."""
+        vars(self).pop("may_hide_residuals", None)
+        self._symmetry.forget()
+        self._factorisation.renew()
 
     @cached_property
     def may_hide_residuals(self) -> bool:
@@ -152,8 +171,7 @@ class Krylov:
         firedrake.exceptions.ConvergenceError
             Where it is no solution, as far as the setting says.
         """
-        if self.refined.apply(setting, False, is_absolute=False):
-            self._solves.clear()
+        self._prepare(self.refined, setting)
         self._consistency.look(self.refined, b, x)
 
     def transposed_solver(self, setting: Setting | None) -> Solve:
@@ -162,17 +180,19 @@ class Krylov:
         return solve if self._one_sided_null_space is None else self._projected(solve)
 
     def _transposed_solver(self, setting: Setting | None) -> Solve:
+        self._prepare(self.refined, setting)
         if self._symmetry.is_symmetric():
-            return self._scaled(self.refined, self.ksp.solve, setting, "adjoint")
+            return self._scaled(self.refined, self.ksp.solve, "adjoint")
         if self._symmetry.is_transposable():
-            return self._scaled(self.refined, self.ksp.solveTranspose, setting, "adjoint")
+            return self._scaled(self.refined, self.ksp.solveTranspose, "adjoint")
 
         def solve(b: PETSc.Vec, x: PETSc.Vec) -> int:
             with self._transposed() as ksp:
                 if self._refined_transposed is None:
                     self._refined_transposed = RefinedKSP(ksp, self._name, self._prefix)
                 self._refined_transposed.set_up()
-                return self._scaled(self._refined_transposed, ksp.solve, setting, "adjoint")(b, x)
+                self._prepare(self._refined_transposed, setting)
+                return self._scaled(self._refined_transposed, ksp.solve, "adjoint")(b, x)
         return solve
 
     def _projected(self, solve: Solve) -> Solve:
@@ -197,14 +217,11 @@ class Krylov:
         A, _ = self.ksp.getOperators()
         return null_space(A) if null_space(A, transposed=True) is None else None
 
-    def _scaled(self, refined: RefinedKSP, solve: Callable, setting: Setting | None,
-                kind: str) -> Solve:
+    def _scaled(self, refined: RefinedKSP, solve: Callable, kind: str) -> Solve:
         """A solve for a derivative, whose right-hand side has no size to be expected.
 
         It may write to that.
         """
-        if refined.apply(setting, False, is_absolute=False):
-            self._solves.clear()
         if kind not in self._solves:
             self._solves[kind] = self._scaled_anew(refined, solve, kind)
         return self._solves[kind]

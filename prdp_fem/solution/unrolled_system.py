@@ -55,6 +55,7 @@ class UnrolledSystem:
         if not self._is_checked:
             self._check_refined(refined)
             self._unrolled.prepare(symmetric())
+            refined.keep_types()
             self._is_checked = True
 
     def _warn_of_no_iterations(self) -> None:
