@@ -97,7 +97,7 @@ def measure(cells: int, iterations: int, repetitions: int) -> tuple[int, int, fl
         layer(x).backward(cotangent)
         seconds.append(time.perf_counter() - start)
         x.grad = None
-    entries = int(solver.system._krylov.ksp.getOperators()[0].getInfo()["nz_used"])
+    entries = int(solver.system.linearisation.krylov.ksp.getOperators()[0].getInfo()["nz_used"])
     return V.dim(), entries, statistics.median(seconds[_FIRST:])
 
 

@@ -12,14 +12,16 @@ from firedrake.utils import complex_mode
 from pyadjoint import get_working_tape
 from pyadjoint.tape import annotate_tape, stop_annotating
 
+from prdp_fem.assembly.right_hand_side import CofunctionTerm, RightHandSide
 from prdp_fem.citation import cite
 from prdp_fem.krylov.factorisation import detect_null_pivots
 from prdp_fem.krylov.ksp import SetByHand, set_inside_by_hand
 from prdp_fem.krylov.persistence import options_of, refuse_persistent
 from prdp_fem.krylov.petsc_types import pc_facts, snes_facts
-from prdp_fem.krylov.snes import reset_with_linear_solver, solves_linear_systems
+from prdp_fem.krylov.snes import Newton, reset_with_linear_solver, solves_linear_systems
 from prdp_fem.memory.devices import AUTO, HOST, Device, find_device
 from prdp_fem.memory.memory import Memory, is_copied, memory_of
+from prdp_fem.memory.place import Place
 from prdp_fem.problem.assembled import AssembledForm
 from prdp_fem.problem.context import coefficients_in, over_copies, users_code
 from prdp_fem.problem.firedrake_internals import (
@@ -44,8 +46,11 @@ from prdp_fem.refinement.option_names import check_option_names
 from prdp_fem.refinement.options import refinement_from_options
 from prdp_fem.refinement.rules import Refinement
 from prdp_fem.solution.differentiation import Implicit, Unrolled, differentiation_of
-from prdp_fem.solution.linear import LinearSystem
-from prdp_fem.solution.nonlinear import NonlinearSystem
+from prdp_fem.solution.implicit import ImplicitDerivative
+from prdp_fem.solution.linear import LinearSolve
+from prdp_fem.solution.linearisation import Linearisation
+from prdp_fem.solution.map import SolutionMap
+from prdp_fem.solution.newton import NewtonSolve
 from prdp_fem.solution.solver_arguments import (
     OWN,
     check_bases,
@@ -55,11 +60,11 @@ from prdp_fem.solution.solver_arguments import (
     option_in_words,
     refinement_in_words,
 )
-from prdp_fem.solution.system import System
-from prdp_fem.solution.unrolled_linear import UnrolledLinearSystem
-from prdp_fem.solution.unrolled_nonlinear import UnrolledNonlinearSystem
+from prdp_fem.solution.unrolled import UnrolledKrylov
+from prdp_fem.solution.unrolled_newton import UnrolledNewton
 from prdp_fem.statistics import Statistics
 from prdp_fem.tape import SolveBlock
+from prdp_fem.taped_objects import TapedMeshes
 
 __all__ = ["RefinedSolver", "control", "refinement_from_options"]  # as that of the package
 
@@ -73,6 +78,8 @@ class RefinedSolver:
     """What the linear and the nonlinear solver have in common; in front of Firedrake's class among their bases."""
 
     _problem_type: type
+    # How solves are differentiated, by the kind of differentiation.
+    _derivatives: dict[type, Callable]
     # Firedrake calls these with the state at hand, and what they change is part of the problem.
     _refused_callbacks: dict[str, str]
     # What a solver has been before it came under control, while it is initialised again.
@@ -135,7 +142,6 @@ class RefinedSolver:
         self._ksp_prefix = ksp_prefix
 
         self._changes_pattern = kwargs.get("post_jacobian_callback") is not None
-        memory = memory_of(self._find_device(device))
 
         def make_linear_solver(problem, *, is_adjoint=False):
             options = {name: value for name, value in kwargs.items() if name not in ("post_jacobian_callback", "pre_apply_bcs")}
@@ -153,9 +159,15 @@ class RefinedSolver:
             assemble_directly(solver)
             return solver
 
-        self.system = self._make_system(forms, make_linear_solver, memory)
+        place = Place(memory_of(self._find_device(device)))
+        with stop_annotating():
+            forward = self._make_forward(forms, make_linear_solver, place)
+        derivative = next(derivative for kind, derivative in self._derivatives.items()
+                          if isinstance(self._differentiation, kind))
+        self.system = SolutionMap(forward, derivative(forward, self._differentiation))
+        self._taped_meshes = TapedMeshes(self.system.comm)
         if code or named:
-            self.system.serve_users_code(named, problem.u)
+            self.system.linearisation.lending.serve(named, problem.u)
         self.refinement = refinement
         self.system.collect_garbage()
 
@@ -182,7 +194,7 @@ class RefinedSolver:
     def _take_apart(problem, others: Sequence) -> Forms: ...
 
     @abstractmethod
-    def _make_system(self, forms: Forms, make_linear_solver: Callable, memory: Memory) -> System: ...
+    def _make_forward(self, forms: Forms, make_linear_solver: Callable, place: Place) -> LinearSolve | NewtonSolve: ...
 
     @staticmethod
     def _take_callbacks(kwargs: dict) -> list[Callable]:
@@ -334,7 +346,8 @@ class RefinedSolver:
             solution = local_values(u)
             record, = self.system.solve(point, setting, solution[None])
         if annotate:
-            block = SolveBlock(self.system, self.problem, self.refinement, record, warm_start=self.warm_start, ad_block_tag=tag)
+            block = SolveBlock(self.system, self._taped_meshes, self.problem, self.refinement, record,
+                               warm_start=self.warm_start, ad_block_tag=tag)
             get_working_tape().add_block(block)
         with stop_annotating():
             set_local_values(u, solution)
@@ -363,7 +376,8 @@ class RefinedSolver:
                 vector.copy(state)
             for callback in self._callbacks:
                 callback(state)
-        return Point(self.system.values(without), self.system.boundary_values(self.problem.bcs) if has_boundary else None,
+        present = self.system.present
+        return Point(present.inputs(without), present.boundary(self.problem.bcs) if has_boundary else None,
                      local_values(self.problem.u) if self.warm_start else None)
 
 
@@ -424,15 +438,17 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     """
 
     _problem_type = LinearVariationalProblem
+    _derivatives = {Implicit: ImplicitDerivative, Unrolled: UnrolledKrylov}
     _take_apart = staticmethod(LinearForms)
     _refused_callbacks = dict.fromkeys(
         ("post_function_callback", "marking_callback"),
         "a linear solve assembles no residual; put what it adds into the right-hand side, as a Cofunction")
 
-    def _make_system(self, forms: LinearForms, make_linear_solver: Callable, memory: Memory) -> LinearSystem:
-        if isinstance(self.differentiation, Unrolled):
-            return UnrolledLinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory, differentiation=self.differentiation)
-        return LinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory)
+    def _make_forward(self, forms: LinearForms, make_linear_solver: Callable, place: Place) -> LinearSolve:
+        right_hand_side = RightHandSide(forms, place)
+        linearisation = Linearisation(forms, self, make_linear_solver, self._ksp_prefix, place,
+                                      unassembled=right_hand_side.terms.keys())
+        return LinearSolve(linearisation, right_hand_side)
 
     @staticmethod
     def _take_callbacks(kwargs: dict) -> list[Callable]:
@@ -487,6 +503,7 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
     """
 
     _problem_type = NonlinearVariationalProblem
+    _derivatives = {Implicit: ImplicitDerivative, Unrolled: UnrolledNewton}
     _take_apart = staticmethod(NonlinearForms)
     _refused_callbacks = dict.fromkeys(
         ("pre_function_callback", "post_function_callback", "pre_jacobian_callback", "marking_callback"),
@@ -501,10 +518,13 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
             raise ValueError(f"snes_type {self.snes.getType()} solves variational inequalities, which are not differentiable: the problem "
                              f"for '{problem.u.name()}' needs Firedrake's own NonlinearVariationalSolver")
 
-    def _make_system(self, forms: NonlinearForms, make_linear_solver: Callable, memory: Memory) -> NonlinearSystem:
-        if isinstance(self.differentiation, Unrolled):
-            return UnrolledNonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory, differentiation=self.differentiation)
-        return NonlinearSystem(forms, self, make_linear_solver, self._ksp_prefix, memory)
+    def _make_forward(self, forms: NonlinearForms, make_linear_solver: Callable, place: Place) -> NewtonSolve:
+        terms = {forms.inputs.index(entry): CofunctionTerm(weight, forms, place) for entry, weight in forms.cofunctions.items()}
+        newton = Newton(self.snes, forms.solution.name(), self._ksp_prefix)
+        # The residual is assembled from all inputs, Cofunctions too.
+        linearisation = Linearisation(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver,
+                                      self._ksp_prefix, place, newton=newton)
+        return NewtonSolve(linearisation, terms, self, newton)
 
 
 class _LinearSolver(firedrake.LinearSolver, LinearVariationalSolver):

@@ -13,15 +13,16 @@ from ufl.formatting.ufl2unicode import ufl2unicode
 
 from prdp_fem.problem.firedrake_internals import assigned_from, has_schedule, is_lost, maybe_disk_checkpoint
 from prdp_fem.problem.inputs import Input, is_real, local_values, set_local_values
-from prdp_fem.problem.point import Direction, Point
+from prdp_fem.problem.point import NO_VALUES, Direction, Point
+from prdp_fem.problem.wanted import Needs, SecondCotangent, Wanted
 from prdp_fem.ranks.threads import by_one_thread
-from prdp_fem.solution.system import System
+from prdp_fem.solution.map import SolutionMap
+from prdp_fem.taped_objects import TapedMeshes, forget_tapes_of_before
 
 __all__ = ["SolveBlock"]
 
 # References to a checkpoint while it is looked at: the block variable's, the local name, and the argument of sys.getrefcount.
 _OURS_ALONE = 3
-_NO_VALUES = np.empty(0)
 
 
 class SolveBlock(Block):
@@ -32,7 +33,9 @@ class SolveBlock(Block):
 
     Parameters
     ----------
-    system : System
+    system : SolutionMap
+    taped_meshes : TapedMeshes
+        Those of the solver.
     problem : NonlinearVariationalProblem
         The user's.
     refinement : Refinement or None
@@ -44,19 +47,20 @@ class SolveBlock(Block):
     ad_block_tag : str or None
     """
 
-    def __init__(self, system: System, problem, refinement, record, *, warm_start: bool = False, ad_block_tag: str | None = None):
+    def __init__(self, system: SolutionMap, taped_meshes: TapedMeshes, problem, refinement, record, *,
+                 warm_start: bool = False, ad_block_tag: str | None = None):
         super().__init__(ad_block_tag=ad_block_tag)
-        self._system, self._problem, self._refinement = system, problem, refinement
+        self._system, self._taped_meshes, self._problem, self._refinement = system, taped_meshes, problem, refinement
         self._setting, self._record = None if refinement is None else refinement.setting, record
         tape = get_working_tape()
         # Not any tape: one that its blocks have, too, goes when Python looks for cycles, at another time on each rank, and with it the
         # checkpoints that a later tape would find of a mesh; to make them is collective.
         self._scheduled_tape = tape if has_schedule(tape) else None
         self._evaluation = tape.recompute_count
-        self._boundary = system.boundary_data()
+        self._boundary = system.present.boundary_data()
         boundary_inputs = self._boundary.inputs.values()
         meshes = list(dict.fromkeys([*system.forms.meshes, *self._boundary.meshes]))
-        system.forget_tapes_of_before([*(entry.original for entry in [*system.inputs, *boundary_inputs]), *meshes, problem.u])
+        forget_tapes_of_before(system.comm, [*(entry.original for entry in [*system.inputs, *boundary_inputs]), *meshes, problem.u])
         self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
         self._boundary_inputs = [self._depend_on(entry.original) for entry in boundary_inputs]
         self._meshes = [self._depend_on(mesh) for mesh in meshes]
@@ -72,8 +76,8 @@ class SolveBlock(Block):
     def __str__(self) -> str:
         return f"solve({ufl2unicode(self._problem.F)} = 0)"
 
-    def _derivative_point(self, inputs: Iterable[int], meshes: Sequence, *,
-                          is_second: bool = False, unread: Container[int] = ()) -> Point:
+    def _derivative_point(self, needs: Needs, inputs: Iterable[int], meshes: Sequence, *,
+                          is_second: bool = False) -> Point:
         """Where this block is differentiated by some inputs and meshes, or in a direction of them.
 
         The values of the unread inputs, which nobody will look at, are left out.
@@ -81,13 +85,13 @@ class SolveBlock(Block):
         system, lost = self._system, []
         places = [index for index, variable in enumerate(self._inputs) if is_lost(variable)]
         if places:
-            read = system.values_read(inputs, meshes, is_second=is_second)
+            read = system.values_read(inputs, by_all=bool(meshes) or is_second)
             lost = [system.inputs[index].name for index in places if index in read]
         boundary = self._boundary
         lost += [boundary.inputs[place].name for place, variable in enumerate(self._boundary_inputs)
-                 if is_lost(variable) and (system.needs_boundary or boundary.needs_value(place))]
+                 if is_lost(variable) and (needs.boundary or boundary.needs_value(place))]
         # Records that hold fields hold what the iterations have started from, too.
-        reads_guess = system.depends_on_guess and not system.keeps_fields
+        reads_guess = needs.guess and not needs.fields
         if self._guess is not None and reads_guess and is_lost(self._guess):
             lost.append(self._problem.u.name())
         for name in lost:
@@ -95,16 +99,16 @@ class SolveBlock(Block):
                                f"'{name}' had when '{self._problem.u.name()}' was solved for, "
                                "and the derivative of that solve depends on it: use a schedule "
                                "that keeps it, such as SingleMemoryStorageSchedule, or none")
-        return self._point(unread)
+        return self._point(needs.unread)
 
     def _point(self, unread: Container[int] = ()) -> Point:
         """Where this block is evaluated, from what the tape saved."""
         for variable in self._meshes:
-            self._system.restore_mesh(variable)
+            self._taped_meshes.restore(variable)
         self._boundary.write(dict(enumerate(map(_saved_values, self._boundary_inputs))))
         return Point(
-            [_NO_VALUES if index in unread else _saved_values(variable) for index, variable in enumerate(self._inputs)],
-            self._system.boundary_values(self._boundary.conditions),
+            [NO_VALUES if index in unread else _saved_values(variable) for index, variable in enumerate(self._inputs)],
+            self._system.present.boundary(self._boundary.conditions),
             None if self._guess is None else _saved_values(self._guess),
         )
 
@@ -142,19 +146,19 @@ class SolveBlock(Block):
         relevant = self._relevant(markings)
         if output.adj_value is None or not relevant:
             return
-        gradients, boundary, meshes = self._wanted(relevant)
-        guess = np.empty((1, self._system.size)) if self._system.depends_on_guess and self._guess in relevant else None
-        # Where all is a matrix product, neither the solution nor what is multiplied by matrices is looked at.
-        assembles = boundary is not None or bool(meshes) or self._system.needs_solutions(gradients)
-        point = self._derivative_point(gradients, meshes,
-                                       unread=() if assembles else self._system.unread_inputs)
-        solutions = self._solution()[None] if assembles else None
-        by_mesh = self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], solutions, [self._record],
-                                             gradients, boundary=boundary, guess=guess, meshes=meshes)
-        if guess is not None:
-            self._source(self._guess, markings).add_adj_output(_with_values(Cofunction(self._problem.u.function_space().dual()), guess[0]))
-        by_boundary = self._by_boundary(relevant, boundary, by_mesh, self._boundary.by_input, self._boundary.by_mesh)
-        for variable, value in self._components(relevant, gradients, by_boundary, by_mesh):
+        wanted = self._wanted(relevant)
+        needs = self._needs(wanted)
+        if needs.guess and self._guess in relevant:
+            wanted.guess = np.empty((1, self._system.size))
+        point = self._derivative_point(needs, wanted.gradients, wanted.meshes)
+        solutions = self._solution()[None] if needs.solutions else None
+        self._system.solve_adjoint(point, self._setting, local_values(output.adj_value)[None], solutions, [self._record], wanted)
+        if wanted.guess is not None:
+            of_guess = _with_values(Cofunction(self._problem.u.function_space().dual()), wanted.guess[0])
+            self._source(self._guess, markings).add_adj_output(of_guess)
+        data = self._boundary
+        by_boundary = self._by_boundary(relevant, wanted.boundary, wanted.by_mesh, data.by_input, data.by_mesh)
+        for variable, value in self._components(relevant, by_boundary, wanted):
             self._source(variable, markings).add_adj_output(value)
         self._system.collect_garbage()
 
@@ -173,10 +177,10 @@ class SolveBlock(Block):
         if (markings and not output.is_control_dependent) or all(variable.tlm_value is None for variable in self.get_dependencies()):
             return
         values = np.empty(self._system.size)
-        point = self._derivative_point(
-            [index for index, variable in enumerate(self._inputs)
-             if variable.tlm_value is not None],
-            [variable for variable in self._meshes if variable.tlm_value is not None])
+        directed = [index for index, variable in enumerate(self._inputs)
+                    if variable.tlm_value is not None]
+        meshes = [variable for variable in self._meshes if variable.tlm_value is not None]
+        point = self._derivative_point(self._needs(), directed, meshes)
         self._system.solve_tangent(point, self._setting, self._solution(), self._record, self._direction(), values)
         output.add_tlm_output(_with_values(Function(self._problem.u.function_space()), values))
         self._system.collect_garbage()
@@ -192,16 +196,16 @@ class SolveBlock(Block):
         # Where there is no cotangent, or no tangent of the solution, it is zero.
         cotangent, second, tangent = (np.zeros(self._system.size) if value is None else local_values(value)
                                       for value in (output.adj_value, output.hessian_value, output.tlm_value))
-        gradients, boundary, meshes = self._wanted(relevant)
-        first_boundary = None if boundary is None else np.empty_like(boundary)
-        point, data = self._derivative_point(gradients, meshes, is_second=True), self._boundary
-        by_mesh = self._system.solve_second_adjoint(point, self._setting, self._solution(), self._record, cotangent, second,
-                                                    self._direction(), tangent, gradients, boundary=boundary,
-                                                    first_boundary=first_boundary, meshes=meshes)
-        by_boundary = self._by_boundary(relevant, boundary, by_mesh, data.by_input, data.by_mesh)
-        bent = self._by_boundary(relevant, first_boundary, by_mesh, data.second_by_input, data.second_by_mesh)
+        wanted = self._wanted(relevant)
+        wanted.first_boundary = None if wanted.boundary is None else np.empty_like(wanted.boundary)
+        point = self._derivative_point(self._needs(), wanted.gradients, wanted.meshes, is_second=True)
+        data, by_mesh = self._boundary, wanted.by_mesh
+        self._system.solve_second_adjoint(point, self._setting, self._solution(), SecondCotangent(cotangent, second, tangent),
+                                          self._direction(), wanted)
+        by_boundary = self._by_boundary(relevant, wanted.boundary, by_mesh, data.by_input, data.by_mesh)
+        bent = self._by_boundary(relevant, wanted.first_boundary, by_mesh, data.second_by_input, data.second_by_mesh)
         by_boundary = {place: values + bent[place] for place, values in by_boundary.items()}
-        for variable, value in self._components(relevant, gradients, by_boundary, by_mesh):
+        for variable, value in self._components(relevant, by_boundary, wanted):
             variable.add_hessian_output(value)
         self._system.collect_garbage()
 
@@ -209,14 +213,20 @@ class SolveBlock(Block):
         """The dependencies that derivatives are wanted by."""
         return [variable for variable in self.get_dependencies() if variable.is_control_dependent or not markings]
 
-    def _wanted(self, relevant: list) -> tuple:
+    def _needs(self, wanted: Wanted | None = None) -> Needs:
+        """What a derivative looks at; None for what may look at everything."""
+        if wanted is None:
+            return self._system.needs(range(len(self._inputs)), by_forms=True)
+        return self._system.needs(wanted.gradients, by_forms=wanted.boundary is not None or bool(wanted.meshes))
+
+    def _wanted(self, relevant: list) -> Wanted:
         """What is differentiated by: room for gradients by inputs and by boundary values, and meshes."""
         gradients = {index: np.empty((1, entry.size)) for index, (entry, variable) in enumerate(zip(self._system.inputs, self._inputs))
                      if variable in relevant}
         meshes = [variable.output for variable in self._meshes if variable in relevant]
         has_boundary = (any(variable in relevant for variable in self._boundary_inputs)
                         or any(mesh in self._boundary.meshes for mesh in meshes))
-        return gradients, np.empty((1, self._system.size)) if has_boundary else None, meshes
+        return Wanted(gradients, np.empty((1, self._system.size)) if has_boundary else None, meshes=meshes)
 
     def _by_boundary(self, relevant: list, boundary: np.ndarray | None, by_mesh: dict, by_input: Callable,
                      by_coordinates: Callable) -> dict[int, np.ndarray]:
@@ -229,16 +239,16 @@ class SolveBlock(Block):
         return {place: by_input(place, boundary[0]) for place, variable in enumerate(self._boundary_inputs)
                 if variable in relevant}
 
-    def _components(self, relevant: list, gradients, by_boundary, by_mesh) -> Iterator[tuple]:
+    def _components(self, relevant: list, by_boundary: dict[int, np.ndarray], wanted: Wanted) -> Iterator[tuple]:
         """The derivatives by dependencies but the guess, with their variables."""
-        for index, gradient in gradients.items():
+        for index, gradient in wanted.gradients.items():
             yield self._inputs[index], self._dual(index, self._system.inputs[index], gradient[0])
         for place, gradient in by_boundary.items():
             yield (self._boundary_inputs[place],
                    self._dual(("boundary", place), self._boundary.inputs[place], gradient))
         for variable in self._meshes:
             if variable in relevant:
-                yield variable, by_mesh[variable.output]
+                yield variable, wanted.by_mesh[variable.output]
 
     def _dual(self, key: Hashable, entry: Input, values: np.ndarray):
         """A derivative by an input; in an object of the last evaluation where nobody else has that any more."""

@@ -19,6 +19,7 @@ import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps, Tolerance
 from prdp_fem.memory.devices import DEVICES, HOST, Device, failure, find_device, transfers, usable_devices
 from prdp_fem.memory.memory import DeviceMemory
+from prdp_fem.problem.wanted import Wanted
 from prdp_fem.torch import SolverLayer, from_torch, to_torch
 
 pytestmark = pytest.mark.parallel([1, 2])
@@ -415,7 +416,7 @@ def test_tensors_are_shared_with_the_device(rows, differentiation):
         cotangents = torch.cos(rooms[0])
         cotangents[:, system.forms.boundary_dofs] = 1e100
         system.solve_adjoint(point, solver.setting, cotangents if tensors else cotangents.numpy(), None, records,
-                             dict(zip(indices, gradients)), varying=varying)
+                             Wanted(dict(zip(indices, gradients))), varying=varying)
         shared = solver.point(without=list(indices))
         for index, value in values.items():
             shared.values[index] = value[0] if tensors else value[0].numpy()
@@ -448,7 +449,7 @@ def test_derivatives_of_assembled_forms_see_tensors_on_the_device():
         boundary = np.zeros((2, system.size))
         solver.statistics.reset()
         system.solve_adjoint(point, solver.setting, cotangents if tensors else cotangents.numpy(),
-                             solutions if tensors else solutions.numpy(), records, {by_kappa: gradient}, varying=varying, boundary=boundary)
+                             solutions if tensors else solutions.numpy(), records, Wanted({by_kappa: gradient}, boundary), varying=varying)
         # Of each row input, solution, multiplier and cotangent; and what all rows share.
         assert solver.statistics.copies_to_host == (2*4 + 1 if tensors else 0)
         results.append((torch.from_numpy(gradient), torch.from_numpy(boundary)))

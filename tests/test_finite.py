@@ -318,7 +318,7 @@ def test_boundary_values_without_a_derivative():
 def test_unrolled_iterations_by_themselves():
     case = Diffusion(CG, "unrolled")
     case.solver.solve()
-    ksp = case.solver.system._krylov.ksp
+    ksp = case.solver.system.linearisation.krylov.ksp
     unrolled, (b, out), (c, b_bar) = UnrolledKSP(ksp), *(ksp.getOperators()[0].createVecs()
                                                          for _ in range(2))
     b.set(1.0)

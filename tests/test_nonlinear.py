@@ -414,7 +414,7 @@ def test_derivatives_of_methods_without_linear_solves_are_made_as_options_say(sn
         x = values.clone().requires_grad_()
         return torch.autograd.grad(layer(x), x, cotangent)[0].numpy()
     first, expected = gradient(layer), gradient(exact)
-    ksp = layer.solver.system._linear_solver.snes.getKSP()
+    ksp = layer.solver.system.linearisation.solver.snes.getKSP()
     assert (ksp.getType(), ksp.getPC().getType()) == ("cg", "jacobi")
     np.testing.assert_allclose(first, expected, rtol=0, atol=1e-6*abs(expected).max(initial=0.0))
     with pytest.raises(ConvergenceError):

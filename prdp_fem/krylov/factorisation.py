@@ -73,17 +73,17 @@ class FactorisationCheck:
         self._warnings: list[str] = [] if other is None else other._warnings
         self.forget()
 
+    def anew(self) -> FactorisationCheck:
+        """This, which has looked at nothing yet."""
+        self.forget()
+        return self
+
     def forget(self) -> None:
         """To be called where operators are other matrices from now on."""
         self._is_determined = False
         self._work: tuple[PETSc.Vec, PETSc.Vec] | None = None
-        self.renew()
 
-    def renew(self) -> None:
-        """To be called where the operator was factorised anew."""
-        self._seen: set[bool] = set()
-
-    def look(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, kind: str, transposed: bool) -> None:
+    def look(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, kind: str, transposed: bool) -> bool:
         """Look at what ``ksp.solve``, or ``ksp.solveTranspose``, has just given; collective.
 
         Parameters
@@ -95,16 +95,19 @@ class FactorisationCheck:
             What messages call the solve.
         transposed : bool
 
+        Returns
+        -------
+        bool
+            Whether there was something to be seen.
+
         Raises
         ------
         firedrake.exceptions.ConvergenceError
             Where the result is no solution, or where not two of its digits are determined; where
             they are few, a RuntimeWarning says so, once.
         """
-        if transposed in self._seen:
-            return
         if not has_factorisation(ksp) or not math.isfinite(x.norm()):
-            return
+            return False
         A, _ = ksp.getOperators()
         multiply = A.multTranspose if transposed else A.mult
         product, right = self._vectors(A)
@@ -128,7 +131,7 @@ class FactorisationCheck:
             # Null pivots that are looked for are left out, with what the right-hand side has there.
             raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
                                          "right-hand side")
-        self._seen.add(transposed)  # unless it has raised, and will again
+        return True
 
     def look_at_step(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
         """Note what is suspicious of a step that a SNES makes; collective. It costs a product."""

@@ -510,10 +510,11 @@ class RefinedKSP:
         """
         ksp = self.ksp
         reason = ksp.getConvergedReason()
-        is_spent = reason == _USED_UP and self._is_budget and not self.is_nested
+        is_nested = self.is_nested
+        is_spent = reason == _USED_UP and self._is_budget and not is_nested
         if reason < 0 and not is_spent:
             raise ConvergenceError(f"the {kind} solve for '{self.name}' {self.failure()}")
-        return self._account() if self.is_nested else ksp.getIterationNumber()
+        return self._account() if is_nested else ksp.getIterationNumber()
 
     def checked_newton_iterations(self, iterations: int) -> int:
         """The iterations that the steps of a SNES have spent, where they were those of ``ksp``.

@@ -14,7 +14,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.probe import Probe, has_python_blocks
 
-__all__ = ["NullSpaceCheck", "null_space"]
+__all__ = ["NullSpaceCheck", "null_space", "one_sided_null_space"]
 
 # How long the product with a vector may be, relative to that with one as large, and in the same
 # places, without a pattern. Rounding errors leave 1e-13 and less; inexact quadrature, and modes
@@ -29,6 +29,11 @@ def null_space(A: PETSc.Mat, *, transposed: bool = False) -> PETSc.NullSpace | N
     """The null space that an operator was given, or that of its transpose; None for none."""
     space = A.getTransposeNullSpace() if transposed else A.getNullSpace()
     return space if space is not None and space.handle else None
+
+
+def one_sided_null_space(A: PETSc.Mat) -> PETSc.NullSpace | None:
+    """The null space of an operator, where none of its transpose is known."""
+    return null_space(A) if null_space(A, transposed=True) is None else None
 
 
 class NullSpaceCheck:
@@ -51,6 +56,11 @@ class NullSpaceCheck:
     def forget(self) -> None:
         """To be called where operators are other matrices from now on."""
         self._is_done = False
+
+    def anew(self) -> NullSpaceCheck:
+        """This, which has looked at nothing yet."""
+        self.forget()
+        return self
 
     def look(self, A: PETSc.Mat) -> None:
         """Look at what an operator makes of the vectors in its null spaces; collective.

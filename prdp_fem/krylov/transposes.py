@@ -2,19 +2,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
 
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
+from prdp_fem.freshness import MEMORY, METHOD, Clock, Kept
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
-from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space
+from prdp_fem.krylov.null_spaces import NullSpaceCheck, one_sided_null_space
 from prdp_fem.krylov.petsc_types import pc_facts
+from prdp_fem.krylov.snes import Newton
 from prdp_fem.krylov.symmetry import Symmetry
 from prdp_fem.refinement.ladders import Setting
 
@@ -50,60 +51,63 @@ class Krylov:
         The name of what is solved for, for messages.
     prefix : str or None
         The options prefix of the KSP that settings are put on; None for the only iterative one.
-    factorisation : FactorisationCheck or None
-        That of other solves of the same solver.
-    null_spaces : NullSpaceCheck or None
-        Likewise.
+    clock : Clock
+    operator : sequence of hashable
+        The sources of the operator's values; when one changes the KSP is set up anew before it
+        solves.
+    newton : Newton or None
+        The solves of another KSP of the same solver, which are looked at together with these.
+
+    Attributes
+    ----------
+    symmetry : Symmetry
+    may_hide_residuals : Kept
+        Whether solves may end at what is no solution, without an error.
     """
 
-    def __init__(self, ksp: PETSc.KSP,
-                 transposed: Callable[[], AbstractContextManager[PETSc.KSP]], name: str,
-                 prefix: str | None, factorisation: FactorisationCheck | None = None,
-                 null_spaces: NullSpaceCheck | None = None):
+    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]],
+                 name: str, prefix: str | None,
+                 clock: Clock, operator: Sequence[Hashable], newton: Newton | None = None):
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
-        self._name = name
-        self._prefix = prefix
-        self._symmetry = Symmetry(self.refined)
-        self._factorisation = FactorisationCheck(name, factorisation)
-        self._null_spaces = NullSpaceCheck(name) if null_spaces is None else null_spaces
+        self._name, self._prefix = name, prefix
         self._consistency = ConsistencyCheck(name)
-        self.forget_operators()
-
-    def forget_operators(self) -> None:
-        """Forget what was known of the operators, which are other matrices from now on."""
-        for known in ("_one_sided_null_space", "may_hide_residuals"):
-            vars(self).pop(known, None)
-        self._symmetry.forget()
-        self._factorisation.forget()
-        self._null_spaces.forget()
-        # Those of the KSP and its preconditioner, of which all that follows was found.
-        self._types = self.ksp.getType(), self.ksp.getPC().getType()
         self._refined_transposed: RefinedKSP | None = None
+        # The types of the KSP and its preconditioner, of which all that follows was found.
+        self._types = ksp.getType(), ksp.getPC().getType()
+        self._clock = clock
+        by_values = [*operator, METHOD]
+        self.symmetry = Symmetry(self.refined, clock, by_values)
+        # What is known of the operator whatever its values are, until it is another matrix.
+        factorisation = FactorisationCheck(name, None if newton is None else newton.factorisation)
+        self._factorisation = Kept(factorisation.anew, clock, [MEMORY])
+        null_spaces = NullSpaceCheck(name) if newton is None else newton.null_spaces
+        self._null_spaces = Kept(null_spaces.anew, clock, [MEMORY])
+        self._one_sided_null_space = Kept(lambda: one_sided_null_space(ksp.getOperators()[0]),
+                                          clock, [MEMORY])
+        self.may_hide_residuals = Kept(lambda: (self._one_sided_null_space() is not None
+                                                or solves_least_squares(ksp)),
+                                       clock, [MEMORY, METHOD])
+        # How to solve with the operator as it is now.
+        self._transposed_solver = Kept(self._find_transposed_solver, clock, by_values)
         # The functions that solve, by the kind of solve, while nothing that they were made for
         # changes.
-        self._solves: dict[str, Solve] = {}
+        self._solves: Kept[dict[str, Solve]] = Kept(dict, clock, by_values)
+        # Whether the transpose is solved with, for which of those solutions the factorisation was
+        # looked at.
+        self._looked_at: Kept[set[bool]] = Kept(set, clock, by_values)
 
-    def operator_changed(self, inputs: frozenset) -> None:
-        """Forget what was known of the operator's values. Collective.
-
-        Parameters
-        ----------
-        inputs : frozenset
-            What it depends on that has changed. Where it was symmetric after a change of the same,
-            it is taken for symmetric again.
+    def look_at_operator(self) -> None:
+        """To be called where the KSP was set up for an operator. Collective.
 
         Raises
         ------
         firedrake.exceptions.ConvergenceError
             Where the first operator does not have the null spaces that it was given.
         """
-        self._symmetry.operator_changed(inputs)
-        self._solves.clear()
-        self._factorisation.renew()
         self.refined.set_up()
-        self._null_spaces.look(self.ksp.getOperators()[0])
+        self._null_spaces().look(self.ksp.getOperators()[0])
 
     def solver(self, setting: Setting | None, *, guess: bool = False,
                kind: str = "forward") -> Solve:
@@ -127,33 +131,22 @@ class Krylov:
         """
         if kind == "forward":
             self._prepare(self.refined, setting, guess, is_absolute=True)
-            if kind not in self._solves:
-                self._solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
-            return self._solves[kind]
+            solves = self._solves()
+            if kind not in solves:
+                solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
+            return solves[kind]
         self._prepare(self.refined, setting)
         return self._projected(self._scaled(self.refined, self.ksp.solve, kind))
 
     def _prepare(self, refined: RefinedKSP, setting: Setting | None, guess: bool = False, *,
                  is_absolute: bool = False) -> None:
-        """Put a setting on a KSP, and forget what is no longer so."""
+        """Put a setting on a KSP, and tell the clock of types that were set by hand."""
         if refined.apply(setting, guess, is_absolute=is_absolute):
-            self._solves.clear()
+            self._solves().clear()
             types = self.ksp.getType(), self.ksp.getPC().getType()
             if types != self._types:
-                # Set by hand since then.
-                self._forget_method()
                 self._types = types
-
-    def _forget_method(self) -> None:
-        """Forget what was known of a method and a preconditioner of other types."""
-        vars(self).pop("may_hide_residuals", None)
-        self._symmetry.forget()
-        self._factorisation.renew()
-
-    @cached_property
-    def may_hide_residuals(self) -> bool:
-        """Whether solves may end at what is no solution, without an error."""
-        return self._one_sided_null_space is not None or solves_least_squares(self.ksp)
+                self._clock.changed(METHOD)
 
     def require_solution(self, setting: Setting | None, b: PETSc.Vec, x: PETSc.Vec) -> None:
         """Look at what a solve gave, before it is differentiated by what its operator depends on.
@@ -176,16 +169,24 @@ class Krylov:
 
     def transposed_solver(self, setting: Setting | None) -> Solve:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
-        solve = self._transposed_solver(setting)
-        return solve if self._one_sided_null_space is None else self._projected(solve)
-
-    def _transposed_solver(self, setting: Setting | None) -> Solve:
         self._prepare(self.refined, setting)
-        if self._symmetry.is_symmetric():
-            return self._scaled(self.refined, self.ksp.solve, "adjoint")
-        if self._symmetry.is_transposable():
-            return self._scaled(self.refined, self.ksp.solveTranspose, "adjoint")
+        return self._transposed_solver()(setting)
 
+    def _find_transposed_solver(self) -> Callable[[Setting | None], Solve]:
+        """What :meth:`transposed_solver` asks, for the operator and the method as they are now."""
+        find = self._solver_of_transposed
+        if self.symmetry.is_symmetric():
+            find = self._solver_by(self.ksp.solve)
+        elif self.symmetry.is_transposable():
+            find = self._solver_by(self.ksp.solveTranspose)
+        if self._one_sided_null_space() is None:
+            return find
+        return lambda setting: self._projected(find(setting))
+
+    def _solver_by(self, solve: Callable) -> Callable[[Setting | None], Solve]:
+        return lambda _: self._scaled(self.refined, solve, "adjoint")
+
+    def _solver_of_transposed(self, setting: Setting | None) -> Callable:
         def solve(b: PETSc.Vec, x: PETSc.Vec) -> int:
             with self._transposed() as ksp:
                 if self._refined_transposed is None:
@@ -196,12 +197,9 @@ class Krylov:
         return solve
 
     def _projected(self, solve: Solve) -> Solve:
-        """A solve with the null space of a symmetric operator for that of its transpose.
-
-        It is so where nobody has named the latter.
-        """
-        space = self._one_sided_null_space
-        if space is None or not self._symmetry.has_symmetric_operator():
+        """With the null space of a symmetric operator for an unnamed one of its transpose."""
+        space = self._one_sided_null_space()
+        if space is None or not self.symmetry.has_symmetric_operator():
             return solve
 
         def solve_projected(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -211,25 +209,19 @@ class Krylov:
             return iterations
         return solve_projected
 
-    @cached_property
-    def _one_sided_null_space(self) -> PETSc.NullSpace | None:
-        """The null space of the operator, where none of its transpose is known."""
-        A, _ = self.ksp.getOperators()
-        return null_space(A) if null_space(A, transposed=True) is None else None
-
     def _scaled(self, refined: RefinedKSP, solve: Callable, kind: str) -> Solve:
         """A solve for a derivative, whose right-hand side has no size to be expected.
 
         It may write to that.
         """
-        if kind not in self._solves:
-            self._solves[kind] = self._scaled_anew(refined, solve, kind)
-        return self._solves[kind]
+        solves = self._solves()
+        if kind not in solves:
+            solves[kind] = self._scaled_anew(refined, solve, kind)
+        return solves[kind]
 
     def _scaled_anew(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
         solve_and_check = self._checked(refined, solve, kind, is_relative=True)
-        ksp = refined.ksp
-        has_thresholds = refined.may_have_thresholds
+        ksp, has_thresholds = refined.ksp, refined.may_have_thresholds
         smallest = math.inf if has_thresholds else _SMALL
 
         def is_sized(b: PETSc.Vec) -> bool:
@@ -267,8 +259,7 @@ class Krylov:
         Where it is relative nothing absolute stops it: not PETSc's own tolerance either, which
         residuals of a large operator are below.
         """
-        ksp = refined.ksp
-        is_nested = refined.is_nested
+        ksp, is_nested = refined.ksp, refined.is_nested
         is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -287,14 +278,9 @@ class Krylov:
             else:
                 iterations = ksp.getIterationNumber()
             if is_direct:
-                self._factorisation.look(ksp, b, x, kind, solve == ksp.solveTranspose)
+                transposed, looked_at = solve == ksp.solveTranspose, self._looked_at()
+                check = self._factorisation()
+                if transposed not in looked_at and check.look(ksp, b, x, kind, transposed):
+                    looked_at.add(transposed)  # unless it has raised, and will again
             return iterations
         return solve_and_check
-
-    def is_symmetric(self) -> bool:
-        """Whether the method asks for a symmetric system, and the operator is symmetric."""
-        return self._symmetry.is_symmetric()
-
-    def has_symmetric_parts(self) -> bool:
-        """Whether operator and preconditioner are symmetric, as they are now."""
-        return self._symmetry.has_symmetric_parts()

@@ -8,6 +8,8 @@ from functools import cached_property
 import numpy as np
 from firedrake.petsc import PETSc
 
+from prdp_fem.freshness import MEMORY, Clock
+
 __all__ = ["Batch", "BatchStore", "Entries", "chunks"]
 
 # Rows are worked through in chunks that fit into a processor's cache, so that they stay small whatever the batch.
@@ -152,20 +154,27 @@ class Batch:
 
 
 class BatchStore:
-    """Batches of one layout, kept by their number of rows.
+    """Batches of one layout, kept by their number of rows until the memory is another one.
 
     Parameters
     ----------
     make : callable
         Of a number of rows, which makes a batch.
+    clock : Clock or None
+        That tells of another memory; None where there will be none.
     """
 
-    def __init__(self, make: Callable):
-        self._make = make
+    def __init__(self, make: Callable, clock: Clock | None = None):
+        self._make, self._clock = make, Clock() if clock is None else clock
         self._batches: dict = {}
+        self._seen = self._clock.now
 
     def __call__(self, rows: int):
         """The batch of so many rows; its values are those of its last use."""
+        if self._seen != self._clock.now:
+            if self._seen < self._clock.last([MEMORY]):
+                self._batches.clear()
+            self._seen = self._clock.now
         batch = self._batches.get(rows)
         if batch is None:
             if len(self._batches) >= _KEPT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 from firedrake.petsc import PETSc
 
-from prdp_fem.memory.batch import Batch, BatchStore, Entries
+from prdp_fem.memory.batch import Batch, Entries
 from prdp_fem.memory.device_batch import DeviceBatch
 from prdp_fem.memory.devices import HOST, Device
 from prdp_fem.memory.explicit_transpose import ExplicitTranspose
@@ -35,9 +35,9 @@ class Memory:
         """A vector of the layout of one on the host."""
         return like.duplicate()
 
-    def batches(self, like: PETSc.Vec) -> BatchStore:
-        """Batches of vectors of a layout."""
-        return BatchStore(lambda rows: Batch(rows, like))
+    def batch(self, rows: int, like: PETSc.Vec) -> Batch | DeviceBatch:
+        """A batch of vectors of a layout."""
+        return Batch(rows, like)
 
     def load(self, values, vector: PETSc.Vec) -> None:
         """Write rank-local values to a vector."""
@@ -118,8 +118,8 @@ class DeviceMemory(Memory):
         vector.set(0.0)
         return vector
 
-    def batches(self, like):
-        return BatchStore(lambda rows: DeviceBatch([self.vector(like) for _ in range(rows)], self))
+    def batch(self, rows, like):
+        return DeviceBatch([self.vector(like) for _ in range(rows)], self)
 
     def load(self, values, vector):
         source = self._uploaded(values, vector) if isinstance(values, np.ndarray) else _shared(values, vector)

@@ -131,6 +131,12 @@ class Forms:
                 condition.zero(mask)
         return np.flatnonzero(local_values(mask) == 0.0)
 
+    def put_boundary(self, values: np.ndarray, boundary: np.ndarray | None) -> None:
+        """Have boundary values, None for zero, where rank-local values of the solution's are at boundary dofs."""
+        values[self.boundary_dofs] = 0.0
+        if boundary is not None:
+            values += boundary
+
     def indices(self, copies) -> set[int]:
         """The places of copies among the inputs."""
         return {index for index, entry in enumerate(self.inputs) if any(entry.copy is copy for copy in copies)}

@@ -45,7 +45,7 @@ def by_one_thread(name: str) -> Callable:
     Parameters
     ----------
     name : str
-        Of the attribute that is the System, whose ranks call the method together.
+        Of the attribute that is the solution map, whose ranks call the method together.
     """
     def decorate(method: Callable) -> Callable:
         @wraps(method)

@@ -18,6 +18,7 @@ from prdp_fem.problem.boundary import BoundaryData
 from prdp_fem.problem.functional import Functional
 from prdp_fem.problem.inputs import same_bits
 from prdp_fem.problem.point import NO_VALUES, Point
+from prdp_fem.problem.wanted import Needs, Wanted
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.finite import LARGEST, name_sample, require_finite
 from prdp_fem.ranks.threads import one_thread
@@ -174,38 +175,36 @@ class Solve(_Reverse):
         solver, surroundings, device, batch, indices = call
         system, statistics, setting = solver.system, solver.statistics, solver.setting
         if surroundings.plan is None:
-            assembles = boundary is not None or system.needs_solutions(indices)
-            # Where all is a matrix product, derivatives look at no values.
-            unread = () if assembles else system.unread_inputs
-            others = [index for index in range(len(system.inputs)) if index not in indices and index not in unread]
-            surroundings.plan = assembles, assembles or not unread, others
-        assembles, _, others = surroundings.plan
+            needs = system.needs(indices, by_forms=boundary is not None)
+            others = [index for index in range(len(system.inputs)) if index not in indices and index not in needs.unread]
+            surroundings.plan = needs, others
+        needs, others = surroundings.plan
         point, varying = solver.point(without=indices, has_boundary=boundary is None), {}
         arrays = [point.values[index] for index in others]
         has_boundary = boundary is None and point.boundary is not None
         if has_boundary:
             arrays.append(point.boundary)
-        has_guess = guess is None and point.guess is not None and system.depends_on_guess
+        has_guess = guess is None and point.guess is not None and needs.guess
         if has_guess:
             arrays.append(point.guess)
-        moved = _put_in(point, varying, system, statistics, batch, indices, boundary, guess, tensors)
-        solutions, written = room(batch, system.size, device if system.takes_device_rows else CPU)
+        moved = _put_in(point, varying, needs, statistics, batch, indices, boundary, guess, tensors)
+        solutions, written = room(batch, system.size, device if needs.device_rows else CPU)
         try:
             with ordered(device):
                 records = system.solve(point, setting, written, varying, largest=_largest(tensors))
         except ConvergenceError as error:
             name_sample(error, batch)
             raise
-        saved = [boundary, guess if system.depends_on_guess else None, *tensors, *surroundings.saved(setting, arrays)]
-        if assembles:
+        saved = [boundary, guess if needs.guess else None, *tensors, *surroundings.saved(setting, arrays)]
+        if needs.solutions:
             # A copy: the caller may change what it gets in place, and the backward pass must not see it.
             saved.append(_rows(solutions.clone(), batch))
         if moved:
             saved += moved
         counts = None
-        if system.keeps_fields:
-            fields = [system.fields_of(record) for record in records]
-            records = [system.with_fields(record, []) for record in records]
+        if needs.fields:
+            fields = [record.fields for record in records]
+            records = [record.with_fields([]) for record in records]
             counts = [len(one) for one in fields]
             saved += [torch.from_numpy(field) for one in fields for field in one]
         ctx.comm = surroundings.comm
@@ -219,7 +218,7 @@ class Solve(_Reverse):
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
-        (solver, (assembles, reads, others), number, setting, batch, device, indices, memory, mesh_stamp, has_boundary, has_guess,
+        (solver, (needs, others), number, setting, batch, device, indices, memory, mesh_stamp, has_boundary, has_guess,
          has_moved, records, counts) = ctx.call
         system, statistics = solver.system, solver.statistics
         if memory is not system.memory:
@@ -238,30 +237,29 @@ class Solve(_Reverse):
             point.boundary = next(rest).numpy()
         if has_guess:
             point.guess = next(rest).numpy()
-        solutions = _handed(next(rest)) if assembles else None
+        solutions = _handed(next(rest)) if needs.solutions else None
         moved = _next(rest, count) if has_moved else ()
-        if reads:
-            _put_in(point, varying, system, statistics, batch, indices, boundary_values, guess_values, tensors, moved)
+        if not needs.unread:
+            _put_in(point, varying, needs, statistics, batch, indices, boundary_values, guess_values, tensors, moved)
         if counts is not None:
-            records = [system.with_fields(record, [field.numpy() for field in _next(rest, fields)])
+            records = [record.with_fields([field.numpy() for field in _next(rest, fields)])
                        for record, fields in zip(records, counts)]
 
         needed, rows = ctx.needs_input_grad[_BEFORE_TENSORS:], batch.numel()
         gradients, written = {}, {}
         for index, tensor, wanted in zip(indices, tensors, needed):
             if wanted:
-                where = device if index in system.device_inputs else CPU
+                where = device if index in needs.device_inputs else CPU
                 gradients[index], written[index] = room(batch, tensor.shape[-1], where)
         boundary = np.empty((rows, system.size)) if ctx.needs_input_grad[_BOUNDARY] else None
         guess = np.empty((rows, system.size)) if ctx.needs_input_grad[_GUESS] else None
         cotangents = _rows(cotangent, batch)
-        cotangents = _handed(cotangents) if system.takes_device_rows else to_host(cotangents, statistics)
+        cotangents = _handed(cotangents) if needs.device_rows else to_host(cotangents, statistics)
         given = [t for t in (*tensors, boundary_values, guess_values) if t is not None]
         try:
             with ordered(device):
-                system.solve_adjoint(point, setting, cotangents, solutions, records, written,
-                                     varying=varying, boundary=boundary, guess=guess,
-                                     largest=_largest(given))
+                system.solve_adjoint(point, setting, cotangents, solutions, records,
+                                     Wanted(written, boundary, guess, largest=_largest(given)), varying=varying)
         except ConvergenceError as error:
             name_sample(error, batch)
             raise
@@ -279,7 +277,7 @@ class Solve(_Reverse):
         return tuple(results)
 
 
-def _put_in(point: Point, varying: dict, system, statistics: Statistics, batch: torch.Size, indices: Sequence[int],
+def _put_in(point: Point, varying: dict, needs: Needs, statistics: Statistics, batch: torch.Size, indices: Sequence[int],
             boundary: torch.Tensor | None, guess: torch.Tensor | None, tensors: Sequence[torch.Tensor],
             moved: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor | None]:
     """Put tensors into a point: boundary values, the guess and inputs; those inputs whose values vary over the batch apart.
@@ -306,7 +304,7 @@ def _put_in(point: Point, varying: dict, system, statistics: Statistics, batch: 
     if guess is not None:
         point.guess = values_of(1, guess)
     for place, (index, tensor) in enumerate(zip(indices, tensors), 2):
-        values = values_of(place, tensor, stays=index in system.device_inputs)
+        values = values_of(place, tensor, stays=index in needs.device_inputs)
         if tensor.ndim > 1:
             varying[index] = values
         else:
@@ -523,7 +521,7 @@ def _largest(tensors: Sequence[torch.Tensor]) -> float:
 
 
 def _handed(rows: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """What a System that takes tensors on its device is given."""
+    """What a solution map that takes tensors on its device is given."""
     return rows.numpy() if rows.is_cpu else rows
 
 

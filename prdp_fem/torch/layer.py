@@ -252,7 +252,7 @@ class SolverLayer(torch.nn.Module):
                                             *given)
         if self._guess is not None:
             guess = tensors[self._guess]
-            if not self.solver.system.depends_on_guess:
+            if not self.solver.system.needs(self._indices).guess:
                 guess = guess.detach()
         call = self.solver, self._surroundings["solve"], self._device, batch, self._indices
         solution = Solve.apply(call, boundary, guess, *[tensors[place] for place in self._places])

@@ -69,7 +69,10 @@ def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> t
 
 
 def room(batch: Sequence[int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
-    """A tensor of shape (*batch, size), and its memory as the rows that a System writes to: an array of NumPy, or a tensor on a device."""
+    """A tensor of shape (*batch, size), and its memory as the rows that a solution map writes to.
+
+    These are an array of NumPy, or a tensor on a device.
+    """
     if device == CPU:
         rows = np.empty((math.prod(batch), size))
         return torch.from_numpy(rows.reshape(*batch, size)), rows

@@ -75,10 +75,6 @@ class UnrolledKSP:
         self._pool: VectorPool | None = None
         self._system: PreconditionedSystem | None = None
 
-    def forget_operators(self) -> None:
-        """Look again at how the KSP is set, at the next use: its operators are of another type."""
-        self._method = None
-
     @property
     def is_linear(self) -> bool:
         """Whether the iterate is affine in right-hand side and guess; once the KSP is set up."""
