@@ -14,7 +14,7 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.probe import Probe, has_python_blocks
 
-__all__ = ["NullSpaceCheck", "null_space", "one_sided_null_space"]
+__all__ = ["NullSpaceCheck", "null_space", "null_space_left_by", "one_sided_null_space"]
 
 # How long the product with a vector may be, relative to that with one as large, and in the same
 # places, without a pattern. Rounding errors leave 1e-13 and less; inexact quadrature, and modes
@@ -34,6 +34,18 @@ def null_space(A: PETSc.Mat, *, transposed: bool = False) -> PETSc.NullSpace | N
 def one_sided_null_space(A: PETSc.Mat) -> PETSc.NullSpace | None:
     """The null space of an operator, where none of its transpose is known."""
     return null_space(A) if null_space(A, transposed=True) is None else None
+
+
+def null_space_left_by(ksp: PETSc.KSP, *, transposed: bool = False) -> PETSc.NullSpace | None:
+    """The null space that solves leave something of in what they give; None for none.
+
+    Preconditioned from the left, PETSc takes it out of each vector. From the right it takes it out
+    before the preconditioner, which may bring it back. An implicit derivative is that of a solution
+    without it.
+    """
+    if ksp.getPCSide() == PETSc.PC.Side.LEFT:
+        return None
+    return null_space(ksp.getOperators()[0], transposed=transposed)
 
 
 class NullSpaceCheck:

@@ -13,7 +13,7 @@ from prdp_fem.krylov import nested
 from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
-from prdp_fem.krylov.null_spaces import NullSpaceCheck, one_sided_null_space
+from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space_left_by, one_sided_null_space
 from prdp_fem.krylov.petsc_types import pc_facts
 from prdp_fem.krylov.snes import Newton
 from prdp_fem.krylov.symmetry import Symmetry
@@ -32,6 +32,17 @@ _BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
 
 # It takes a right-hand side and what it writes the solution to, and gives the iterations spent.
 Solve = Callable[[PETSc.Vec, PETSc.Vec], int]
+
+
+def _solve_without_atol(ksp: PETSc.KSP, solve: Callable, b: PETSc.Vec, x: PETSc.Vec) -> int:
+    """Solve until something relative stops it, and return the reason."""
+    atol = ksp.getTolerances()[1]
+    ksp.setTolerances(atol=0.0)
+    try:
+        solve(b, x)
+    finally:
+        ksp.setTolerances(atol=atol)
+    return ksp.getConvergedReason()
 
 
 class Krylov:
@@ -63,6 +74,8 @@ class Krylov:
     symmetry : Symmetry
     may_hide_residuals : Kept
         Whether solves may end at what is no solution, without an error.
+    keeps_iterates : bool
+        Whether solves give PETSc's iterates as they are, with what these have of a null space.
     """
 
     def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]],
@@ -71,6 +84,7 @@ class Krylov:
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
+        self.keeps_iterates = False
         self._name, self._prefix = name, prefix
         self._consistency = ConsistencyCheck(name)
         self._refined_transposed: RefinedKSP | None = None
@@ -174,7 +188,7 @@ class Krylov:
 
     def _find_transposed_solver(self) -> Callable[[Setting | None], Solve]:
         """What :meth:`transposed_solver` asks, for the operator and the method as they are now."""
-        find = self._solver_of_transposed
+        find: Callable[[Setting | None], Solve] = self._solver_of_transposed
         if self.symmetry.is_symmetric():
             find = self._solver_by(self.ksp.solve)
         elif self.symmetry.is_transposable():
@@ -260,27 +274,24 @@ class Krylov:
         residuals of a large operator are below.
         """
         ksp, is_nested = refined.ksp, refined.is_nested
+        is_transposed = solve == ksp.solveTranspose
+        left = None if self.keeps_iterates else null_space_left_by(ksp, transposed=is_transposed)
         is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
 
         def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
             solve(b, x)
             reason = ksp.getConvergedReason()
             if reason == _BY_SIZE and is_relative:
-                atol = ksp.getTolerances()[1]
-                ksp.setTolerances(atol=0.0)
-                try:
-                    solve(b, x)
-                finally:
-                    ksp.setTolerances(atol=atol)
-                reason = ksp.getConvergedReason()
+                reason = _solve_without_atol(ksp, solve, b, x)
             if reason < 0 or is_nested:
                 iterations = refined.checked_iterations(kind)
             else:
                 iterations = ksp.getIterationNumber()
+            if left is not None:
+                left.remove(x)
             if is_direct:
-                transposed, looked_at = solve == ksp.solveTranspose, self._looked_at()
-                check = self._factorisation()
-                if transposed not in looked_at and check.look(ksp, b, x, kind, transposed):
-                    looked_at.add(transposed)  # unless it has raised, and will again
+                looked_at, check = self._looked_at(), self._factorisation()
+                if is_transposed not in looked_at and check.look(ksp, b, x, kind, is_transposed):
+                    looked_at.add(is_transposed)  # unless it has raised, and will again
             return iterations
         return solve_and_check

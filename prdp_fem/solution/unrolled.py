@@ -5,7 +5,7 @@ then b = L - a(g, ·) and A are differentiated by what they depend on.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class UnrolledKrylov:
     def __init__(self, forward: LinearSolve, differentiation: Unrolled):
         self._forward, self._linearisation = forward, forward.linearisation
         linearisation, place = forward.linearisation, forward.linearisation.place
+        linearisation.krylov.keeps_iterates = True
         self._iterations = UnrolledIterations(linearisation.forms, linearisation.solver,
                                               forward.refined,
                                               place, differentiation)
@@ -58,7 +59,7 @@ class UnrolledKrylov:
         """Raise a ValueError where a setting is for other iterations than those unrolled."""
         self._iterations.check_setting()
 
-    def needs(self, indices: Sequence[int], by_forms: bool) -> Needs:
+    def needs(self, indices: Collection[int], by_forms: bool) -> Needs:
         """What derivatives by some inputs look at: b is computed again from all of them."""
         return Needs(solutions=False, boundary=True, guess=True, device_rows=True,
                      device_inputs=self._forward.terms.keys())
@@ -103,6 +104,7 @@ class UnrolledKrylov:
                 multipliers = self._pull(b, cotangents[rows], records[rows], point.guess,
                                          wanted.guess, rows, of_operators)
                 if needs_forms:
+                    assert at is not None  # since each row has a point of its own
                     # b is what the residual is at the boundary values, with the opposite sign.
                     inputs.at(at, self._no_boundary if at.boundary is None else at.boundary,
                               multipliers)
