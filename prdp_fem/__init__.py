@@ -10,22 +10,22 @@ import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from prdp_fem.release import look_at_release
+
+look_at_release()
 if TYPE_CHECKING or "firedrake" in sys.modules:
     from prdp_fem._public import *  # noqa: F403
     from prdp_fem._public import LinearVariationalSolver as LinearVariationalSolver
     from prdp_fem._public import NonlinearVariationalSolver as NonlinearVariationalSolver
     from prdp_fem._public import __all__ as __all__
-    from prdp_fem.refinement import *  # noqa: F403  # a type checker does not find them above
-elif importlib.util.find_spec("firedrake") is None:
-    importlib.import_module("prdp_fem.release")  # which says so
 else:
 
     def __getattr__(name: str):
         """A module of the package, or what the package exports."""
         if not name.startswith("__") and importlib.util.find_spec(f"{__name__}.{name}"):
             return importlib.import_module(f"{__name__}.{name}")
-        try:
-            return getattr(importlib.import_module("prdp_fem._public"), name)
-        except AttributeError:
+        public = importlib.import_module("prdp_fem._public")
+        if not hasattr(public, name):
             message = f"module '{__name__}' has no attribute '{name}'"
-            raise AttributeError(message, name=name) from None
+            raise AttributeError(message, name=name)
+        return getattr(public, name)

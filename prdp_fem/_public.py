@@ -1,6 +1,10 @@
 """What users name in the package itself, all at once: importing this module imports Firedrake."""
+# ruff: noqa: E402
+from prdp_fem.release import require_firedrake
+
 # First, as it says what is wrong with Firedrake.
-import prdp_fem.release  # noqa: F401  # isort: split
+require_firedrake()
+
 from prdp_fem.refinement import *  # noqa: F403
 from prdp_fem.refinement import __all__ as _of_refinement
 from prdp_fem.refinement.options import refinement_from_options

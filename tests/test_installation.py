@@ -174,7 +174,7 @@ def test_no_firedrake_and_a_broken_one_are_told_apart(tmp_path):
         "ImportError: prdp_fem needs Firedrake 2026.10, and there is none in "
     )
     broken = run(
-        "import prdp_fem",
+        "import prdp_fem; prdp_fem.control",
         module(tmp_path, "firedrake", "raise OSError('libpetsc.so.3.26: cannot open')"),
     )
     message = broken.stderr.strip().splitlines()[-1]
