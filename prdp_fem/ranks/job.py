@@ -41,9 +41,14 @@ class Refused(OSError, ValueError):
 
 
 def say_refusals() -> None:
-    """Have a serial run end without a traceback where it refuses something, or is interrupted."""
+    """Have a run end without a traceback where it refuses something, or a serial one is interrupted.
+
+    Collective on ``COMM_WORLD``.
+    """
     if MPI.COMM_WORLD.size == 1:
         sys.excepthook = functools.partial(_say, sys.excepthook)
+    else:
+        end_together()
 
 
 def _say(show: Callable, kind, value, trace) -> None:
