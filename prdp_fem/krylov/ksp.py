@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -269,6 +269,62 @@ class _AsOptionsSay(NamedTuple):
     norm: int
 
 
+class _Overrides:
+    """What options have said of KSPs, while something else is put on them."""
+
+    def __init__(self):
+        self._said: dict[int, _AsOptionsSay] = {}
+
+    def keep(self, handles: Container[int]) -> None:
+        """Forget all KSPs but those with some handles."""
+        self._said = {handle: said for handle, said in self._said.items() if handle in handles}
+
+    def put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool, is_absolute: bool) -> None:
+        """Put a setting on a KSP; see :meth:`RefinedKSP.apply`."""
+        if setting is None and not guess and (is_absolute or self.atol(ksp) <= _NO_ATOL):
+            self._put_back(ksp)
+            return
+        if ksp.handle not in self._said:
+            self._said[ksp.handle] = _AsOptionsSay(
+                ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType())
+        _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._said[ksp.handle]
+        if setting is not None:
+            rtol = setting.rtol
+            max_it = setting.max_it
+            # PETSc would take a used-up budget for an error; what is one is decided in
+            # checked_iterations.
+            error_if_not_converged = False
+            is_free = ksp_facts(ksp.getType()).has_free_natural_norm
+            if setting.budget and is_free and norm == PETSc.KSP.NormType.PRECONDITIONED:
+                # For a budget any norm will do to see the floor and NaN by.
+                norm = PETSc.KSP.NormType.NATURAL
+        if ksp.getNormType() != norm:
+            ksp.setNormType(norm)
+        if guess:
+            # It is relative to the right-hand side, of which a guess may be any multiple away.
+            divtol = _NEVER
+        if not is_absolute and atol > _NO_ATOL:
+            if setting is None and rtol < _NO_RTOL:
+                rtol = _FLOOR
+            atol = _NO_ATOL
+        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+        ksp.setErrorIfNotConverged(error_if_not_converged)
+
+    def _put_back(self, ksp: PETSc.KSP) -> None:
+        """Have a KSP as options say, where something else was put on it."""
+        if ksp.handle in self._said:
+            said = self._said.pop(ksp.handle)
+            rtol, atol, divtol, max_it = said.tolerances
+            ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
+            ksp.setErrorIfNotConverged(said.error_if_not_converged)
+            ksp.setNormType(said.norm)
+
+    def atol(self, ksp: PETSc.KSP) -> float:
+        """The absolute tolerance that options say."""
+        said = self._said.get(ksp.handle)
+        return (ksp.getTolerances() if said is None else said.tolerances)[1]
+
+
 class RefinedKSP:
     """A KSP with the one that settings are put on: itself, or one inside its preconditioner.
 
@@ -291,7 +347,7 @@ class RefinedKSP:
         self._in_snes = in_snes
         self._refined: PETSc.KSP | None = None
         # What options had said of KSPs, before something else was put on them.
-        self._options: dict[int, _AsOptionsSay] = {}
+        self._overrides = _Overrides()
         # What was put on the KSP last, and the tolerances that it then had: most solves ask for the
         # same again. That nothing absolute stops a solve is the same as its opposite where there is
         # no absolute tolerance.
@@ -413,10 +469,10 @@ class RefinedKSP:
         refined = ksp if self._refined is None else self._refined
         beside = self._beside(refined)
         for other in beside:
-            self._put(other, None, guess and other is ksp, is_absolute)
-        self._put(refined, setting, guess and refined is ksp, is_absolute)
+            self._overrides.put(other, None, guess and other is ksp, is_absolute)
+        self._overrides.put(refined, setting, guess and refined is ksp, is_absolute)
         is_alone = not beside and refined is ksp
-        self._ignores_absolute = is_alone and self._atol(ksp) <= _NO_ATOL
+        self._ignores_absolute = is_alone and self._overrides.atol(ksp) <= _NO_ATOL
         self._asked = types, guess, self._ignores_absolute or is_absolute
         self._left = ksp.getTolerances() if is_alone else None
         return True
@@ -449,56 +505,11 @@ class RefinedKSP:
             else:
                 inside = nested.all_inside(self.ksp)[1:]
                 everywhere = {ksp.handle: ksp for ksp in [*inside, self.ksp]}
-                self._options = {handle: kept for handle, kept in self._options.items()
-                                 if handle in everywhere}
+                self._overrides.keep(everywhere)
                 everywhere.pop(refined.handle, None)
                 self._others = [ksp for ksp in everywhere.values()
-                                if ksp is self.ksp or self._atol(ksp) > _NO_ATOL]
+                                if ksp is self.ksp or self._overrides.atol(ksp) > _NO_ATOL]
         return self._others
-
-    def _put(self, ksp: PETSc.KSP, setting: Setting | None, guess: bool, is_absolute: bool) -> None:
-        if setting is None and not guess and (is_absolute or self._atol(ksp) <= _NO_ATOL):
-            self._put_back(ksp)
-            return
-        if ksp.handle not in self._options:
-            self._options[ksp.handle] = _AsOptionsSay(
-                ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType())
-        _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._options[ksp.handle]
-        if setting is not None:
-            rtol = setting.rtol
-            max_it = setting.max_it
-            # PETSc would take a used-up budget for an error; what is one is decided in
-            # checked_iterations.
-            error_if_not_converged = False
-            is_free = ksp_facts(ksp.getType()).has_free_natural_norm
-            if setting.budget and is_free and norm == PETSc.KSP.NormType.PRECONDITIONED:
-                # For a budget any norm will do to see the floor and NaN by.
-                norm = PETSc.KSP.NormType.NATURAL
-        if ksp.getNormType() != norm:
-            ksp.setNormType(norm)
-        if guess:
-            # It is relative to the right-hand side, of which a guess may be any multiple away.
-            divtol = _NEVER
-        if not is_absolute and atol > _NO_ATOL:
-            if setting is None and rtol < _NO_RTOL:
-                rtol = _FLOOR
-            atol = _NO_ATOL
-        ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
-        ksp.setErrorIfNotConverged(error_if_not_converged)
-
-    def _put_back(self, ksp: PETSc.KSP) -> None:
-        """Have a KSP as options say, where something else was put on it."""
-        if ksp.handle in self._options:
-            said = self._options.pop(ksp.handle)
-            rtol, atol, divtol, max_it = said.tolerances
-            ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
-            ksp.setErrorIfNotConverged(said.error_if_not_converged)
-            ksp.setNormType(said.norm)
-
-    def _atol(self, ksp: PETSc.KSP) -> float:
-        """The absolute tolerance that options say."""
-        said = self._options.get(ksp.handle)
-        return (ksp.getTolerances() if said is None else said.tolerances)[1]
 
     def checked_iterations(self, kind: str) -> int:
         """The iterations that the last solve has spent, on the KSP that settings are put on.
