@@ -74,7 +74,7 @@ class Kept(Generic[T]):
     def __init__(self, make: Callable[[], T], clock: Clock, on: Iterable[Hashable]):
         self._make, self._clock, self._on = make, clock, tuple(on)
         self._made = self._seen = _NEVER
-        self._value: T | None = None
+        self._value: T = None  # type: ignore[assignment]  # nobody sees it before it is made
 
     def __call__(self) -> T:
         if self._seen != self._clock.now:

@@ -82,7 +82,7 @@ class Copies:
             if is_changed:
                 entry.write(point.values[index])
                 sources.append(index)
-        if changed[-1]:
+        if self.state is not None and changed[-1]:
             self.state[:] = solution
             sources.append(STATE)
         self._clock.changed(*sources)

@@ -112,6 +112,7 @@ class RightHandSide:
         row = self._room_for_lifted()
         row.set_to_zero()
         row.changed()
+        assert self._boundary_values is not None
         self._lifting.subtract(self._boundary_values, row.vectors[0])
         return row
 

@@ -141,6 +141,7 @@ class Refinement:
     """
 
     parameters: ClassVar[tuple[str, ...]] = ("ema_window",)
+    changes: int
 
     ladder = _Checked[Sequence](lambda refinement, ladder: refinement._checked_ladder(ladder))
     level = _Checked[int](lambda refinement, level: refinement._checked_level(level))

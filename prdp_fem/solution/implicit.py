@@ -5,7 +5,7 @@ reached.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class ImplicitDerivative:
     def check_setting(self, setting: Setting) -> None:
         """Any setting will do."""
 
-    def needs(self, indices: Sequence[int], by_forms: bool) -> Needs:
+    def needs(self, indices: Collection[int], by_forms: bool) -> Needs:
         """What derivatives by some inputs, and by boundary values or meshes, look at."""
         terms, takes_device_rows = self._forward.terms, self._forward.takes_device_rows
         is_linear = self._linearisation.copies.state is None
@@ -79,11 +79,14 @@ class ImplicitDerivative:
                 if at is not None:
                     linearisation.at(at, None if solutions is None else solutions[rows.start])
                     if needs_forms:
+                        assert solutions is not None
                         self._require_solution(at, setting, solutions[rows.start], wanted.gradients,
                                                wanted.meshes)
                     solve = linearisation.krylov.transposed_solver(setting)
                 multipliers = self._solve(solve, cotangents[rows])
                 if needs_forms:
+                    # Each row has a point of its own.
+                    assert at is not None and solutions is not None
                     inputs.at(at, solutions[rows.start], multipliers)
                 inputs.write(wanted, rows, multipliers, cotangents)
 

@@ -6,7 +6,7 @@ dofs; rows and columns of all operators there are those of the identity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import numpy as np
@@ -221,10 +221,11 @@ class Linearisation:
         self._solvers_are_reset()
         # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
         context = context or (self._context if self._needs_context else None)
+        entered: AbstractContextManager | None = None
         if self.lending.lends:
             entered = self.lending.inside(context)
-        else:
-            entered = None if context is None else context()
+        elif context is not None:
+            entered = context()
         return Work(kind, self.name, self.statistics, self.spoil, entered)
 
     def check_setting(self, setting: Setting) -> None:

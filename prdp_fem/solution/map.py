@@ -1,7 +1,7 @@
 """The solution of a variational problem as a function of its inputs, and its derivatives."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -94,12 +94,12 @@ class SolutionMap:
         """Raise a TypeError or ValueError where the solve cannot be differentiated by an input."""
         self.derivative.check(index)
 
-    def needs(self, indices: Sequence[int], *, by_forms: bool = False) -> Needs:
+    def needs(self, indices: Collection[int], *, by_forms: bool = False) -> Needs:
         """What derivatives look at.
 
         Parameters
         ----------
-        indices : sequence of int
+        indices : collection of int
             The inputs that are differentiated by.
         by_forms : bool
             Whether boundary values, or meshes, are, too.

@@ -34,7 +34,7 @@ def stretches(point: Point, varying: Mapping[int, np.ndarray], count: int, size:
     at : Point or None
         Where they are; None for where the stretch before was.
     """
-    at = point
+    at: Point | None = point
     for rows in chunks(count, sys.maxsize if moves else size):
         yield rows, point.at(varying, rows.start) if moves else at
         at = None

@@ -6,7 +6,7 @@ it. The step lengths λ of a line search count as constant.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -93,7 +93,7 @@ class UnrolledNewton:
         """Raise a ValueError where a setting is for other iterations than those unrolled."""
         self._iterations.check_setting()
 
-    def needs(self, indices: Sequence[int], by_forms: bool) -> Needs:
+    def needs(self, indices: Collection[int], by_forms: bool) -> Needs:
         """What derivatives by some inputs look at: the steps are made again from all of them."""
         return Needs(solutions=False, boundary=True, guess=not self._only_last, fields=True)
 
@@ -110,6 +110,7 @@ class UnrolledNewton:
             self._trajectory = Trajectory([memory.unload(state)])
             return
         trajectory, update, made = self._trajectory, snes.getSolutionUpdate(), self._step()
+        assert trajectory is not None  # since PETSc begins with step 0
         memory.load(trajectory.fields[-1], made)
         made.axpy(-1.0, state)
         squared = update.dot(update)
