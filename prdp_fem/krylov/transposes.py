@@ -28,6 +28,7 @@ _SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
 _FAINT = 1e-100
 _INFINITY = PETSc.NormType.NORM_INFINITY
 _BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
+_SPENT = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
 
 
 # It takes a right-hand side and what it writes the solution to, and gives the iterations spent.
@@ -274,7 +275,7 @@ class Krylov:
         residuals of a large operator are below.
         """
         ksp, is_nested = refined.ksp, refined.is_nested
-        is_transposed = solve == ksp.solveTranspose
+        is_transposed, spent = solve == ksp.solveTranspose, _SPENT if refined.is_budget else None
         left = None if self.keeps_iterates else null_space_left_by(ksp, transposed=is_transposed)
         is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
 
@@ -283,7 +284,7 @@ class Krylov:
             reason = ksp.getConvergedReason()
             if reason == _BY_SIZE and is_relative:
                 reason = _solve_without_atol(ksp, solve, b, x)
-            if reason < 0 or is_nested:
+            if is_nested or (reason < 0 and reason != spent):
                 iterations = refined.checked_iterations(kind)
             else:
                 iterations = ksp.getIterationNumber()

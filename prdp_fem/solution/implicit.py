@@ -38,6 +38,9 @@ class ImplicitDerivative:
         linearisation = forward.linearisation
         self._inputs = InputDerivatives(linearisation.forms, forward.terms, linearisation.place)
 
+    # Nothing is kept of a solve but its solution.
+    record = None
+
     def check(self, index: int) -> None:
         """Raise a TypeError where UFL cannot differentiate the problem by an input."""
         self._inputs.check(index)
@@ -58,9 +61,6 @@ class ImplicitDerivative:
     def values_read(self, indices: Iterable[int], by_all: bool) -> Set[int]:
         """The inputs whose values a derivative depends on; see :meth:`SolutionMap.values_read`."""
         return self._inputs.values_read(indices, by_all)
-
-    def record(self) -> None:
-        """Nothing is kept of a solve but its solution."""
 
     def adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
                 solutions: np.ndarray | None, records: list, wanted: Wanted,

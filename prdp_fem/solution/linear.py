@@ -58,11 +58,11 @@ class LinearSolve:
         return self.linearisation.krylov.refined
 
     def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
-              varying: Mapping[int, np.ndarray], record: Callable) -> list:
+              varying: Mapping[int, np.ndarray], record: Callable | None) -> list:
         """Solve for rows; see :meth:`SolutionMap.solve`, which checks what this gives.
 
         ``statistics.solves`` counts the rows that are done. ``record`` is called after each, for
-        what is kept of it.
+        what is kept of it; None for nothing.
         """
         linearisation, right_hand_side = self.linearisation, self.right_hand_side
         statistics, guess, records = linearisation.statistics, point.guess, []
@@ -80,7 +80,7 @@ class LinearSolve:
                     self.start(w, guess, rows)
                 for one, solution in zip(b.vectors, w.vectors):
                     statistics.forward_iterations += solve(one, solution)
-                    records.append(record())
+                    records.append(None if record is None else record())
                     statistics.solves += 1
                 # For preconditioners that do not keep the boundary rows apart to the bit.
                 w.zero(linearisation.boundary_entries())

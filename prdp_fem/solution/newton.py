@@ -135,13 +135,13 @@ class NewtonSolve:
         self._was_set_up = True
 
     def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
-              varying: Mapping[int, np.ndarray], record: Callable) -> list:
+              varying: Mapping[int, np.ndarray], record: Callable | None) -> list:
         """Solve for rows, see :meth:`LinearSolve.solve`."""
         statistics, records = self.linearisation.statistics, []
         with self.work("forward"):
             for row, solution in enumerate(solutions):
                 steps, iterations = self._solve_one(point.at(varying, row), setting, solution)
-                records.append(record())
+                records.append(None if record is None else record())
                 statistics.solves += 1
                 statistics.newton_steps += steps
                 statistics.forward_iterations += iterations
