@@ -35,7 +35,10 @@ def names_of(kind):
 
 def is_installed(kind, name):
     try:
-        kind().create(SELF).setType(name)
+        one = kind().create(SELF)
+        one.setType(name)
+        # Never destroyed: a KSP of type pipelcg cannot be before it is set up.
+        one.incRef()
     except PETSc.Error:
         return False
     return True
