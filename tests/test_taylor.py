@@ -43,7 +43,11 @@ def test_remainders(case, control, ksp, taylor_table):
     problem.solve(KSPS[ksp])
     reduced = ReducedFunctional(problem.functional(), Control(problem.controls[control]))
     with stop_annotating():
-        results = taylor_to_dict(reduced, problem.controls[control]._ad_copy(), direction_of(problem.controls[control]))
+        direction = direction_of(problem.controls[control])
+        if (case, control) == (Darcy, "resistance"):
+            # Its third remainders are 1e-16 else, where what rounding errors leave is 1e-17.
+            direction.assign(4*direction)
+        results = taylor_to_dict(reduced, problem.controls[control]._ad_copy(), direction)
     rates = [min(results[order]["Rate"]) for order in ("R1", "R2")]
     taylor_table((case.__name__, control, ksp, *rates))
     assert rates[0] > 1.95 and rates[1] > 2.9, f"remainders by {control} with {ksp}: {results}"

@@ -161,12 +161,12 @@ class GradientReduction:
         instance("comm", comm, MPI.Comm, _COMM)
         self._network, self._ranks, self._bucket_size = network, comm, bucket_size
 
-        def look() -> tuple:
-            """What ranks must have alike, where it makes sense on this one."""
+        def shapes() -> list:
             instance("network", network, torch.nn.Module, "a torch.nn.Module")
-            return _checked_shapes(self._trained()), whole_number("bucket_size", bucket_size)
+            return _checked_shapes(self._trained())
 
-        agree(comm, look, "shapes of the network's parameters, and sizes of buckets,")
+        agree(comm, shapes, "shapes of the network's parameters")
+        agree(comm, lambda: whole_number("bucket_size", bucket_size), "sizes of buckets")
         if comm.size > 1 and comm.rank == 0:
             _warn_of_hooks(network)
         # A communicator of its own: the backward pass communicates, too, in an order of its own.
