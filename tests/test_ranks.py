@@ -203,6 +203,21 @@ def test_other_values_of_a_constant_are_an_error(last):
     np.testing.assert_array_equal(step.u.dat.data_ro, expected)
 
 
+def test_a_constant_that_one_rank_alone_changes_is_an_error_where_no_field_is_assembled():
+    """Only one would assemble what depends on it, which is collective."""
+    V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+    factor, source = Constant(1.0), smooth(V, 1)
+    problem = LinearVariationalProblem(w*v*dx, factor*source*v*dx, u)
+    solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG)
+    solver.solve()
+    factor.assign(2.0 if IS_LAST else 1.0)
+    with pytest.raises(ValueError, match="values of the Constants that 'u' depends on"):
+        solver.solve()
+    factor.assign(2.0)
+    solver.solve()
+
+
 # Arguments
 
 OTHERWISE = "arguments of a solver must be the same"

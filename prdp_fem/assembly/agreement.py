@@ -36,7 +36,7 @@ class Agreement:
     written : sequence of int
         The inputs that are written to copies.
     reduces : bool
-        Whether ranks may differ in what has changed: a field may have changed on some of them only,
+        Whether ranks may differ in what has changed: an input may have on some of them only,
         but halo exchanges and assembly are collective.
 
     Attributes

@@ -42,8 +42,8 @@ class Copies:
                          if index not in unwritten]
         depends = forms.operator_depends_on_solution
         self.state = local_values(forms.solution) if depends else None
-        has_fields = depends or any(not entry.is_real for _, entry in self._written)
-        self.agreement = Agreement(forms, [index for index, _ in self._written], has_fields)
+        written = [index for index, _ in self._written]
+        self.agreement = Agreement(forms, written, reduces=depends or bool(written))
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
         self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
         self._mesh_versions: list = [None]*len(coordinates)
