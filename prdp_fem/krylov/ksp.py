@@ -490,8 +490,8 @@ class RefinedKSP:
                     f"the solver for '{self.name}' was made to be differentiated as the iterations "
                     f"of ksp_type {before} with pc_type {pc_before}, and has ksp_type {ksp_type} "
                     f"with pc_type {pc_type} now: make another one")
-            if self._is_budget and self._types[0] == PETSc.KSP.Type.CG:
-                # What _put may have asked for, and other methods do not have.
+            if self._is_budget and ksp_facts(self._types[0]).has_free_natural_norm:
+                # The natural norm may have been asked for, which other methods do not have.
                 self.ksp.setNormType(PETSc.KSP.NormType.DEFAULT)
         self._types = types
         self._others = None
