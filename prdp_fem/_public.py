@@ -5,8 +5,21 @@ from prdp_fem.release import require_firedrake
 # First, as it says what is wrong with Firedrake.
 require_firedrake()
 
-from prdp_fem.refinement import *  # noqa: F403
-from prdp_fem.refinement import __all__ as _of_refinement
+# Name by name, as a type checker, which meets these modules in a circle, loses those of a star.
+from prdp_fem.refinement import (
+    FixedRefinement,
+    IterationLadder,
+    Iterations,
+    NewtonLadder,
+    NewtonSteps,
+    ProgressiveRefinement,
+    Record,
+    Refinement,
+    ScheduledRefinement,
+    Setting,
+    Tolerance,
+    ToleranceLadder,
+)
 from prdp_fem.refinement.options import refinement_from_options
 from prdp_fem.solution.differentiation import Implicit, Unrolled
 from prdp_fem.solvers import LinearVariationalSolver as LinearVariationalSolver
@@ -17,9 +30,20 @@ from prdp_fem.unrolled import SteepestDescent
 # Without LinearVariationalSolver and NonlinearVariationalSolver: a star import leaves a script's
 # names from Firedrake and torch alone.
 __all__ = [
-    *_of_refinement,
+    "FixedRefinement",
     "Implicit",
+    "IterationLadder",
+    "Iterations",
+    "NewtonLadder",
+    "NewtonSteps",
+    "ProgressiveRefinement",
+    "Record",
+    "Refinement",
+    "ScheduledRefinement",
+    "Setting",
     "SteepestDescent",
+    "Tolerance",
+    "ToleranceLadder",
     "Unrolled",
     "control",
     "refinement_from_options",
