@@ -1,10 +1,13 @@
-"""What stands between a user and PETSc: the cost of differentiating through a solve, against the bare work.
+"""What stands between a user and PETSc: the cost of differentiating through a solve, against the
+bare work.
 
 Four cases, each of them a solve and its adjoint:
 
-* heat: an implicit heat step, ten CG iterations, as a layer of a torch network; the control is the old temperature, so the
-  operator is constant. In two and three dimensions, one sample at a time and in batches of 25;
-* diffusivity: the same step, but the control is the diffusivity: the operator is assembled again for each sample;
+* heat: an implicit heat step, ten CG iterations, as a layer of a torch network; the control is the
+  old temperature, so the operator is constant. In two and three dimensions, one sample at a time
+  and in batches of 25;
+* diffusivity: the same step, but the control is the diffusivity: the operator is assembled again
+  for each sample;
 * burgers: a nonlinear step, by Newton and GMRES; the control is the old velocity;
 * loop: a hundred heat steps on pyadjoint's tape; the control is the initial temperature.
 
@@ -12,19 +15,23 @@ Each is done by three contestants, one sample at a time or a batch of them:
 
 * stock: Firedrake's own solver, and its own bridge to torch;
 * ours: prdp_fem's solver and bridge in their place;
-* bare: what somebody would write by hand who needs this one problem and no other: a loop over calls of PETSc, and kept
-  assemblers where something has to be assembled. Whatever is slower than this is overhead.
+* bare: what somebody would write by hand who needs this one problem and no other: a loop over calls
+  of PETSc, and kept assemblers where something has to be assembled. Whatever is slower than this is
+  overhead.
 
-Before anything is timed, the three are held against each other: they must have the same solutions and gradients. They take
-turns within each repetition, so that whatever else the machine does hits all of them alike; ratios are those of medians.
-Each has a mesh of its own: a replay on the tape writes to the coordinates, after which others may have to assemble again.
+Before anything is timed, the three are held against each other: they must have the same solutions
+and gradients. They take turns within each repetition, so that whatever else the machine does hits
+all of them alike; ratios are those of medians. Each has a mesh of its own: a replay on the tape
+writes to the coordinates, after which others may have to assemble again.
 
     python operator_overhead.py                                          about ten minutes
-    python operator_overhead.py --quick                                  smallest sizes, under a minute
-    python operator_overhead.py --cases heat burgers --cells 16 32
+    python operator_overhead.py --quick                                  smallest sizes, under a
+    minute python operator_overhead.py --cases heat burgers --cells 16 32
 
-It runs on one core and one MPI process. Options for PETSc, such as -log_view, go into the environment variable PETSC_OPTIONS.
+It runs on one core and one MPI process. Options for PETSc, such as -log_view, go into the
+environment variable PETSC_OPTIONS.
 """
+
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything is imported that starts threads
@@ -72,7 +79,14 @@ from firedrake import (
     pi,
     sin,
 )
-from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
+from firedrake.adjoint import (
+    Control,
+    ReducedFunctional,
+    Tape,
+    continue_annotation,
+    pause_annotation,
+    set_working_tape,
+)
 from firedrake.assemble import get_assembler
 from firedrake.ml.pytorch import fem_operator
 from firedrake.petsc import PETSc
@@ -85,20 +99,34 @@ from prdp_fem.studies.runs import machine
 from prdp_fem.torch import SolverLayer
 
 torch.set_num_threads(1)
-PETSc.Options().setValue("options_left", False)  # PETSc reads the command line too, and need not complain of what it does not know
+# PETSc reads the command line too, and need not complain of what it does not know
+PETSc.Options().setValue("options_left", False)
 
 # The solvers
 # -----------
-# All contestants do the same iterations. Firedrake takes a used-up number of iterations for a failure, unless no test of
-# convergence is made at all; the others have a floor that ten iterations do not reach.
+# All contestants do the same iterations. Firedrake takes a used-up number of iterations for a
+# failure, unless no test of convergence is made at all; the others have a floor that ten iterations
+# do not reach.
 
 ITERATIONS, FLOOR = 10, 1e-12
 CG = {"ksp_type": "cg", "pc_type": "jacobi"}
-NEWTON = {"snes_type": "newtonls", "snes_rtol": 1e-8, "ksp_type": "gmres", "ksp_rtol": 1e-8, "pc_type": "bjacobi"}
-# One step of as many iterations as the linear solves have, as at a coarse level of a refinement. Jacobi is its own transpose,
-# so that truncated adjoint solves are the same whether the operator is transposed or the solve is.
+NEWTON = {
+    "snes_type": "newtonls",
+    "snes_rtol": 1e-8,
+    "ksp_type": "gmres",
+    "ksp_rtol": 1e-8,
+    "pc_type": "bjacobi",
+}
+# One step of as many iterations as the linear solves have, as at a coarse level of a refinement.
+# Jacobi is its own transpose, so that truncated adjoint solves are the same whether the operator is
+# transposed or the solve is.
 ONE_STEP = {"snes_type": "newtonls", "ksp_type": "gmres", "pc_type": "jacobi"}
-BY_OPTIONS = {"snes_max_it": 1, "snes_convergence_test": "skip", "ksp_max_it": ITERATIONS, "ksp_convergence_test": "skip"}
+BY_OPTIONS = {
+    "snes_max_it": 1,
+    "snes_convergence_test": "skip",
+    "ksp_max_it": ITERATIONS,
+    "ksp_convergence_test": "skip",
+}
 
 
 def stock_cg(problem: LinearVariationalProblem) -> firedrake.LinearVariationalSolver:
@@ -107,7 +135,9 @@ def stock_cg(problem: LinearVariationalProblem) -> firedrake.LinearVariationalSo
 
 
 def our_cg(problem: LinearVariationalProblem) -> prdp_fem.LinearVariationalSolver:
-    return prdp_fem.LinearVariationalSolver(problem, refinement=FixedRefinement(Iterations(ITERATIONS, FLOOR)), solver_parameters=CG)
+    return prdp_fem.LinearVariationalSolver(
+        problem, refinement=FixedRefinement(Iterations(ITERATIONS, FLOOR)), solver_parameters=CG
+    )
 
 
 def krylov(A: PETSc.Mat, parameters: dict, **tolerances) -> PETSc.KSP:
@@ -123,18 +153,20 @@ def krylov(A: PETSc.Mat, parameters: dict, **tolerances) -> PETSc.KSP:
 
 # The contestants
 # ---------------
-# A contestant is a function of a slice of the samples: it takes them forward and backward, and returns the solution and the
-# gradient of the last one. The functional is J = |u|²/2, whose derivative by the solution is the solution.
+# A contestant is a function of a slice of the samples: it takes them forward and backward, and
+# returns the solution and the gradient of the last one. The functional is J = |u|²/2, whose
+# derivative by the solution is the solution.
 
 Contestant = Callable[[slice], tuple]
 
 
 @dataclass
 class Contest:
-    """One problem of one size, and those who solve it: stock, ours, bare, and where a gradient is assembled, bare with gradient.
+    """One problem of one size, and those who solve it: stock, ours, bare, and where a gradient is
+    assembled, bare with gradient.
 
-    There are twice as many samples as the largest batch has. Calls take turns between one half and the other: for the sample of
-    the call before, nothing would have to be assembled again.
+    There are twice as many samples as the largest batch has. Calls take turns between one half and
+    the other: for the sample of the call before, nothing would have to be assembled again.
     """
 
     case: str
@@ -150,7 +182,7 @@ class Contest:
 def smooth(V) -> Function:
     """A field that is zero at the boundary of the square."""
     x, y = SpatialCoordinate(V.mesh())
-    return Function(V, name="smooth").interpolate(sin(pi*x)*sin(2*pi*y))
+    return Function(V, name="smooth").interpolate(sin(pi * x) * sin(2 * pi * y))
 
 
 def through_torch(operator: Callable, samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,10 +205,14 @@ def new_tape() -> Iterator[None]:
 
 
 def stock_bridge(solver, control: Function, samples: torch.Tensor) -> Contestant:
-    """Firedrake's bridge replays a tape, which remembers one evaluation only: samples go through it one by one."""
+    """Firedrake's bridge replays a tape, which remembers one evaluation only: samples go through it
+    one by one.
+    """
     with new_tape():
         solver.solve()
-        operator = fem_operator(ReducedFunctional(solver.get_solution().copy(deepcopy=True), Control(control)))
+        operator = fem_operator(
+            ReducedFunctional(solver.get_solution().copy(deepcopy=True), Control(control))
+        )
 
     def run(rows):
         for sample in samples[rows].split(1):
@@ -199,30 +235,43 @@ def our_bridge(solver, control: Function, samples: torch.Tensor) -> Contestant:
 def agree(what: str, first, second, tolerance: float) -> None:
     """Raise unless two arrays are equal up to a relative tolerance."""
     first, second = np.asarray(first), np.asarray(second)
-    difference = np.linalg.norm(first - second)/np.linalg.norm(second)
+    difference = np.linalg.norm(first - second) / np.linalg.norm(second)
     if not difference <= tolerance:
-        raise RuntimeError(f"{what} differ by {difference:.1e}, relative, where {tolerance:.0e} is allowed: what is not the same cannot be "
-                           "compared by its time")
+        raise RuntimeError(
+            f"{what} differ by {difference:.1e}, relative, where {tolerance:.0e} is allowed: what"
+            " is not the same cannot be compared by its time"
+        )
 
 
 def compare_results(contest: Contest, *, bare: float, stock: float) -> Contest:
     """Hold solutions and gradients against each other up to tolerances, and return the contest.
 
-    It must be the first thing that is done with stock's bridge: later adjoint solves start from the solution of the one before,
-    so that after a fixed number of iterations their gradients are others.
+    It must be the first thing that is done with stock's bridge: later adjoint solves start from the
+    solution of the one before, so that after a fixed number of iterations their gradients are
+    others.
     """
     by_hand = contest.contestants.get("bare with gradient", contest.contestants["bare"])
-    first, all_of_them = slice(0, 1), slice(0, 2*max(contest.batches))
-    for name, contestant, rows, tolerance in [("stock", contest.contestants["stock"], first, stock), ("bare", by_hand, all_of_them, bare)]:
-        for what, ours, theirs in zip(("solutions", "gradients"), contest.contestants["ours"](rows), contestant(rows)):
-            agree(f"{contest.case}, {contest.dofs} dofs: {what} of ours and {name}", ours, theirs, tolerance)
+    first, all_of_them = slice(0, 1), slice(0, 2 * max(contest.batches))
+    for name, contestant, rows, tolerance in [
+        ("stock", contest.contestants["stock"], first, stock),
+        ("bare", by_hand, all_of_them, bare),
+    ]:
+        for what, ours, theirs in zip(
+            ("solutions", "gradients"), contest.contestants["ours"](rows), contestant(rows)
+        ):
+            agree(
+                f"{contest.case}, {contest.dofs} dofs: {what} of ours and {name}",
+                ours,
+                theirs,
+                tolerance,
+            )
     return contest
 
 
 # Heat
 # ----
-# The bare step is two products and two solves: b = B u0, A u = b, A λ = u (A is symmetric), and the gradient Bᵀ λ. Rows of B at
-# the boundary are zero, as the values of u are there.
+# The bare step is two products and two solves: b = B u0, A u = b, A λ = u (A is symmetric), and the
+# gradient Bᵀ λ. Rows of B at the boundary are zero, as the values of u are there.
 
 DIFFUSION = 1e-3
 
@@ -233,10 +282,12 @@ class HeatStep:
         w, v = TrialFunction(V), TestFunction(V)
         self.u0, self.u = Function(V, name="u0"), Function(V, name="u")
         self.bcs = DirichletBC(V, 0, "on_boundary")
-        self.mass = w*v*dx
-        self.a = (w*v + DIFFUSION*inner(grad(w), grad(v)))*dx
+        self.mass = w * v * dx
+        self.a = (w * v + DIFFUSION * inner(grad(w), grad(v))) * dx
         # Firedrake is told that the operator is constant; prdp_fem sees it.
-        self.problem = LinearVariationalProblem(self.a, self.u0*v*dx, self.u, bcs=self.bcs, constant_jacobian=True)
+        self.problem = LinearVariationalProblem(
+            self.a, self.u0 * v * dx, self.u, bcs=self.bcs, constant_jacobian=True
+        )
 
     def matrices(self) -> tuple[PETSc.Mat, PETSc.Mat, PETSc.Mat]:
         """A, B and the transpose of B."""
@@ -265,11 +316,20 @@ def heat(case: str, make_mesh: Callable) -> Contest:
             BT.mult(multiplier, gradient)
         return u.array_r, gradient.array_r
 
-    return compare_results(Contest(case, bare.V.dim(), (1, 25), {
-        "stock": stock_bridge(stock_cg(stock.problem), stock.u0, samples),
-        "ours": our_bridge(our_cg(ours.problem), ours.u0, samples),
-        "bare": by_hand,
-    }), bare=1e-12, stock=1e-8)
+    return compare_results(
+        Contest(
+            case,
+            bare.V.dim(),
+            (1, 25),
+            {
+                "stock": stock_bridge(stock_cg(stock.problem), stock.u0, samples),
+                "ours": our_bridge(our_cg(ours.problem), ours.u0, samples),
+                "bare": by_hand,
+            },
+        ),
+        bare=1e-12,
+        stock=1e-8,
+    )
 
 
 def heat_2d(cells: int) -> Contest:
@@ -282,8 +342,9 @@ def heat_3d(cells: int) -> Contest:
 
 # Diffusivity
 # -----------
-# By hand, the operator is assembled, the preconditioner set up, and there are two solves; with the gradient, the linear form
-# that it is is assembled as well.
+# By hand, the operator is assembled, the preconditioner set up, and there are two solves; with the
+# gradient, the linear form that it is is assembled as well.
+
 
 class DiffusivityStep:
     def __init__(self, cells: int):
@@ -292,8 +353,8 @@ class DiffusivityStep:
         self.kappa = Function(V, name="kappa").assign(1)
         self.u = Function(V, name="u")
         self.bcs = DirichletBC(V, 0, "on_boundary")
-        self.a = (w*v + DIFFUSION*self.kappa*inner(grad(w), grad(v)))*dx
-        self.L = smooth(V)*v*dx
+        self.a = (w * v + DIFFUSION * self.kappa * inner(grad(w), grad(v))) * dx
+        self.L = smooth(V) * v * dx
         self.problem = LinearVariationalProblem(self.a, self.L, self.u, bcs=self.bcs)
 
 
@@ -325,20 +386,30 @@ def diffusivity(cells: int) -> Contest:
         gradient_assembler.assemble(tensor=gradient)
         return u.dat.data_ro, gradient.dat.data_ro
 
-    return compare_results(Contest("diffusivity", bare.V.dim(), (1,), {
-        "stock": stock_bridge(stock_cg(stock.problem), stock.kappa, samples),
-        "ours": our_bridge(our_cg(ours.problem), ours.kappa, samples),
-        "bare": by_hand,
-        "bare with gradient": by_hand_with_gradient,
-    }), bare=1e-12, stock=1e-8)
+    return compare_results(
+        Contest(
+            "diffusivity",
+            bare.V.dim(),
+            (1,),
+            {
+                "stock": stock_bridge(stock_cg(stock.problem), stock.kappa, samples),
+                "ours": our_bridge(our_cg(ours.problem), ours.kappa, samples),
+                "bare": by_hand,
+                "bare with gradient": by_hand_with_gradient,
+            },
+        ),
+        bare=1e-12,
+        stock=1e-8,
+    )
 
 
 # Burgers
 # -------
 # Converged, and with one Newton step of ten iterations.
 #
-# By hand, there are Firedrake's own Newton iteration, off the tape, and one solve with the transposed Jacobian, which is
-# assembled for it; with the gradient, its linear form as well. Newton's iteration starts from zero.
+# By hand, there are Firedrake's own Newton iteration, off the tape, and one solve with the
+# transposed Jacobian, which is assembled for it; with the gradient, its linear form as well.
+# Newton's iteration starts from zero.
 
 VISCOSITY, TIME_STEP = 1e-2, 0.05
 
@@ -349,7 +420,10 @@ class BurgersStep:
         v = TestFunction(V)
         u0, u = self.u0, self.u = Function(V, name="u0"), Function(V, name="u")
         self.bcs = DirichletBC(V, 0, "on_boundary")
-        self.F = (inner(u - u0, v) + TIME_STEP*(inner(dot(u, nabla_grad(u)), v) + VISCOSITY*inner(grad(u), grad(v))))*dx
+        self.F = (
+            inner(u - u0, v)
+            + TIME_STEP * (inner(dot(u, nabla_grad(u)), v) + VISCOSITY * inner(grad(u), grad(v)))
+        ) * dx
         self.problem = NonlinearVariationalProblem(self.F, u, bcs=self.bcs)
 
 
@@ -358,14 +432,25 @@ def burgers(cells: int) -> Contest:
 
 
 def burgers_one_step(cells: int) -> Contest:
-    return nonlinear("Burgers, one step", cells, ONE_STEP, {**ONE_STEP, **BY_OPTIONS},
-                     FixedRefinement(NewtonSteps(1, Iterations(ITERATIONS, FLOOR))), rtol=FLOOR, max_it=ITERATIONS)
+    return nonlinear(
+        "Burgers, one step",
+        cells,
+        ONE_STEP,
+        {**ONE_STEP, **BY_OPTIONS},
+        FixedRefinement(NewtonSteps(1, Iterations(ITERATIONS, FLOOR))),
+        rtol=FLOOR,
+        max_it=ITERATIONS,
+    )
 
 
-def nonlinear(case: str, cells: int, parameters: dict, stock_parameters: dict, refinement, **tolerances) -> Contest:
+def nonlinear(
+    case: str, cells: int, parameters: dict, stock_parameters: dict, refinement, **tolerances
+) -> Contest:
     stock, ours, bare = (BurgersStep(cells) for _ in range(3))
     x, y = SpatialCoordinate(bare.V.mesh())
-    flow = Function(bare.V).interpolate(as_vector([sin(pi*x)*sin(2*pi*y), sin(2*pi*x)*sin(pi*y)]))
+    flow = Function(bare.V).interpolate(
+        as_vector([sin(pi * x) * sin(2 * pi * y), sin(2 * pi * x) * sin(pi * y)])
+    )
     samples = torch.from_numpy(np.stack([flow.dat.data_ro.ravel(), -flow.dat.data_ro.ravel()]))
 
     u0, u, multiplier, gradient = bare.u0, bare.u, Function(bare.V), Cofunction(bare.V.dual())
@@ -392,20 +477,34 @@ def nonlinear(case: str, cells: int, parameters: dict, stock_parameters: dict, r
         gradient_assembler.assemble(tensor=gradient)
         return u.dat.data_ro.ravel(), gradient.dat.data_ro.ravel()
 
-    stock_solver = firedrake.NonlinearVariationalSolver(stock.problem, solver_parameters=stock_parameters)
-    our_solver = prdp_fem.NonlinearVariationalSolver(ours.problem, solver_parameters=parameters, refinement=refinement)
-    return compare_results(Contest(case, bare.V.dim(), (1,), {
-        "stock": stock_bridge(stock_solver, stock.u0, samples),
-        "ours": our_bridge(our_solver, ours.u0, samples),
-        "bare": by_hand,
-        "bare with gradient": by_hand_with_gradient,
-    }), bare=1e-6, stock=1e-6)
+    stock_solver = firedrake.NonlinearVariationalSolver(
+        stock.problem, solver_parameters=stock_parameters
+    )
+    our_solver = prdp_fem.NonlinearVariationalSolver(
+        ours.problem, solver_parameters=parameters, refinement=refinement
+    )
+    return compare_results(
+        Contest(
+            case,
+            bare.V.dim(),
+            (1,),
+            {
+                "stock": stock_bridge(stock_solver, stock.u0, samples),
+                "ours": our_bridge(our_solver, ours.u0, samples),
+                "bare": by_hand,
+                "bare with gradient": by_hand_with_gradient,
+            },
+        ),
+        bare=1e-6,
+        stock=1e-6,
+    )
 
 
 # A time loop
 # -----------
-# J = ∫u² dx after so many steps. By hand, there are a product and a solve for each step, forward and backward. From the first
-# step on u is zero at the boundary, which therefore has no part in the mass matrix but in the derivative by the initial value.
+# J = ∫u² dx after so many steps. By hand, there are a product and a solve for each step, forward
+# and backward. From the first step on u is zero at the boundary, which therefore has no part in the
+# mass matrix but in the derivative by the initial value.
 
 STEPS = 100
 
@@ -417,7 +516,7 @@ def on_tape(step: HeatStep, solver) -> Contestant:
         for _ in range(STEPS):
             solver.solve()
             step.u0.assign(step.u)
-        functional = ReducedFunctional(assemble(step.u*step.u*dx), Control(initial))
+        functional = ReducedFunctional(assemble(step.u * step.u * dx), Control(initial))
 
     def run(_):
         J = functional(initial)
@@ -450,13 +549,23 @@ def loop(cells: int) -> Contest:
             (mass if remaining else BT).mult(multiplier, b)
         return J, b.array_r
 
-    # Stock's steps start from the temperature before them and its adjoint steps from the adjoint after them, ours and those by
-    # hand from zero: after ten iterations they are as near to each other as they are to convergence.
-    return compare_results(Contest(f"{STEPS} heat steps", bare.V.dim(), (1,), {
-        "stock": on_tape(stock, stock_cg(stock.problem)),
-        "ours": on_tape(ours, our_cg(ours.problem)),
-        "bare": by_hand,
-    }), bare=1e-10, stock=1e-2)
+    # Stock's steps start from the temperature before them and its adjoint steps from the adjoint
+    # after them, ours and those by hand from zero: after ten iterations they are as near to each
+    # other as they are to convergence.
+    return compare_results(
+        Contest(
+            f"{STEPS} heat steps",
+            bare.V.dim(),
+            (1,),
+            {
+                "stock": on_tape(stock, stock_cg(stock.problem)),
+                "ours": on_tape(ours, our_cg(ours.problem)),
+                "bare": by_hand,
+            },
+        ),
+        bare=1e-10,
+        stock=1e-2,
+    )
 
 
 # Measuring
@@ -474,16 +583,16 @@ def elapsed(function: Callable, *arguments) -> float:
 def measure(contest: Contest, batch: int, repetitions: int) -> dict[str, list[float]]:
     """Seconds per sample of each contestant, in each repetition.
 
-    What is too short for the clock is done several times over. Stock does one sample after the other whatever the batch, so
-    where a batch takes it long, a part of the batch tells as much.
+    What is too short for the clock is done several times over. Stock does one sample after the
+    other whatever the batch, so where a batch takes it long, a part of the batch tells as much.
     """
     samples, calls, slices = {}, {}, {}
     for name, contestant in contest.contestants.items():
-        affordable = max(1, int(LONGEST/elapsed(contestant, slice(0, 1))))
+        affordable = max(1, int(LONGEST / elapsed(contestant, slice(0, 1))))
         samples[name] = min(batch, affordable) if name == "stock" else batch
         slices[name] = contest.slices(samples[name])
         contestant(next(slices[name]))
-        calls[name] = math.ceil(SHORTEST/elapsed(contestant, next(slices[name])))
+        calls[name] = math.ceil(SHORTEST / elapsed(contestant, next(slices[name])))
 
     def several_times(name):
         for _ in range(calls[name]):
@@ -495,14 +604,14 @@ def measure(contest: Contest, batch: int, repetitions: int) -> dict[str, list[fl
             # As timeit does: else one contestant pays for the garbage of another.
             gc.collect()
             gc.disable()
-            measured.append(elapsed(several_times, name)/(calls[name]*samples[name]))
+            measured.append(elapsed(several_times, name) / (calls[name] * samples[name]))
             gc.enable()
     return seconds
 
 
 def row(contest: Contest, batch: int, seconds: dict[str, list[float]]) -> dict:
     """One row of the table: medians in milliseconds per sample, and their ratios."""
-    median = {name: 1e3*statistics.median(measured) for name, measured in seconds.items()}
+    median = {name: 1e3 * statistics.median(measured) for name, measured in seconds.items()}
     with_gradient = median.get("bare with gradient")
     return {
         "case": contest.case,
@@ -511,10 +620,10 @@ def row(contest: Contest, batch: int, seconds: dict[str, list[float]]) -> dict:
         "stock_ms": median["stock"],
         "ours_ms": median["ours"],
         "bare_ms": median["bare"],
-        "stock_over_ours": median["stock"]/median["ours"],
-        "ours_over_bare": median["ours"]/median["bare"],
+        "stock_over_ours": median["stock"] / median["ours"],
+        "ours_over_bare": median["ours"] / median["bare"],
         "bare_with_gradient_ms": with_gradient,
-        "ours_over_bare_with_gradient": with_gradient and median["ours"]/with_gradient,
+        "ours_over_bare_with_gradient": with_gradient and median["ours"] / with_gradient,
         "seconds": seconds,
     }
 
@@ -538,29 +647,58 @@ COLUMNS = {
 
 def table(rows: list[dict]) -> str:
     """A Markdown table."""
-    cells = [list(COLUMNS)] + [["" if row[key] is None else format(row[key], form) for key, form in COLUMNS.values()] for row in rows]
+    cells = [list(COLUMNS)] + [
+        ["" if row[key] is None else format(row[key], form) for key, form in COLUMNS.values()]
+        for row in rows
+    ]
     widths = [max(map(len, column)) for column in zip(*cells)]
-    align = [str.ljust] + [str.rjust]*(len(widths) - 1)
-    lines = ["| " + " | ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)) + " |" for line in cells]
-    rule = "| " + " | ".join("-"*(width - (pad is str.rjust)) + ":"*(pad is str.rjust) for pad, width in zip(align, widths)) + " |"
+    align = [str.ljust] + [str.rjust] * (len(widths) - 1)
+    lines = [
+        "| " + " | ".join(pad(cell, width) for pad, cell, width in zip(align, line, widths)) + " |"
+        for line in cells
+    ]
+    rule = (
+        "| "
+        + " | ".join(
+            "-" * (width - (pad is str.rjust)) + ":" * (pad is str.rjust)
+            for pad, width in zip(align, widths)
+        )
+        + " |"
+    )
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-COLOURS = {"stock": "#D55E00", "ours": "#0072B2", "bare": "black"}  # told apart by the colour-blind as well
+# told apart by the colour-blind as well
+COLOURS = {"stock": "#D55E00", "ours": "#0072B2", "bare": "black"}
 LABELS = {"stock": "Firedrake's bridge", "ours": "prdp_fem", "bare": "bare PETSc"}
-BATCHES = {1: {"linestyle": "--", "marker": "o", "markerfacecolor": "white"}, 25: {"linestyle": "-", "marker": "o"}}
+BATCHES = {
+    1: {"linestyle": "--", "marker": "o", "markerfacecolor": "white"},
+    25: {"linestyle": "-", "marker": "o"},
+}
 
 
 def draw(rows: list[dict], path: Path) -> None:
     """Milliseconds per sample against dofs, of the heat steps."""
-    cases = [case for case in ("heat, 2-D", "heat, 3-D") if any(row["case"] == case for row in rows)]
-    figure = Figure(figsize=(1.8 + 4.6*len(cases), 4.6), layout="constrained")
+    cases = [
+        case for case in ("heat, 2-D", "heat, 3-D") if any(row["case"] == case for row in rows)
+    ]
+    figure = Figure(figsize=(1.8 + 4.6 * len(cases), 4.6), layout="constrained")
     panels = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
     for axes, case in zip(panels, cases):
         for name, colour in COLOURS.items():
             for batch, style in BATCHES.items():
-                points = sorted((row["dofs"], row[f"{name}_ms"]) for row in rows if row["case"] == case and row["batch"] == batch)
-                axes.loglog(*zip(*points), color=colour, markersize=5, label=f"{LABELS[name]}, {size(batch)}", **style)
+                points = sorted(
+                    (row["dofs"], row[f"{name}_ms"])
+                    for row in rows
+                    if row["case"] == case and row["batch"] == batch
+                )
+                axes.loglog(
+                    *zip(*points),
+                    color=colour,
+                    markersize=5,
+                    label=f"{LABELS[name]}, {size(batch)}",
+                    **style,
+                )
         axes.set(xlabel="dofs", title=case.replace("heat, ", "Heat step, "))
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("milliseconds per sample")
@@ -575,6 +713,7 @@ def size(batch: int) -> str:
 
 # The command line
 # ----------------
+
 
 @dataclass
 class Series:
@@ -599,16 +738,43 @@ def count(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0],
-                                     epilog="Options for PETSc, such as -log_view, go into the environment variable PETSC_OPTIONS.")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all of them")
-    parser.add_argument("--cells", nargs="+", type=count, metavar="N",
-                        help="cells along a side of the square, for all cases chosen, instead of each case's own; without the cube")
-    parser.add_argument("--repetitions", type=count, metavar="N",
-                        help="how often each contestant has its turn (default: 20, and 3 with --quick)")
-    parser.add_argument("--quick", action="store_true", help="only the smallest size of each case, and few repetitions")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent/"output", metavar="DIR",
-                        help="where results and the figure are put (default: output beside this script)")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog=(
+            "Options for PETSc, such as -log_view, go into the environment variable PETSC_OPTIONS."
+        ),
+    )
+    parser.add_argument(
+        "--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all of them"
+    )
+    parser.add_argument(
+        "--cells",
+        nargs="+",
+        type=count,
+        metavar="N",
+        help=(
+            "cells along a side of the square, for all cases chosen, instead of each case's own;"
+            " without the cube"
+        ),
+    )
+    parser.add_argument(
+        "--repetitions",
+        type=count,
+        metavar="N",
+        help="how often each contestant has its turn (default: 20, and 3 with --quick)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="only the smallest size of each case, and few repetitions",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).resolve().parent / "output",
+        metavar="DIR",
+        help="where results and the figure are put (default: output beside this script)",
+    )
     arguments = parser.parse_args()
     if firedrake.COMM_WORLD.size > 1:
         parser.error("this compares one core with one core: run it without mpiexec")
@@ -623,32 +789,49 @@ def main() -> None:
     for case in arguments.cases:
         for series in CASES[case]:
             if arguments.cells:
-                work += [(series.make, cells) for cells in arguments.cells if series.make is not heat_3d]
+                work += [
+                    (series.make, cells) for cells in arguments.cells if series.make is not heat_3d
+                ]
             else:
-                work += [(series.make, cells) for cells in series.cells[:1 if arguments.quick else None]]
+                work += [
+                    (series.make, cells) for cells in series.cells[: 1 if arguments.quick else None]
+                ]
 
     rows = []
     bar = tqdm(work, unit="size")
     for make, cells in bar:
         bar.set_description(f"{make.__name__} {cells}")
         contest = make(cells)
-        rows += [row(contest, batch, measure(contest, batch, repetitions)) for batch in contest.batches]
+        rows += [
+            row(contest, batch, measure(contest, batch, repetitions)) for batch in contest.batches
+        ]
 
     processor = machine(1)["processor"]
-    print(f"\nMilliseconds per sample, forward and backward: medians of {repetitions} repetitions on one core of {processor}\n")
+    print(
+        f"\nMilliseconds per sample, forward and backward: medians of {repetitions} repetitions on"
+        f" one core of {processor}\n"
+    )
     print(table(rows), end="\n\n")
     results = {
         "processor": processor,
-        "versions": {name: version(name) for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")}
-        | {"petsc": ".".join(map(str, PETSc.Sys.getVersion())), "python": platform.python_version()},
+        "versions": (
+            {
+                name: version(name)
+                for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy")
+            }
+            | {
+                "petsc": ".".join(map(str, PETSc.Sys.getVersion())),
+                "python": platform.python_version(),
+            }
+        ),
         "repetitions": repetitions,
         "rows": rows,
     }
-    (arguments.output/"operator_overhead.md").write_text(table(rows) + "\n")
-    (arguments.output/"operator_overhead.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output / "operator_overhead.md").write_text(table(rows) + "\n")
+    (arguments.output / "operator_overhead.json").write_text(json.dumps(results, indent=1) + "\n")
     saved = "operator_overhead.json is"
     if any(row["case"].startswith("heat") for row in rows):
-        draw(rows, arguments.output/"operator_overhead.png")
+        draw(rows, arguments.output / "operator_overhead.png")
         saved = "operator_overhead.json and operator_overhead.png are"
     print(f"{saved} in {os.path.relpath(arguments.output)}")
 

@@ -1,4 +1,5 @@
-"""Where data goes: the calls within prdp_fem that a solve or a derivative makes, and those from one file to another.
+"""Where data goes: the calls within prdp_fem that a solve or a derivative makes, and those from one
+file to another.
 
 A trip that crosses few files is one that a reader can follow. Each is made a few times before it is
 counted, so that what is made once, such as forms, is made; on one rank, by a batch of five samples
@@ -7,6 +8,7 @@ and four iterations each.
     python trips.py                 a table
     python trips.py --show "layer, backward"         and the calls of a trip, one a line
 """
+
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything is imported that starts threads
@@ -52,6 +54,7 @@ CG = {"ksp_type": "cg", "pc_type": "jacobi"}
 # What is counted
 # ---------------
 
+
 @dataclass
 class Trip:
     """The calls of functions of the package, each with the file that it was called from."""
@@ -94,22 +97,23 @@ class Trip:
 def _file(frame: FrameType) -> str | None:
     """The file of the package that a frame is in; None where it is in none."""
     path = frame.f_code.co_filename
-    return path[len(str(PACKAGE)) + 1:] if path.startswith(f"{PACKAGE}{os.sep}") else None
+    return path[len(str(PACKAGE)) + 1 :] if path.startswith(f"{PACKAGE}{os.sep}") else None
 
 
 # The trips
 # ---------
 
+
 class HeatStep:
-    """An implicit step of heat conduction, whose old temperature and diffusivity may be controls."""
+    """An implicit step of heat conduction, with old temperature and diffusivity as controls."""
 
     def __init__(self):
         V = FunctionSpace(UnitSquareMesh(8, 8), "CG", 1)
         w, v = TrialFunction(V), TestFunction(V)
         self.u0, self.u = Function(V, name="u0"), Function(V, name="u")
         self.kappa = Function(V, name="kappa").assign(1)
-        a = (w*v + 1e-3*self.kappa*inner(grad(w), grad(v)))*dx
-        self.problem = LinearVariationalProblem(a, self.u0*v*dx, self.u)
+        a = (w * v + 1e-3 * self.kappa * inner(grad(w), grad(v))) * dx
+        self.problem = LinearVariationalProblem(a, self.u0 * v * dx, self.u)
 
     def solver(self, **options) -> prdp_fem.LinearVariationalSolver:
         """A solver that makes so many iterations."""
@@ -141,7 +145,7 @@ def on_tape() -> tuple[Trip, Trip]:
     with set_working_tape():
         continue_annotation()
         solver.solve()
-        functional = ReducedFunctional(assemble(step.u**2*dx), Control(step.u0))
+        functional = ReducedFunctional(assemble(step.u**2 * dx), Control(step.u0))
         pause_annotation()
         value = Function(step.u.function_space())
         for number in range(3):

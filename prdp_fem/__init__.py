@@ -5,6 +5,7 @@ light to import. Where Firedrake is there already, that is now. Either is collec
 ``COMM_WORLD``; on several ranks it puts a ``sys.excepthook`` in the place of PyOP2's, by which a
 rank that raises ends the job (see :mod:`prdp_fem.ranks.job`).
 """
+
 import importlib
 import importlib.util
 import sys

@@ -1,4 +1,5 @@
 """What users name in the package itself, all at once: importing this module imports Firedrake."""
+
 # ruff: noqa: E402
 from prdp_fem.release import require_firedrake
 

@@ -2,6 +2,7 @@
 
 Each function returns the value as the package uses it, or raises. This module is pure Python.
 """
+
 from __future__ import annotations
 
 from numbers import Integral, Real
@@ -32,7 +33,7 @@ def shown(value: Any) -> str:
         text = " ".join(repr(value).split())
     except Exception:  # a repr that fails must not hide what is wrong with the value
         return f"a {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN - 1]}…"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 def is_integer(value: Any) -> TypeGuard[int]:
@@ -76,8 +77,9 @@ def fraction(name: str, value: Any, *, allow_zero: bool = False) -> float:
     if not is_real(value):
         raise ValueError(f"{name} must be a number, found {shown(value)}")
     if not (0 < value < 1 or (allow_zero and value == 0)):
-        raise ValueError(f"{name} must lie in {'[0' if allow_zero else '(0'}, 1), found "
-                         f"{shown(value)}")
+        raise ValueError(
+            f"{name} must lie in {'[0' if allow_zero else '(0'}, 1), found {shown(value)}"
+        )
     return float(value)
 
 

@@ -1,4 +1,5 @@
 """What ``prdp-fem doctor`` looks at: whether an installation works, and what it has."""
+
 from __future__ import annotations
 
 import ctypes
@@ -16,7 +17,14 @@ import firedrake
 import mpi4py.MPI
 import numpy as np
 import petsctools
-from firedrake.adjoint import Control, ReducedFunctional, Tape, continue_annotation, pause_annotation, set_working_tape
+from firedrake.adjoint import (
+    Control,
+    ReducedFunctional,
+    Tape,
+    continue_annotation,
+    pause_annotation,
+    set_working_tape,
+)
 from firedrake.petsc import PETSc
 from pyop2.configuration import configuration
 
@@ -28,13 +36,16 @@ from prdp_fem_installation.openblas import candidates, processor
 
 __all__ = ["examine"]
 
-# How far derivatives may be from differences, relative: those of a quadratic functional are exact to rounding.
+# How far derivatives may be from differences, relative: those of a quadratic functional are exact
+# to rounding.
 _AGREEMENT = 1e-6
 # Bytes: a cache line and the largest registers; what PETSc aligns to unasked; a number, at whose
 # multiples the rows of an array begin.
 _CACHE_LINE, _USUAL_ALIGNMENT, _NUMBER = 64, 16, 8
-_WANTED = {"OMP_NUM_THREADS": "PETSc and Firedrake run slower with more than 1",
-           "SCOTCH_PTHREAD_NUMBER": "with more than 1, meshes are partitioned otherwise at each run"}
+_WANTED = {
+    "OMP_NUM_THREADS": "PETSc and Firedrake run slower with more than 1",
+    "SCOTCH_PTHREAD_NUMBER": "with more than 1, meshes are partitioned otherwise at each run",
+}
 
 
 def examine(failed: Sequence[Import] | None = None) -> bool:
@@ -54,37 +65,66 @@ def examine(failed: Sequence[Import] | None = None) -> bool:
     comm = firedrake.COMM_WORLD
     if failed is None:
         failed = [found for found in look() if found.error]
-    PETSc.Sys.Print(f"prdp_fem {version('prdp-fem')} with Python {platform.python_version()} on {comm.size} rank(s)")
+    PETSc.Sys.Print(
+        f"prdp_fem {version('prdp-fem')} with Python {platform.python_version()} on {comm.size}"
+        " rank(s)"
+    )
     fine = True
     for mark, text in _findings(comm, failed):
         PETSc.Sys.Print(f"  {mark:8s}{text}")
         fine = fine and mark != "FAILED"
-    PETSc.Sys.Print("Everything needed works." if fine else "Something does not work: see FAILED above.")
+    PETSc.Sys.Print(
+        "Everything needed works." if fine else "Something does not work: see FAILED above."
+    )
     return fine
 
 
 def _findings(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
     """Marks, and what they are of."""
-    yield "ok", f"Firedrake {version('firedrake')}, petsc4py {version('petsc4py')}, PETSc {'.'.join(map(str, PETSc.Sys.getVersion()))}"
+    yield (
+        "ok",
+        (
+            f"Firedrake {version('firedrake')}, petsc4py {version('petsc4py')}, PETSc"
+            f" {'.'.join(map(str, PETSc.Sys.getVersion()))}"
+        ),
+    )
     vendor, number = mpi4py.MPI.get_vendor()
     yield "ok", f"{vendor} {'.'.join(map(str, number))}"
     unusable = _said_once(comm, [(found.mark, str(found)) for found in failed])
     yield from unusable
     if not any("torch" in text.split()[0] for _, text in unusable):
         torch = importlib.import_module("torch")
-        yield "ok", f"torch {torch.__version__}" + (", with a CUDA or HIP device" if torch.cuda.is_available() else "")
+        yield (
+            "ok",
+            f"torch {torch.__version__}"
+            + (", with a CUDA or HIP device" if torch.cuda.is_available() else ""),
+        )
     yield from _said_once(comm, list(_of_blas()))
     folder = configuration["cache_dir"]
     writable = os.access(folder if os.path.isdir(folder) else os.path.dirname(folder), os.W_OK)
-    yield ("ok", f"compiled kernels are kept in {folder}") if writable else (
-        "warning", f"compiled kernels cannot be kept in {folder}: set PYOP2_CACHE_DIR to a folder that you may write to")
+    yield (
+        ("ok", f"compiled kernels are kept in {folder}")
+        if writable
+        else (
+            "warning",
+            (
+                f"compiled kernels cannot be kept in {folder}: set PYOP2_CACHE_DIR to a folder that"
+                " you may write to"
+            ),
+        )
+    )
     for name, why in _WANTED.items():
         if os.environ.get(name) != "1":
             yield "warning", f"{name} is not 1: {why}"
     damaged = from_first_rank(comm, _damaged_kernels)
     if damaged:
-        yield "FAILED", (f"{len(damaged)} compiled kernels are damaged, such as {damaged[0]}: remove "
-                         "them, or all by firedrake-clean, and they are compiled again")
+        yield (
+            "FAILED",
+            (
+                f"{len(damaged)} compiled kernels are damaged, such as {damaged[0]}: remove "
+                "them, or all by firedrake-clean, and they are compiled again"
+            ),
+        )
         yield "-", "nothing is solved, as a damaged kernel can end the process"
         return
     yield _tried("solves on the host, and their derivatives", lambda: _solve(HOST))
@@ -92,12 +132,20 @@ def _findings(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
         # What is missing on one rank is used by none, as solves are collective.
         missing = next(filter(None, firedrake.COMM_WORLD.allgather(failure(device))), None)
         if missing is None:
-            yield _tried(f"solves on {device.name}, and their derivatives", partial(_solve, device.name))
+            yield _tried(
+                f"solves on {device.name}, and their derivatives", partial(_solve, device.name)
+            )
         else:
             yield "-", f"no {device.name}: {missing}"
     others = [device.name for device in DEVICES.values() if not is_built_for(device)]
     if others:
-        yield "-", f"no {', '.join(others)}: this PETSc was built without; docs/gpu.md says how to build one"
+        yield (
+            "-",
+            (
+                f"no {', '.join(others)}: this PETSc was built without; docs/gpu.md says how to"
+                " build one"
+            ),
+        )
 
 
 def _said_once(comm, findings: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -105,7 +153,11 @@ def _said_once(comm, findings: list[tuple[str, str]]) -> list[tuple[str, str]]:
     everywhere = comm.allgather(findings)
     said = list(everywhere[0])
     for rank, others in enumerate(everywhere[1:], start=1):
-        said += [(mark, f"{text} (on rank {rank})") for mark, text in others if (mark, text) not in everywhere[0]]
+        said += [
+            (mark, f"{text} (on rank {rank})")
+            for mark, text in others
+            if (mark, text) not in everywhere[0]
+        ]
     return said
 
 
@@ -115,21 +167,36 @@ def _of_blas() -> Iterator[tuple[str, str]]:
     name = f"OpenBLAS with kernels for {core}" if core else "a BLAS other than OpenBLAS"
     better = candidates(core, *processor()) if core else []
     if better:
-        yield "warning", (f"OpenBLAS takes this processor for a {core}, and does without much of what "
-                          "it has: activate the environment that install.sh makes, or set "
-                          f"OPENBLAS_CORETYPE={better[0]}")
+        yield (
+            "warning",
+            (
+                f"OpenBLAS takes this processor for a {core}, and does without much of what "
+                "it has: activate the environment that install.sh makes, or set "
+                f"OPENBLAS_CORETYPE={better[0]}"
+            ),
+        )
     alignment = int(petsctools.get_petscconf_h().get("MEMALIGN", _USUAL_ALIGNMENT))
     memory = f"PETSc's memory is aligned to {alignment} bytes"
     if not _sums_differ(_NUMBER):
         yield "ok", f"{name}, whose sums do not depend on where an array lies in memory; {memory}"
     elif not _sums_differ(alignment):
-        yield "ok", (f"{name}, whose sums depend on where an array lies in memory; {memory}, "
-                     "where they are the same each time")
+        yield (
+            "ok",
+            (
+                f"{name}, whose sums depend on where an array lies in memory; {memory}, "
+                "where they are the same each time"
+            ),
+        )
     else:
-        yield "warning", (f"{name}, whose sums depend on where an array lies in memory; {memory}, "
-                          "which is too little: equal inputs can give results that differ in the "
-                          "last bits; set OPENBLAS_CORETYPE, or build PETSc "
-                          f"--with-memalign={_CACHE_LINE}")
+        yield (
+            "warning",
+            (
+                f"{name}, whose sums depend on where an array lies in memory; {memory}, "
+                "which is too little: equal inputs can give results that differ in the "
+                "last bits; set OPENBLAS_CORETYPE, or build PETSc "
+                f"--with-memalign={_CACHE_LINE}"
+            ),
+        )
 
 
 def _corename(library: ctypes.CDLL) -> str | None:
@@ -145,7 +212,7 @@ def _corename(library: ctypes.CDLL) -> str | None:
 
 
 def _sums_differ(step: int) -> bool:
-    """Whether PETSc's sums of the same numbers differ with their place, in steps of so many bytes."""
+    """Whether PETSc's sums of the same numbers differ with their place, in steps of some bytes."""
     generator = np.random.default_rng(1)
     for size in (100, 1001):
         x, y = generator.standard_normal((2, size))
@@ -161,9 +228,9 @@ def _sums_differ(step: int) -> bool:
 @contextmanager
 def _placed(values: np.ndarray, offset: int) -> Iterator[PETSc.Vec]:
     """A vector of these values, so many bytes after the beginning of a cache line."""
-    room = np.zeros(values.nbytes + 2*_CACHE_LINE, dtype=np.uint8)
+    room = np.zeros(values.nbytes + 2 * _CACHE_LINE, dtype=np.uint8)
     start = -room.ctypes.data % _CACHE_LINE + offset
-    array = room[start:start + values.nbytes].view(values.dtype)
+    array = room[start : start + values.nbytes].view(values.dtype)
     array[:] = values
     vector = PETSc.Vec().createWithArray(array, comm=PETSc.COMM_SELF)
     try:
@@ -173,7 +240,7 @@ def _placed(values: np.ndarray, offset: int) -> Iterator[PETSc.Vec]:
 
 
 def _damaged_kernels() -> list[str]:
-    """Compiled kernels in the caches that are empty or end too early, as where the disk was full."""
+    """Compiled kernels in the caches that are empty or end too early, as on a full disk."""
     caches = {configuration["cache_dir"]}
     if "FIREDRAKE_TSFC_KERNEL_CACHE_DIR" in os.environ:
         caches.add(os.environ["FIREDRAKE_TSFC_KERNEL_CACHE_DIR"])
@@ -199,9 +266,9 @@ def _is_whole_library(path: Path) -> bool:
         if len(head) < 64 or head[4] != 2:
             return len(head) == 64
         order = "<" if head[5] == 1 else ">"
-        offset, = struct.unpack_from(f"{order}Q", head, 40)
+        (offset,) = struct.unpack_from(f"{order}Q", head, 40)
         size, count = struct.unpack_from(f"{order}HH", head, 58)
-        return os.fstat(file.fileno()).st_size >= offset + size*count
+        return os.fstat(file.fileno()).st_size >= offset + size * count
 
 
 def _is_whole_pickle(path: Path) -> bool:
@@ -235,24 +302,45 @@ def _solve(device: str) -> str:
             space = firedrake.FunctionSpace(mesh, "CG", 1)
             u, v = firedrake.TrialFunction(space), firedrake.TestFunction(space)
             x, y = firedrake.SpatialCoordinate(mesh)
-            source, solution = firedrake.Function(space).interpolate(x + y**2), firedrake.Function(space)
-            form = (firedrake.inner(firedrake.grad(u), firedrake.grad(v)) + u*v)*firedrake.dx
-            problem = firedrake.LinearVariationalProblem(form, source*v*firedrake.dx, solution)
-            solver = LinearVariationalSolver(problem, device=device, solver_parameters={"ksp_type": "cg", "pc_type": "jacobi",
-                                                                                      "ksp_rtol": 1e-12})
+            source, solution = (
+                firedrake.Function(space).interpolate(x + y**2),
+                firedrake.Function(space),
+            )
+            form = (firedrake.inner(firedrake.grad(u), firedrake.grad(v)) + u * v) * firedrake.dx
+            problem = firedrake.LinearVariationalProblem(form, source * v * firedrake.dx, solution)
+            solver = LinearVariationalSolver(
+                problem,
+                device=device,
+                solver_parameters={"ksp_type": "cg", "pc_type": "jacobi", "ksp_rtol": 1e-12},
+            )
             solver.solve()
-            reduced = ReducedFunctional(firedrake.assemble(solution**2*firedrake.dx), Control(source))
+            reduced = ReducedFunctional(
+                firedrake.assemble(solution**2 * firedrake.dx), Control(source)
+            )
             gradient = reduced.derivative(apply_riesz=False)
-            residual = firedrake.assemble(firedrake.action(form, solution) - source*v*firedrake.dx)
-            error = residual.dat.norm/firedrake.assemble(source*v*firedrake.dx).dat.norm
-            direction = firedrake.Function(space).interpolate(firedrake.cos(3*x))
+            residual = firedrake.assemble(
+                firedrake.action(form, solution) - source * v * firedrake.dx
+            )
+            error = residual.dat.norm / firedrake.assemble(source * v * firedrake.dx).dat.norm
+            direction = firedrake.Function(space).interpolate(firedrake.cos(3 * x))
             with firedrake.adjoint.stop_annotating():
-                steps = [reduced(firedrake.Function(space).assign(source + sign*direction)) for sign in (1, -1)]
-            difference, derivative = (steps[0] - steps[1])/2, firedrake.assemble(firedrake.action(gradient, direction))
+                steps = [
+                    reduced(firedrake.Function(space).assign(source + sign * direction))
+                    for sign in (1, -1)
+                ]
+            difference, derivative = (
+                (steps[0] - steps[1]) / 2,
+                firedrake.assemble(firedrake.action(gradient, direction)),
+            )
     finally:
         pause_annotation()
     if not error < _AGREEMENT:
         raise ArithmeticError(f"a solution has a relative residual of {error:.1e}")
     if not np.isclose(derivative, difference, rtol=_AGREEMENT, atol=0):
-        raise ArithmeticError(f"a derivative is {derivative:.12g}, and differences give {difference:.12g}")
-    return f"{solver.statistics.forward_iterations} iterations, {solver.statistics.adjoint_iterations} of adjoint solves"
+        raise ArithmeticError(
+            f"a derivative is {derivative:.12g}, and differences give {difference:.12g}"
+        )
+    return (
+        f"{solver.statistics.forward_iterations} iterations, {solver.statistics.adjoint_iterations}"
+        " of adjoint solves"
+    )

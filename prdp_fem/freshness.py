@@ -5,6 +5,7 @@ It is made anew once that has changed.
 A clock counts changes, and knows when each source of what is kept has changed last. Whoever changes
 a source tells the clock, on all ranks alike; nobody else has to know what was made from it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable

@@ -1,4 +1,7 @@
-"""The record of a training run: what each outer iteration achieved, and what all of them have cost so far."""
+"""The record of a training run: what each outer iteration achieved, and what all of them have cost
+so far.
+"""
+
 from __future__ import annotations
 
 import time
@@ -24,7 +27,8 @@ def _is_amount(value, kinds: tuple[type, ...]) -> bool:
 
 @dataclass
 class History:
-    """Outer iterations of a training run, oldest first: lists of equal length, made of plain numbers so that JSON takes them.
+    """Outer iterations of a training run, oldest first: lists of equal length, made of plain
+    numbers so that JSON takes them.
 
     Attributes
     ----------
@@ -67,18 +71,21 @@ class History:
             kinds = (int, float) if is_real else (int,)
             values = entries[name]
             if type(values) is not list or not all(_is_amount(value, kinds) for value in values):
-                raise ValueError(f"{name} must be a list of {'' if is_real else 'whole '}numbers of at "
-                                 "least 0")
+                raise ValueError(
+                    f"{name} must be a list of {'' if is_real else 'whole '}numbers of at least 0"
+                )
         if len({len(entries[name]) for name in lists}) > 1 or not entries["metric"]:
             raise ValueError(f"{', '.join(lists)} must have one number for each outer iteration")
         for name in lists:
             if name not in ("metric", "level") and entries[name] != sorted(entries[name]):
                 raise ValueError(f"{name} must not fall, as it is counted from the start")
         settings = entries["settings"]
-        if type(settings) is not dict or not all(level.isdecimal() and type(setting) is str
-                                                 for level, setting in settings.items()):
+        if type(settings) is not dict or not all(
+            level.isdecimal() and type(setting) is str for level, setting in settings.items()
+        ):
             raise ValueError("settings must be texts by level")
-        settings = {int(level): setting for level, setting in settings.items()}  # JSON's keys are texts
+        # JSON's keys are texts
+        settings = {int(level): setting for level, setting in settings.items()}
         return cls(**{**entries, "settings": settings})
 
     def __len__(self) -> int:
@@ -87,26 +94,34 @@ class History:
     @property
     def iterations(self) -> list[int]:
         """KSP iterations since the start, forward and adjoint."""
-        return [forward + adjoint for forward, adjoint in zip(self.forward_iterations, self.adjoint_iterations)]
+        return [
+            forward + adjoint
+            for forward, adjoint in zip(self.forward_iterations, self.adjoint_iterations)
+        ]
 
     @property
     def iterations_per_solve(self) -> np.ndarray:
-        """KSP iterations per linear or nonlinear solve in each outer iteration, forward and adjoint.
+        """KSP iterations per linear or nonlinear solve in each outer iteration, forward and
+        adjoint.
 
-        Where an outer iteration has made no solves, since an optimiser has converged, that of the one before.
+        Where an outer iteration has made no solves, since an optimiser has converged, that of the
+        one before.
         """
         solves = np.diff(np.add(self.solves, self.adjoint_solves), prepend=0)
-        per_solve = np.diff(self.iterations, prepend=0)/np.maximum(solves, 1)
+        per_solve = np.diff(self.iterations, prepend=0) / np.maximum(solves, 1)
         return per_solve[np.maximum.accumulate(np.where(solves > 0, np.arange(len(solves)), 0))]
 
     def record(self, metric: float, refinement: Refinement, account: Account) -> None:
-        """Note an outer iteration; to be called before ``refinement.step(metric)``, on all ranks."""
+        """Note an outer iteration, on all ranks and before ``refinement.step(metric)``."""
         instance("refinement", refinement, Refinement, "a Refinement")
         instance("account", account, Account, "an Account")
         metric = checked_metric(metric)
         self.settings[int(refinement.level)] = str(refinement.setting)
-        for name, value in {"metric": metric, "level": int(refinement.level),
-                            **account.spent()}.items():
+        for name, value in {
+            "metric": metric,
+            "level": int(refinement.level),
+            **account.spent(),
+        }.items():
             getattr(self, name).append(value)
 
 
@@ -123,7 +138,9 @@ class Account:
         One rank of each member of an ensemble, whose counts are added up.
     """
 
-    def __init__(self, solvers: Iterable, comm: MPI.Comm = MPI.COMM_SELF, members: MPI.Comm = MPI.COMM_SELF):
+    def __init__(
+        self, solvers: Iterable, comm: MPI.Comm = MPI.COMM_SELF, members: MPI.Comm = MPI.COMM_SELF
+    ):
         for name, one in (("comm", comm), ("members", members)):
             instance(name, one, MPI.Comm, "a communicator of mpi4py's, such as mesh.comm")
         instance("solvers", solvers, Iterable, "a list of solvers of prdp_fem's")
@@ -133,7 +150,10 @@ class Account:
         self._start = time.perf_counter()
 
     def _sums(self) -> dict[str, float]:
-        return {name: sum(getattr(statistics, name) for statistics in self._statistics) for name in (*_COUNTS, "seconds")}
+        return {
+            name: sum(getattr(statistics, name) for statistics in self._statistics)
+            for name in (*_COUNTS, "seconds")
+        }
 
     def spent(self) -> dict[str, float]:
         """Counts, ``solver_seconds`` and ``seconds`` so far."""
@@ -151,6 +171,7 @@ class Account:
 def _statistics_of(solver) -> Statistics:
     statistics = getattr(solver, "statistics", None)
     if not isinstance(statistics, Statistics):
-        raise TypeError(f"solvers must be those of prdp_fem, which count what they do, found "
-                        f"{shown(solver)}")
+        raise TypeError(
+            f"solvers must be those of prdp_fem, which count what they do, found {shown(solver)}"
+        )
     return statistics

@@ -2,6 +2,7 @@
 
 Where there is none, or it fails, one sentence says why.
 """
+
 from __future__ import annotations
 
 import importlib
@@ -51,8 +52,10 @@ def require_firedrake() -> None:
         difference = _difference()
         if not difference:
             raise
-        raise ImportError(f"prdp_fem works with Firedrake {TESTED}, and {difference} and lacks what "
-                          f"it needs ({error}): install firedrake=={TESTED}.*") from None
+        raise ImportError(
+            f"prdp_fem works with Firedrake {TESTED}, and {difference} and lacks what "
+            f"it needs ({error}): install firedrake=={TESTED}.*"
+        ) from None
 
 
 def _import_firedrake() -> None:
@@ -67,15 +70,19 @@ def _import_firedrake() -> None:
 
 
 def _absent() -> ImportError:
-    return ImportError(f"prdp_fem needs Firedrake {TESTED}, and there is none in {sys.prefix}: "
-                       "activate the environment that has one, or make one by prdp_fem's "
-                       "install.sh")
+    return ImportError(
+        f"prdp_fem needs Firedrake {TESTED}, and there is none in {sys.prefix}: "
+        "activate the environment that has one, or make one by prdp_fem's "
+        "install.sh"
+    )
 
 
 def _broken(error: Exception) -> ImportError:
     message = (str(error).strip().splitlines() or [""])[0]
-    return ImportError("prdp_fem needs Firedrake, which cannot be imported here "
-                       f"({type(error).__name__}: {message}): 'prdp-fem doctor' says what works")
+    return ImportError(
+        "prdp_fem needs Firedrake, which cannot be imported here "
+        f"({type(error).__name__}: {message}): 'prdp-fem doctor' says what works"
+    )
 
 
 def _difference() -> str:
@@ -85,6 +92,7 @@ def _difference() -> str:
     """
     # Not above: it takes longer to be imported than all that is pure Python here.
     from importlib.metadata import PackageNotFoundError, version
+
     try:
         release = version("firedrake")
         found = [int(part) for part in release.split(".")[:2]]

@@ -1,4 +1,5 @@
 """Drop-in variational solvers whose KSP follows a refinement."""
+
 from __future__ import annotations
 
 from abc import abstractmethod
@@ -69,13 +70,17 @@ from prdp_fem.taped_objects import TapedMeshes
 __all__ = ["RefinedSolver", "control", "refinement_from_options"]  # as that of the package
 
 # The options that name preconditioners and nonlinear solvers, and what is known of these.
-_NAMED = {"pc_type": ("pc_type", "pc_composite_pcs"),
-          "snes_type": ("snes_type", "snes_composite_sneses")}
+_NAMED = {
+    "pc_type": ("pc_type", "pc_composite_pcs"),
+    "snes_type": ("snes_type", "snes_composite_sneses"),
+}
 _FACTS = {"pc_type": pc_facts, "snes_type": snes_facts}
 
 
 class RefinedSolver:
-    """What the linear and the nonlinear solver have in common; in front of Firedrake's class among their bases."""
+    """What the linear and the nonlinear solver have in common; in front of Firedrake's class among
+    their bases.
+    """
 
     _problem_type: type
     # How solves are differentiated, by the kind of differentiation.
@@ -87,14 +92,26 @@ class RefinedSolver:
     # What was set on its KSP by hand then.
     _set_by_hand: SetByHand | None = None
 
-    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
-                 differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = False, ksp_prefix: str | None = None,
-                 device: str | None = None, **kwargs):
+    def __init__(
+        self,
+        problem: NonlinearVariationalProblem,
+        *,
+        refinement: Refinement | None = None,
+        differentiation: str | Implicit | Unrolled = "implicit",
+        warm_start: bool = False,
+        ksp_prefix: str | None = None,
+        device: str | None = None,
+        **kwargs,
+    ):
         if complex_mode:
-            raise ValueError("this PETSc was configured for complex scalars, and prdp_fem differentiates real solves only: use an "
-                             "installation with real scalars")
+            raise ValueError(
+                "this PETSc was configured for complex scalars, and prdp_fem differentiates real"
+                " solves only: use an installation with real scalars"
+            )
         if not isinstance(problem, NonlinearVariationalProblem):
-            raise TypeError(f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}")
+            raise TypeError(
+                f"expected a {self._problem_type.__name__}, found a {type(problem).__name__}"
+            )
         given = {}
 
         def look() -> list[str]:
@@ -109,17 +126,31 @@ class RefinedSolver:
             check_numbers(given, f"the solver for '{problem.u.name()}'")
             refuse_persistent(given)
             # Without the prefix: one that Firedrake has chosen need not be the same on all ranks.
-            passed = [name for name, value in kwargs.items()
-                      if value is not None and name != "options_prefix"]
-            return [type(self).__name__, asked, f"{self._differentiation}",
-                    f"warm_start {bool(warm_start)}", f"ksp_prefix {ksp_prefix}", *sorted(passed),
-                    *(option_in_words(name, given[name]) for name in sorted(given))]
+            passed = [
+                name
+                for name, value in kwargs.items()
+                if value is not None and name != "options_prefix"
+            ]
+            return [
+                type(self).__name__,
+                asked,
+                f"{self._differentiation}",
+                f"warm_start {bool(warm_start)}",
+                f"ksp_prefix {ksp_prefix}",
+                *sorted(passed),
+                *(option_in_words(name, given[name]) for name in sorted(given)),
+            ]
 
         agree(problem.u.function_space().mesh().comm, look, "arguments of a solver")
         check_bases(kwargs)
         code = users_code(given)
-        # Firedrake keeps the state that it solves for in there, too: that of a solver which was there before is not this one's.
-        appctx = {key: value for key, value in (kwargs.get("appctx") or {}).items() if value is not problem.u}
+        # Firedrake keeps the state that it solves for in there, too: that of a solver which was
+        # there before is not this one's.
+        appctx = {
+            key: value
+            for key, value in (kwargs.get("appctx") or {}).items()
+            if value is not problem.u
+        }
         told, named = coefficients_in([appctx, code, kwargs.get("post_jacobian_callback")])
         forms = self._take_apart(problem, [*told, *named])
         self._callbacks = self._take_callbacks(kwargs)
@@ -128,12 +159,15 @@ class RefinedSolver:
         try:
             super().__init__(forms.problem, **kwargs)
         except PETSc.Error as error:
-            raise ValueError(f"PETSc refuses the solver parameters for '{problem.u.name()}': "
-                             f"{str(error).splitlines()[-1].partition('] ')[2]}") from None
+            raise ValueError(
+                f"PETSc refuses the solver parameters for '{problem.u.name()}': "
+                f"{str(error).splitlines()[-1].partition('] ')[2]}"
+            ) from None
         if self._predecessor is not None:
             self._take_over(self._predecessor)
-        has_null_space = any(kwargs.get(name) is not None
-                             for name in ("nullspace", "transpose_nullspace"))
+        has_null_space = any(
+            kwargs.get(name) is not None for name in ("nullspace", "transpose_nullspace")
+        )
         if has_null_space:
             detect_null_pivots(self)
         assemble_directly(self)
@@ -144,9 +178,16 @@ class RefinedSolver:
         self._changes_pattern = kwargs.get("post_jacobian_callback") is not None
 
         def make_linear_solver(problem, *, is_adjoint=False):
-            options = {name: value for name, value in kwargs.items() if name not in ("post_jacobian_callback", "pre_apply_bcs")}
+            options = {
+                name: value
+                for name, value in kwargs.items()
+                if name not in ("post_jacobian_callback", "pre_apply_bcs")
+            }
             if is_adjoint:
-                options["nullspace"], options["transpose_nullspace"] = kwargs.get("transpose_nullspace"), kwargs.get("nullspace")
+                options["nullspace"], options["transpose_nullspace"] = (
+                    kwargs.get("transpose_nullspace"),
+                    kwargs.get("nullspace"),
+                )
             solver = firedrake.LinearVariationalSolver(problem, **options)
             if has_null_space:
                 detect_null_pivots(solver)
@@ -162,8 +203,11 @@ class RefinedSolver:
         place = Place(memory_of(self._find_device(device)))
         with stop_annotating():
             forward = self._make_forward(forms, make_linear_solver, place)
-        derivative = next(derivative for kind, derivative in self._derivatives.items()
-                          if isinstance(self._differentiation, kind))
+        derivative = next(
+            derivative
+            for kind, derivative in self._derivatives.items()
+            if isinstance(self._differentiation, kind)
+        )
         self.system = SolutionMap(forward, derivative(forward, self._differentiation))
         self._taped_meshes = TapedMeshes(self.system.comm)
         if code or named:
@@ -178,10 +222,12 @@ class RefinedSolver:
             pc_type = ksp.getPC().getType()
             keeps_all = pc_facts(pc_type).is_self_contained or pc_type == PETSc.PC.Type.PYTHON
             if pc_type != by_options.getPC().getType() and not keeps_all:
-                raise ValueError(f"the solver's pc_type {pc_type} was set by hand, and what is inside it "
-                                 "would be lost with what the last solve has left there: put the "
-                                 "solver under control before it solves, or have solver_parameters "
-                                 f"say pc_type {pc_type}")
+                raise ValueError(
+                    f"the solver's pc_type {pc_type} was set by hand, and what is inside it "
+                    "would be lost with what the last solve has left there: put the "
+                    "solver under control before it solves, or have solver_parameters "
+                    f"say pc_type {pc_type}"
+                )
         if not predecessor.snes.getUseEW():  # which changes tolerances as it goes on
             self._set_by_hand = SetByHand(ksp, by_options)
         predecessor.pass_on(self)
@@ -194,7 +240,9 @@ class RefinedSolver:
     def _take_apart(problem, others: Sequence) -> Forms: ...
 
     @abstractmethod
-    def _make_forward(self, forms: Forms, make_linear_solver: Callable, place: Place) -> LinearSolve | NewtonSolve: ...
+    def _make_forward(
+        self, forms: Forms, make_linear_solver: Callable, place: Place
+    ) -> LinearSolve | NewtonSolve: ...
 
     @staticmethod
     def _take_callbacks(kwargs: dict) -> list[Callable]:
@@ -209,7 +257,8 @@ class RefinedSolver:
         """
         raise RuntimeError(
             f"this is the solve() that the solver for '{self.problem.u.name()}' had before it came "
-            "under control, which would leave the solution as it is: call solver.solve() of now")
+            "under control, which would leave the solution as it is: call solver.solve() of now"
+        )
 
     @property
     def refinement(self) -> Refinement | None:
@@ -218,8 +267,12 @@ class RefinedSolver:
 
     @refinement.setter
     def refinement(self, refinement: Refinement | None) -> None:
-        agree(self.system.comm, lambda: refinement_in_words(refinement), "refinements of a solver",
-              "give them comm=, and have all ranks step and set them alike")
+        agree(
+            self.system.comm,
+            lambda: refinement_in_words(refinement),
+            "refinements of a solver",
+            "give them comm=, and have all ranks step and set them alike",
+        )
         if refinement is not None:
             self.system.check_setting(checked_setting(refinement.setting))
             cite()
@@ -251,7 +304,8 @@ class RefinedSolver:
         Raises
         ------
         ValueError
-            For a device that is not there, or that cannot hold the operator. Nothing has changed then.
+            For a device that is not there, or that cannot hold the operator. Nothing has changed
+            then.
         """
         found = self._find_device(device)
         if found != self.system.memory.device:
@@ -263,7 +317,9 @@ class RefinedSolver:
         comm = self.problem.u.function_space().mesh().comm
         if name is None:
             agree(comm, check_option_names, "options")
-            default = self.parameters.get("prdp_device", PETSc.Options().getString("prdp_device", HOST))
+            default = self.parameters.get(
+                "prdp_device", PETSc.Options().getString("prdp_device", HOST)
+            )
             name = PETSc.Options(self.options_prefix).getString("prdp_device", default)
         device = find_device(name, comm)
         obstacle = None if device is None else self._obstacle_to_devices()
@@ -271,24 +327,34 @@ class RefinedSolver:
             return device
         if name == AUTO:
             return None
-        raise ValueError(f"the solver for '{self.problem.u.name()}' cannot be on device '{name}': {obstacle}, or device='cpu'")
+        raise ValueError(
+            f"the solver for '{self.problem.u.name()}' cannot be on device '{name}': {obstacle}, or"
+            " device='cpu'"
+        )
 
     def _obstacle_to_devices(self) -> str | None:
         """What of the solver must be on the host, and what to use instead; None for nothing."""
         if self._changes_pattern:
-            return "its post_jacobian_callback may give the matrix entries in other places, leave it away"
+            return (
+                "its post_jacobian_callback may give the matrix entries in other places, leave it"
+                " away"
+            )
         for operator in operators(self):
             if not is_copied(operator):
                 return f"its operator is of type {operator.getType()}, use mat_type aij"
         own = {"pc_type": self.snes.getKSP().getPC().getType(), "snes_type": self.snes.getType()}
         for option, facts in _FACTS.items():
-            named = (value for name, value in self.parameters.items()
-                     if name.endswith(_NAMED[option]))
+            named = (
+                value for name, value in self.parameters.items() if name.endswith(_NAMED[option])
+            )
             for kinds in (own[option], *named):
-                if kinds is not None and any(facts(kind).works_on_host
-                                             for kind in str(kinds).split(",")):
-                    return (f"{option} {kinds} has vectors go through Firedrake, which is on the "
-                            "host, use another one of PETSc's")
+                if kinds is not None and any(
+                    facts(kind).works_on_host for kind in str(kinds).split(",")
+                ):
+                    return (
+                        f"{option} {kinds} has vectors go through Firedrake, which is on the "
+                        "host, use another one of PETSc's"
+                    )
         return None
 
     @property
@@ -328,26 +394,38 @@ class RefinedSolver:
         Raises
         ------
         firedrake.exceptions.ConvergenceError
-            On NaN, breakdown or divergence, and where a tolerance is not reached. The solution is left as it was, and
-            nothing is put on the tape.
+            On NaN, breakdown or divergence, and where a tolerance is not reached. The solution is
+            left as it was, and nothing is put on the tape.
         ValueError
             Where ranks have come to different settings, on all of them.
         """
         if bounds is not None:
-            raise ValueError(f"the problem for '{self.problem.u.name()}' with bounds is a variational inequality, and not differentiable: "
-                             "solve it with Firedrake's NonlinearVariationalSolver")
+            raise ValueError(
+                f"the problem for '{self.problem.u.name()}' with bounds is a variational"
+                " inequality, and not differentiable: solve it with Firedrake's"
+                " NonlinearVariationalSolver"
+            )
         annotate = annotate_tape(kwargs)
         tag = kwargs.pop("ad_block_tag", self.ad_block_tag)
         if kwargs:
-            raise TypeError(f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}")
+            raise TypeError(
+                f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}"
+            )
         u, setting = self.problem.u, self.system.agreed_setting(self._refinement)
         with stop_annotating():
             point = self.point()
             solution = local_values(u)
-            record, = self.system.solve(point, setting, solution[None])
+            (record,) = self.system.solve(point, setting, solution[None])
         if annotate:
-            block = SolveBlock(self.system, self._taped_meshes, self.problem, self.refinement, record,
-                               warm_start=self.warm_start, ad_block_tag=tag)
+            block = SolveBlock(
+                self.system,
+                self._taped_meshes,
+                self.problem,
+                self.refinement,
+                record,
+                warm_start=self.warm_start,
+                ad_block_tag=tag,
+            )
             get_working_tape().add_block(block)
         with stop_annotating():
             set_local_values(u, solution)
@@ -357,7 +435,8 @@ class RefinedSolver:
         return u
 
     def point(self, without: Sequence[int] = (), *, has_boundary: bool = True) -> Point:
-        """Where the next solve is made: the present values of the user's coefficients, boundary values and guess.
+        """Where the next solve is made: the present values of the user's coefficients, boundary
+        values and guess.
 
         Parameters
         ----------
@@ -377,15 +456,19 @@ class RefinedSolver:
             for callback in self._callbacks:
                 callback(state)
         present = self.system.present
-        return Point(present.inputs(without), present.boundary(self.problem.bcs) if has_boundary else None,
-                     local_values(self.problem.u) if self.warm_start else None)
+        return Point(
+            present.inputs(without),
+            present.boundary(self.problem.bcs) if has_boundary else None,
+            local_values(self.problem.u) if self.warm_start else None,
+        )
 
 
 class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     """Firedrake's :class:`firedrake.LinearVariationalSolver`, with its KSP under a refinement.
 
-    A solve is a function of the problem's coefficients and boundary values: it starts from zero, unless ``warm_start``, and
-    what was solved before makes no difference. It stands on pyadjoint's tape as one block. The symbolic work is done once, here.
+    A solve is a function of the problem's coefficients and boundary values: it starts from zero,
+    unless ``warm_start``, and what was solved before makes no difference. It stands on pyadjoint's
+    tape as one block. The symbolic work is done once, here.
 
     Parameters
     ----------
@@ -394,32 +477,36 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
         Whose ``setting`` is put on the KSP at each solve; None solves as far as the options say.
     differentiation : str, Implicit or Unrolled
         ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward
-        solve. ``"unrolled"``: the exact derivative of the iterate that was computed, for the methods
-        that :mod:`prdp_fem.unrolled` states again; see :class:`Unrolled`.
+        solve. ``"unrolled"``: the exact derivative of the iterate that was computed, for the
+        methods that :mod:`prdp_fem.unrolled` states again; see :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function instead of zero.
     ksp_prefix : str or None
-        Options prefix of the KSP that follows the refinement, without that of the solver: ``""`` for the outermost,
-        ``"fieldsplit_1_"`` or ``"ksp_"`` for one inside the preconditioner. None where only one iterates.
+        Options prefix of the KSP that follows the refinement, without that of the solver: ``""``
+        for the outermost, ``"fieldsplit_1_"`` or ``"ksp_"`` for one inside the preconditioner. None
+        where only one iterates.
     device : str or None
-        Where systems are solved: ``"cuda"``, ``"hip"``, ``"kokkos"`` or ``"opencl"``, which PETSc must have been built for; ``"cpu"``; or
-        ``"auto"`` for a device where there is one that can hold the operator. None is what the option ``prdp_device`` says, among
-        ``solver_parameters`` or in PETSc's options, or else ``"cpu"``. Forms are assembled on the host.
+        Where systems are solved: ``"cuda"``, ``"hip"``, ``"kokkos"`` or ``"opencl"``, which PETSc
+        must have been built for; ``"cpu"``; or ``"auto"`` for a device where there is one that can
+        hold the operator. None is what the option ``prdp_device`` says, among ``solver_parameters``
+        or in PETSc's options, or else ``"cpu"``. Forms are assembled on the host.
     **kwargs
-        As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``, ``transpose_nullspace``,
-        ``near_nullspace``, ``appctx``, ``pre_jacobian_callback``, ``post_jacobian_callback``, ``pre_function_callback``,
-        ``ad_block_tag``.
+        As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``,
+        ``transpose_nullspace``, ``near_nullspace``, ``appctx``, ``pre_jacobian_callback``,
+        ``post_jacobian_callback``, ``pre_function_callback``, ``ad_block_tag``.
 
     Attributes
     ----------
     statistics : prdp_fem.statistics.Statistics
     problem : LinearVariationalProblem
-        What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its own.)
+        What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its
+        own.)
 
     Notes
     -----
-    There is no SNES in a linear solve: its options and monitors have no effect, the KSP's have. Methods that count
-    several products as one iteration (bcgsl, ibcgs, …) may run past the budget, by their own way of counting.
+    There is no SNES in a linear solve: its options and monitors have no effect, the KSP's have.
+    Methods that count several products as one iteration (bcgsl, ibcgs, …) may run past the budget,
+    by their own way of counting.
 
     Firedrake's HybridizationPC and SCPC end the process ("Getri throws nonzero info") where the
     matrix of a cell is singular, as with a coefficient that is zero: give coefficients their values
@@ -428,13 +515,16 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     Raises
     ------
     TypeError, ValueError
-        For a problem that is not linear, conditions or forms that cannot be differentiated, an unknown ``differentiation``,
-        a direct solver under a refinement, one with several iterative KSPs of which none is named, and complex PETSc.
+        For a problem that is not linear, conditions or forms that cannot be differentiated, an
+        unknown ``differentiation``, a direct solver under a refinement, one with several iterative
+        KSPs of which none is named, and complex PETSc.
 
     Examples
     --------
-    >>> solver = LinearVariationalSolver(problem, refinement=ProgressiveRefinement(IterationLadder()),
-    ...                                  solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"})  # doctest: +SKIP
+    >>> solver = LinearVariationalSolver(problem,
+    refinement=ProgressiveRefinement(IterationLadder()),
+    ...                                  solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"})
+    # doctest: +SKIP
     """
 
     _problem_type = LinearVariationalProblem
@@ -442,88 +532,149 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     _take_apart = staticmethod(LinearForms)
     _refused_callbacks = dict.fromkeys(
         ("post_function_callback", "marking_callback"),
-        "a linear solve assembles no residual; put what it adds into the right-hand side, as a Cofunction")
+        "a linear solve assembles no residual; put what it adds into the right-hand side, as a"
+        " Cofunction",
+    )
 
-    def _make_forward(self, forms: LinearForms, make_linear_solver: Callable, place: Place) -> LinearSolve:
+    def _make_forward(
+        self, forms: LinearForms, make_linear_solver: Callable, place: Place
+    ) -> LinearSolve:
         right_hand_side = RightHandSide(forms, place)
-        linearisation = Linearisation(forms, self, make_linear_solver, self._ksp_prefix, place,
-                                      unassembled=right_hand_side.terms.keys())
+        linearisation = Linearisation(
+            forms,
+            self,
+            make_linear_solver,
+            self._ksp_prefix,
+            place,
+            unassembled=right_hand_side.terms.keys(),
+        )
         return LinearSolve(linearisation, right_hand_side)
 
     @staticmethod
     def _take_callbacks(kwargs: dict) -> list[Callable]:
-        return [callback for name in ("pre_function_callback", "pre_jacobian_callback") if (callback := kwargs.pop(name, None)) is not None]
+        return [
+            callback
+            for name in ("pre_function_callback", "pre_jacobian_callback")
+            if (callback := kwargs.pop(name, None)) is not None
+        ]
 
     def invalidate_jacobian(self) -> None:
-        """Have the operator assembled again at the next solve, even if nothing it depends on seems to have changed."""
+        """Have the operator assembled again at the next solve, even if nothing it depends on seems
+        to have changed.
+        """
         self.system.invalidate()
 
 
 class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSolver):
-    """Firedrake's :class:`firedrake.NonlinearVariationalSolver`, with its SNES and KSP under a refinement.
+    """Firedrake's :class:`firedrake.NonlinearVariationalSolver`, with its SNES and KSP under a
+    refinement.
 
-    A setting of a linear solve (:class:`~prdp_fem.Iterations`, :class:`~prdp_fem.Tolerance`) is put on the KSP of each Newton
-    step; :class:`~prdp_fem.NewtonSteps` limits the steps, too. A solve is a function of the problem's coefficients, boundary values
-    and guess. It stands on pyadjoint's tape as one block. Implicitly it is differentiated at the state reached, by the exact derivative
-    of the residual (also where steps are made with another Jacobian, as Picard's are); unrolled, through its Newton steps.
+    A setting of a linear solve (:class:`~prdp_fem.Iterations`, :class:`~prdp_fem.Tolerance`) is put
+    on the KSP of each Newton step; :class:`~prdp_fem.NewtonSteps` limits the steps, too. A solve is
+    a function of the problem's coefficients, boundary values and guess. It stands on pyadjoint's
+    tape as one block. Implicitly it is differentiated at the state reached, by the exact derivative
+    of the residual (also where steps are made with another Jacobian, as Picard's are); unrolled,
+    through its Newton steps.
 
     Parameters
     ----------
     problem : NonlinearVariationalProblem
     refinement : Refinement or None
-        Whose ``setting`` is put on SNES and KSP at each solve; None solves as far as the options say.
+        Whose ``setting`` is put on SNES and KSP at each solve; None solves as far as the options
+        say.
     differentiation : str, Implicit or Unrolled
         ``"implicit"``: the adjoint system is solved by the same KSP with the setting of the forward
-        solve. ``"unrolled"``: the exact derivative of the iterate that was computed, for the methods
-        that :mod:`prdp_fem.unrolled` states again; see :class:`Unrolled`.
+        solve. ``"unrolled"``: the exact derivative of the iterate that was computed, for the
+        methods that :mod:`prdp_fem.unrolled` states again; see :class:`Unrolled`.
     warm_start : bool
         Start from the values of the solution Function, as Firedrake does; False starts from zero.
     ksp_prefix, device
         As in :class:`LinearVariationalSolver`.
     **kwargs
-        As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``, ``transpose_nullspace``,
-        ``near_nullspace``, ``appctx``, ``post_jacobian_callback``, ``pre_apply_bcs``, ``ad_block_tag``.
+        As Firedrake's solver takes them: ``solver_parameters``, ``options_prefix``, ``nullspace``,
+        ``transpose_nullspace``, ``near_nullspace``, ``appctx``, ``post_jacobian_callback``,
+        ``pre_apply_bcs``, ``ad_block_tag``.
 
     Attributes
     ----------
     statistics : prdp_fem.statistics.Statistics
     problem : NonlinearVariationalProblem
-        What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its own.)
+        What was passed. (Firedrake's side of the solver works on a copy whose coefficients are its
+        own.)
 
     Raises
     ------
     TypeError, ValueError
-        For a residual that UFL cannot differentiate, a variational inequality, and as :class:`LinearVariationalSolver`.
+        For a residual that UFL cannot differentiate, a variational inequality, and as
+        :class:`LinearVariationalSolver`.
 
     Examples
     --------
-    >>> ladder = NewtonLadder(start=1, step=1, stop=5, linear=IterationLadder(start=4, step=4, stop=40))  # doctest: +SKIP
+    >>> ladder = NewtonLadder(start=1, step=1, stop=5, linear=IterationLadder(start=4, step=4,
+    stop=40))  # doctest: +SKIP
     >>> solver = NonlinearVariationalSolver(problem, refinement=ProgressiveRefinement(ladder),
-    ...                                     solver_parameters={"ksp_type": "gmres", "pc_type": "jacobi"})  # doctest: +SKIP
+    ...                                     solver_parameters={"ksp_type": "gmres", "pc_type":
+    "jacobi"})  # doctest: +SKIP
     """
 
     _problem_type = NonlinearVariationalProblem
     _derivatives = {Implicit: ImplicitDerivative, Unrolled: UnrolledNewton}
     _take_apart = staticmethod(NonlinearForms)
     _refused_callbacks = dict.fromkeys(
-        ("pre_function_callback", "post_function_callback", "pre_jacobian_callback", "marking_callback"),
-        "what it changes during a solve is no part of the residual that is differentiated; state it in the forms")
+        (
+            "pre_function_callback",
+            "post_function_callback",
+            "pre_jacobian_callback",
+            "marking_callback",
+        ),
+        "what it changes during a solve is no part of the residual that is differentiated; state it"
+        " in the forms",
+    )
 
-    def __init__(self, problem: NonlinearVariationalProblem, *, refinement: Refinement | None = None,
-                 differentiation: str | Implicit | Unrolled = "implicit", warm_start: bool = True, ksp_prefix: str | None = None,
-                 device: str | None = None, **kwargs):
-        super().__init__(problem, refinement=refinement, differentiation=differentiation, warm_start=warm_start, ksp_prefix=ksp_prefix,
-                         device=device, **kwargs)
+    def __init__(
+        self,
+        problem: NonlinearVariationalProblem,
+        *,
+        refinement: Refinement | None = None,
+        differentiation: str | Implicit | Unrolled = "implicit",
+        warm_start: bool = True,
+        ksp_prefix: str | None = None,
+        device: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(
+            problem,
+            refinement=refinement,
+            differentiation=differentiation,
+            warm_start=warm_start,
+            ksp_prefix=ksp_prefix,
+            device=device,
+            **kwargs,
+        )
         if snes_facts(self.snes.getType()).is_for_inequalities:
-            raise ValueError(f"snes_type {self.snes.getType()} solves variational inequalities, which are not differentiable: the problem "
-                             f"for '{problem.u.name()}' needs Firedrake's own NonlinearVariationalSolver")
+            raise ValueError(
+                f"snes_type {self.snes.getType()} solves variational inequalities, which are not"
+                f" differentiable: the problem for '{problem.u.name()}' needs Firedrake's own"
+                " NonlinearVariationalSolver"
+            )
 
-    def _make_forward(self, forms: NonlinearForms, make_linear_solver: Callable, place: Place) -> NewtonSolve:
-        terms = {forms.inputs.index(entry): CofunctionTerm(weight, forms, place) for entry, weight in forms.cofunctions.items()}
+    def _make_forward(
+        self, forms: NonlinearForms, make_linear_solver: Callable, place: Place
+    ) -> NewtonSolve:
+        terms = {
+            forms.inputs.index(entry): CofunctionTerm(weight, forms, place)
+            for entry, weight in forms.cofunctions.items()
+        }
         newton = Newton(self.snes, forms.solution.name(), self._ksp_prefix)
         # The residual is assembled from all inputs, Cofunctions too.
-        linearisation = Linearisation(forms, make_linear_solver(forms.linearised_problem()), make_linear_solver,
-                                      self._ksp_prefix, place, newton=newton)
+        linearisation = Linearisation(
+            forms,
+            make_linear_solver(forms.linearised_problem()),
+            make_linear_solver,
+            self._ksp_prefix,
+            place,
+            newton=newton,
+        )
         return NewtonSolve(linearisation, terms, self, newton)
 
 
@@ -556,33 +707,40 @@ class _LinearSolver(firedrake.LinearSolver, LinearVariationalSolver):
         super().solve(x, b)
 
 
-_CONTROLLED = {firedrake.LinearVariationalSolver: LinearVariationalSolver, firedrake.NonlinearVariationalSolver: NonlinearVariationalSolver,
-               firedrake.LinearSolver: _LinearSolver}
+_CONTROLLED = {
+    firedrake.LinearVariationalSolver: LinearVariationalSolver,
+    firedrake.NonlinearVariationalSolver: NonlinearVariationalSolver,
+    firedrake.LinearSolver: _LinearSolver,
+}
 
 
 def control(solver, refinement: Refinement | None, **options):
     """Put a solver that is already there under a refinement.
 
-    The solver stays the object that it is, with its SNES and KSP and what was set on them by hand, but becomes one of this package: its
-    solves, and all that its blocks on the tape do from now on (replay, adjoint, tangent linear, Hessian), follow the refinement, start from
-    zero and do not depend on what was solved before. Solves that are on a tape already stay as they were.
+    The solver stays the object that it is, with its SNES and KSP and what was set on them by hand,
+    but becomes one of this package: its solves, and all that its blocks on the tape do from now on
+    (replay, adjoint, tangent linear, Hessian), follow the refinement, start from zero and do not
+    depend on what was solved before. Solves that are on a tape already stay as they were.
 
-    Inside the preconditioner is what the options say that the solver was made with. What was changed
-    there by hand stays where the solver has not solved yet; after a solve, preconditioners that have
-    parts are made anew from the options, and types and tolerances that were changed by hand are an
-    error that names the option to be used.
+    Inside the preconditioner is what the options say that the solver was made with. What was
+    changed there by hand stays where the solver has not solved yet; after a solve, preconditioners
+    that have parts are made anew from the options, and types and tolerances that were changed by
+    hand are an error that names the option to be used.
 
     A LinearSolver solves with its matrices as they were assembled last, so that
-    ``assemble(a, bcs=bcs, tensor=A)`` between solves is seen, and is differentiated by the coefficients
-    of their forms, at the values that they had then.
+    ``assemble(a, bcs=bcs, tensor=A)`` between solves is seen, and is differentiated by the
+    coefficients of their forms, at the values that they had then.
 
     Parameters
     ----------
-    solver : firedrake.LinearVariationalSolver, firedrake.NonlinearVariationalSolver or firedrake.LinearSolver
-        Or a solver of this package, whose refinement is exchanged. Several solvers may share one refinement.
+    solver : firedrake.LinearVariationalSolver, firedrake.NonlinearVariationalSolver or
+    firedrake.LinearSolver
+        Or a solver of this package, whose refinement is exchanged. Several solvers may share one
+        refinement.
     refinement : Refinement or None
     **options
-        ``differentiation``, ``warm_start``, ``ksp_prefix`` and ``device``, see :class:`LinearVariationalSolver`.
+        ``differentiation``, ``warm_start``, ``ksp_prefix`` and ``device``, see
+        :class:`LinearVariationalSolver`.
 
     Returns
     -------
@@ -602,8 +760,10 @@ def control(solver, refinement: Refinement | None, **options):
     """
     is_refined = isinstance(solver, RefinedSolver)
     if not is_refined and type(solver) not in _CONTROLLED:
-        raise TypeError(f"expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or LinearSolver, found a "
-                        f"{type(solver).__module__}.{type(solver).__qualname__}")
+        raise TypeError(
+            "expected a Firedrake LinearVariationalSolver, NonlinearVariationalSolver or"
+            f" LinearSolver, found a {type(solver).__module__}.{type(solver).__qualname__}"
+        )
 
     def look() -> list[str]:
         """What ranks must have alike, where it makes sense on this one."""
@@ -647,9 +807,11 @@ def _refuse_to_lose(solver) -> None:
 
     def look() -> None:
         if found is not None:
-            raise ValueError(f"inside the solver's preconditioner {found} was set by hand, and would "
-                             "be lost with what the last solve has left there: have "
-                             "solver_parameters say it")
+            raise ValueError(
+                f"inside the solver's preconditioner {found} was set by hand, and would "
+                "be lost with what the last solve has left there: have "
+                "solver_parameters say it"
+            )
 
     # Blocks of a preconditioner may be each on one rank.
     agree(solver.snes.comm.tompi4py(), look, "preconditioners")
@@ -661,12 +823,13 @@ def _check_made_so(solver: RefinedSolver, options: Mapping[str, Any]) -> None:
         value = differentiation_of(value) if name == "differentiation" else value
         is_kept = name in ("differentiation", "warm_start") and value == getattr(solver, name)
         if not is_kept and name != "device":
-            raise ValueError(f"the solver is one of prdp_fem already, whose {name} is chosen when "
-                             "it is made")
+            raise ValueError(
+                f"the solver is one of prdp_fem already, whose {name} is chosen when it is made"
+            )
 
 
 def _reset(solver) -> None:
-    """Have SNES, KSP and preconditioner set up anew at the next solve, for the operators of then."""
+    """Have SNES, KSP and preconditioner set up anew at the next solve, for its operators."""
     with options_in_place(solver):
         reset_with_linear_solver(solver.snes)
 
@@ -677,11 +840,18 @@ def _assembled_problem(solver: firedrake.LinearSolver, arguments: dict) -> tuple
     parameters = A.form_compiler_parameters
     kinds = ("nullspace", "transpose_nullspace", "near_nullspace")
     null_spaces = [name for name in kinds if arguments.get(name) is not None]
-    assembled = [AssembledForm(matrix, A.bcs, parameters, null_spaces)
-                 for matrix in ([A] if P is A else [A, P])]
-    problem = LinearVariationalProblem(assembled[0].form, solver.b, solver.x, bcs=A.bcs,
-                                       aP=None if P is A else assembled[1].form,
-                                       form_compiler_parameters=parameters)
+    assembled = [
+        AssembledForm(matrix, A.bcs, parameters, null_spaces)
+        for matrix in ([A] if P is A else [A, P])
+    ]
+    problem = LinearVariationalProblem(
+        assembled[0].form,
+        solver.b,
+        solver.x,
+        bcs=A.bcs,
+        aP=None if P is A else assembled[1].form,
+        form_compiler_parameters=parameters,
+    )
     return problem, assembled
 
 

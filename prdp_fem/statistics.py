@@ -1,4 +1,5 @@
 """The account of what a solver has done, and what it cost."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
@@ -55,8 +56,9 @@ class Statistics:
             is_right = is_integer(value) if kind is int else is_real(value)
             if not (is_right and value >= 0):
                 expected = "an integer" if kind is int else "a number"
-                raise ValueError(f"{field.name} must be {expected} of at least 0, found "
-                                 f"{shown(value)}")
+                raise ValueError(
+                    f"{field.name} must be {expected} of at least 0, found {shown(value)}"
+                )
 
     @property
     def iterations(self) -> int:

@@ -1,4 +1,5 @@
 """What a solve does to others' objects on pyadjoint's tape, in step with other ranks."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
 """The command ``prdp-fem``. It is not in the package, whose import may be what does not work."""
+
 from __future__ import annotations
 
 import argparse
@@ -17,13 +18,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with the arguments of the command line; exits with 0 where all went well."""
     parser = argparse.ArgumentParser(
         prog="prdp-fem",
-        description="Progressively refined differentiable physics for Firedrake and PETSc.")
+        description="Progressively refined differentiable physics for Firedrake and PETSc.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
-        "doctor", help="say what this installation has, and whether it works; also under mpiexec",
-        description="Import all that is needed, print versions, devices and which kernels are used, "
-                    "solve a small problem on each device, and compare its derivative with "
-                    "differences.")
+        "doctor",
+        help="say what this installation has, and whether it works; also under mpiexec",
+        description=(
+            "Import all that is needed, print versions, devices and which kernels are used, "
+            "solve a small problem on each device, and compare its derivative with "
+            "differences."
+        ),
+    )
     parser.parse_args(arguments)
     sys.exit(0 if _doctor() else 1)
 
@@ -35,12 +41,16 @@ def _doctor() -> bool:
     failed = [found for found in imports if found.error]
     if not any(found.module in NEEDED for found in failed):
         from prdp_fem.doctor import examine
+
         return examine(failed)
     print(f"Python {sys.version.split()[0]} in {sys.prefix}")
     for found in imports:
         print(f"  {found.mark:8s}{found}")
-    print("prdp_fem does not work here: see FAILED above, of which the first can be the cause of others.",
-          flush=True)
+    print(
+        "prdp_fem does not work here: see FAILED above, of which the first can be the cause of"
+        " others.",
+        flush=True,
+    )
     if has_launcher():
         _end_job()
     return False

@@ -1,4 +1,5 @@
 """Whether what the package stands on can be imported, one by one, whatever happens to it."""
+
 from __future__ import annotations
 
 import importlib
@@ -13,9 +14,17 @@ from dataclasses import dataclass
 __all__ = ["NEEDED", "Import", "has_launcher", "look", "look_apart"]
 
 # Modules, and the distributions that have them; each needs none but those before it.
-_MODULES = {"numpy": "numpy", "mpi4py.MPI": "mpi4py", "petsc4py.PETSc": "petsc4py", "h5py": "h5py",
-            "firedrake": "firedrake", "prdp_fem": "prdp-fem", "torch": "torch",
-            "prdp_fem.torch": "prdp-fem", "matplotlib.pyplot": "matplotlib"}
+_MODULES = {
+    "numpy": "numpy",
+    "mpi4py.MPI": "mpi4py",
+    "petsc4py.PETSc": "petsc4py",
+    "h5py": "h5py",
+    "firedrake": "firedrake",
+    "prdp_fem": "prdp-fem",
+    "torch": "torch",
+    "prdp_fem.torch": "prdp-fem",
+    "matplotlib.pyplot": "matplotlib",
+}
 NEEDED = frozenset({"numpy", "mpi4py.MPI", "petsc4py.PETSc", "h5py", "firedrake", "prdp_fem"})
 _LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK", "PMI_SIZE")
 _SECONDS = 300  # after which an import is said to hang
@@ -99,16 +108,20 @@ def look_apart() -> list[Import]:
             # Not on its stdout, where modules may write what they like.
             script = _SCRIPT.format(modules=left, results=results.name)
             try:
-                ended = subprocess.run([sys.executable, "-P", "-c", script], env=environment,
-                                       stdin=subprocess.DEVNULL, capture_output=True,
-                                       timeout=_SECONDS)
+                ended = subprocess.run(
+                    [sys.executable, "-P", "-c", script],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    timeout=_SECONDS,
+                )
                 status, said = ended.returncode, ended.stderr
                 how = f"exit status {status}" if status >= 0 else f"signal {-status}"
             except subprocess.TimeoutExpired as error:
                 how, said = f"no end within {_SECONDS} s", error.stderr or b""
             done = [Import(**json.loads(line)) for line in results]
         found += done
-        left = left[len(done):]
+        left = left[len(done) :]
         if left:
             lines = [line.strip() for line in said.decode(errors="replace").splitlines()]
             last = next((line for line in reversed(lines) if line.strip("-* ")), "it said nothing")

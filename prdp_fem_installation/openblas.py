@@ -1,14 +1,15 @@
 """Which kernels OpenBLAS takes, where it does not know the processor.
 
-OpenBLAS looks for the processor in a list that is as old as it is itself. What is newer, it takes for
-a Prescott of 2004, or another of its oldest: slower, and with sums that depend on where an array lies
-in memory. ``OPENBLAS_CORETYPE`` names another, for all programs that are started from then on; NumPy
-and torch have libraries of their own, which as a rule know the processor.
+OpenBLAS looks for the processor in a list that is as old as it is itself. What is newer, it takes
+for a Prescott of 2004, or another of its oldest: slower, and with sums that depend on where an
+array lies in memory. ``OPENBLAS_CORETYPE`` names another, for all programs that are started from
+then on; NumPy and torch have libraries of their own, which as a rule know the processor.
 
 ``install.sh`` has each Python of its environment call :func:`choose` when it starts, before any
-library is loaded: on whatever machine it is, in whatever container, and on each rank. It takes a few
-milliseconds, and imports no more than a start of Python does.
+library is loaded: on whatever machine it is, in whatever container, and on each rank. It takes a
+few milliseconds, and imports no more than a start of Python does.
 """
+
 from __future__ import annotations
 
 import os
@@ -21,8 +22,20 @@ _LIBRARY = "libopenblas.so.0"
 _AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl", "avx512cd"}
 _AVX2 = {"avx2", "fma"}
 # What the kernels of old cores do without. Those that are not here have AVX2, or are none of x86.
-_WITHOUT_SSE4 = {"Katmai", "Coppermine", "Northwood", "Prescott", "Banias", "Atom", "Core2", "Athlon",
-                 "Opteron", "Opteron_SSE3", "Bobcat", "Nano"}
+_WITHOUT_SSE4 = {
+    "Katmai",
+    "Coppermine",
+    "Northwood",
+    "Prescott",
+    "Banias",
+    "Atom",
+    "Core2",
+    "Athlon",
+    "Opteron",
+    "Opteron_SSE3",
+    "Bobcat",
+    "Nano",
+}
 _WITHOUT_AVX = _WITHOUT_SSE4 | {"Penryn", "Dunnington", "Nehalem", "Barcelona"}
 _WITHOUT_AVX2 = _WITHOUT_AVX | {"Sandybridge", "Bulldozer", "Piledriver", "Steamroller"}
 
@@ -59,7 +72,9 @@ def candidates(core: str, vendor: str, flags: Container[str]) -> list[str]:
 
 
 def detected_core(asked_for: str | None = None) -> str | None:
-    """The core that OpenBLAS takes in a new process, asked for one or none; None where it is silent."""
+    """The core that OpenBLAS takes in a new process, asked for one or none; None where it is
+    silent.
+    """
     environment = {name: value for name, value in os.environ.items() if name != _VARIABLE}
     environment |= {"LD_PRELOAD": _LIBRARY, "OPENBLAS_VERBOSE": "2", "OPENBLAS_NUM_THREADS": "1"}
     if asked_for is not None:
@@ -86,7 +101,9 @@ def detected_core(asked_for: str | None = None) -> str | None:
 
 
 def best_core(vendor: str, flags: Container[str]) -> str | None:
-    """The core to ask OpenBLAS for; None where what it finds itself is not behind, or it has no other."""
+    """The core to ask OpenBLAS for; None where what it finds itself is not behind, or it has no
+    other.
+    """
     core = detected_core()
     if core is None:
         return None
@@ -95,9 +112,11 @@ def best_core(vendor: str, flags: Container[str]) -> str | None:
 
 
 def choose() -> None:
-    """Have OpenBLAS take the best core, in this process and what it starts, where nobody has named one.
+    """Have OpenBLAS take the best core, in this process and what it starts, where nobody has named
+    one.
 
-    A failure is none of a starting Python's business: OpenBLAS then decides, as it does without this.
+    A failure is none of a starting Python's business: OpenBLAS then decides, as it does without
+    this.
     """
     if os.environ.get(_VARIABLE):
         return

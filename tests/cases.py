@@ -1,4 +1,7 @@
-"""Problems of many kinds, each with its controls, directions for them, and a functional; and checks of layers on any number of ranks."""
+"""Problems of many kinds, each with its controls, directions for them, and a functional; and checks
+of layers on any number of ranks.
+"""
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +20,9 @@ class Case:
     """A problem with its controls, each with a direction, and the functional."""
 
     def functional(self):
-        # Polynomial: the derivatives of others are integrated with errors of their own, by the stock assembly.
-        return assemble(inner(self.u, self.u)**2*dx)
+        # Polynomial: the derivatives of others are integrated with errors of their own, by the
+        # stock assembly.
+        return assemble(inner(self.u, self.u) ** 2 * dx)
 
     def solve(self, parameters):
         newton = {} if isinstance(self.problem, LinearVariationalProblem) else NEWTON
@@ -26,7 +30,9 @@ class Case:
 
     def solver(self, parameters, **options):
         linear = isinstance(self.problem, LinearVariationalProblem)
-        solver_type = prdp_fem.LinearVariationalSolver if linear else prdp_fem.NonlinearVariationalSolver
+        solver_type = (
+            prdp_fem.LinearVariationalSolver if linear else prdp_fem.NonlinearVariationalSolver
+        )
         return solver_type(self.problem, solver_parameters=parameters, **options)
 
 
@@ -36,7 +42,12 @@ class Heat(Case):
         g = smooth(FunctionSpace(mesh, "CG", 1), 12, "boundary")
         heat = HeatStep(mesh=mesh, boundary=g)
         self.u, self.problem = heat.u, heat.problem
-        self.controls = {"initial": heat.u0, "diffusivity": heat.kappa, "time step": heat.dt, "boundary": g}
+        self.controls = {
+            "initial": heat.u0,
+            "diffusivity": heat.kappa,
+            "time step": heat.dt,
+            "boundary": g,
+        }
 
 
 class Transport(Case):
@@ -54,8 +65,12 @@ class Reaction(Case):
         V, R = FunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "R", 0)
         w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
         rate, f = Function(R, name="rate").assign(1.5), smooth(V, 3)
-        self.problem = LinearVariationalProblem((rate*w*v + inner(grad(w), grad(v)))*dx, exp(0.3*f)*v*dx, self.u,
-                                                bcs=DirichletBC(V, 0.2, (1, 2)))
+        self.problem = LinearVariationalProblem(
+            (rate * w * v + inner(grad(w), grad(v))) * dx,
+            exp(0.3 * f) * v * dx,
+            self.u,
+            bcs=DirichletBC(V, 0.2, (1, 2)),
+        )
         self.controls = {"real rate": rate, "log source": f}
 
 
@@ -66,10 +81,12 @@ class Elasticity(Case):
         w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="displacement")
         modulus, load = smooth(FunctionSpace(mesh, "DG", 0), 4), smooth(V, 5)
         with stop_annotating():
-            modulus.assign(2 + 0.3*modulus)
+            modulus.assign(2 + 0.3 * modulus)
         g = Constant((0.1, 0.0), name="grip")
-        a = (inner(modulus*sym(grad(w)), sym(grad(v))) + modulus*div(w)*div(v))*dx
-        self.problem = LinearVariationalProblem(a, inner(load, v)*dx, self.u, bcs=[DirichletBC(V, 0, 1), DirichletBC(V, g, 2)])
+        a = (inner(modulus * sym(grad(w)), sym(grad(v))) + modulus * div(w) * div(v)) * dx
+        self.problem = LinearVariationalProblem(
+            a, inner(load, v) * dx, self.u, bcs=[DirichletBC(V, 0, 1), DirichletBC(V, g, 2)]
+        )
         self.controls = {"modulus": modulus, "load": load}
 
 
@@ -78,15 +95,22 @@ class Darcy(Case):
 
     def __init__(self):
         mesh = UnitSquareMesh(3, 3)
-        W = FunctionSpace(mesh, "RT", 1)*FunctionSpace(mesh, "DG", 0)
+        W = FunctionSpace(mesh, "RT", 1) * FunctionSpace(mesh, "DG", 0)
         (s, p), (t, q), self.u = TrialFunctions(W), TestFunctions(W), Function(W, name="flow")
-        resistance, source = smooth(FunctionSpace(mesh, "CG", 1), 6), smooth(FunctionSpace(mesh, "DG", 0), 7)
-        self.problem = LinearVariationalProblem((exp(0.3*resistance)*inner(s, t) - p*div(t) - q*div(s) - p*q)*dx, -source*q*dx, self.u)
+        resistance, source = (
+            smooth(FunctionSpace(mesh, "CG", 1), 6),
+            smooth(FunctionSpace(mesh, "DG", 0), 7),
+        )
+        self.problem = LinearVariationalProblem(
+            (exp(0.3 * resistance) * inner(s, t) - p * div(t) - q * div(s) - p * q) * dx,
+            -source * q * dx,
+            self.u,
+        )
         self.controls = {"resistance": resistance, "source": source}
 
     def functional(self):
         flux, pressure = split(self.u)
-        return assemble((inner(flux, flux)**2 + pressure**4)*dx)
+        return assemble((inner(flux, flux) ** 2 + pressure**4) * dx)
 
 
 class Load(Case):
@@ -97,8 +121,10 @@ class Load(Case):
         V = FunctionSpace(mesh, "CG", 1)
         w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
         f = smooth(V, 8)
-        load = assemble(f*v*dx)
-        self.problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, 2*load, self.u, bcs=DirichletBC(V, 0, 1))
+        load = assemble(f * v * dx)
+        self.problem = LinearVariationalProblem(
+            (w * v + inner(grad(w), grad(v))) * dx, 2 * load, self.u, bcs=DirichletBC(V, 0, 1)
+        )
         self.controls = {"through a cofunction": f}
 
 
@@ -120,7 +146,7 @@ class NonlinearDiffusion(Case):
         V = FunctionSpace(mesh, "CG", 1)
         self.u, v = Function(V, name="u"), TestFunction(V)
         f, c, g = smooth(V, 1, "f"), Constant(0.7, name="c"), smooth(V, 2, "g")
-        F = ((1 + c*self.u**2)*inner(grad(self.u), grad(v)) + self.u*v - f*v)*dx
+        F = ((1 + c * self.u**2) * inner(grad(self.u), grad(v)) + self.u * v - f * v) * dx
         self.problem = NonlinearVariationalProblem(F, self.u, bcs=DirichletBC(V, g, (2, 3)))
         self.controls = {"source": f, "constant": c, "boundary": g}
 
@@ -129,10 +155,19 @@ class Burgers(Case):
     def __init__(self):
         mesh = UnitSquareMesh(4, 4)
         V = VectorFunctionSpace(mesh, "CG", 1)
-        self.u, u0, v, nu = Function(V, name="u"), smooth(V, 2, "u0"), TestFunction(V), smooth(FunctionSpace(mesh, "CG", 1), 4)
+        self.u, u0, v, nu = (
+            Function(V, name="u"),
+            smooth(V, 2, "u0"),
+            TestFunction(V),
+            smooth(FunctionSpace(mesh, "CG", 1), 4),
+        )
         with stop_annotating():
-            nu.assign(0.3 + 0.1*nu)
-        F = (inner((self.u - u0)/0.1, v) + inner(dot(self.u, nabla_grad(self.u)), v) + nu*inner(grad(self.u), grad(v)))*dx
+            nu.assign(0.3 + 0.1 * nu)
+        F = (
+            inner((self.u - u0) / 0.1, v)
+            + inner(dot(self.u, nabla_grad(self.u)), v)
+            + nu * inner(grad(self.u), grad(v))
+        ) * dx
         self.problem = NonlinearVariationalProblem(F, self.u, bcs=DirichletBC(V, 0, "on_boundary"))
         self.controls = {"initial": u0, "viscosity": nu}
 
@@ -144,31 +179,46 @@ def direction_of(control):
         return Function(control.function_space()).assign(0.3)
     direction = smooth(control.function_space(), 11)
     with stop_annotating():
-        direction.assign({"displacement": 0.05}.get(control.name(), 0.5)*direction)
+        direction.assign({"displacement": 0.05}.get(control.name(), 0.5) * direction)
     return direction
 
 
 def on_fewer(rows, *features, all_on=(1,)) -> list:
-    """Parameters of a test, all of them on some numbers of ranks; on others those only that bring in a new value of a feature of a row."""
+    """Parameters of a test, all of them on some numbers of ranks; on others those only that bring
+    in a new value of a feature of a row.
+    """
     seen, parameters = set(), []
     for row in rows:
         found = {(place, feature(*row)) for place, feature in enumerate(features)}
         name = "-".join(part if isinstance(part, str) else part.__name__ for part in row)
-        parameters.append(pytest.param(*row, id=name, marks=[] if found - seen else [pytest.mark.ranks(*all_on)]))
+        parameters.append(
+            pytest.param(*row, id=name, marks=[] if found - seen else [pytest.mark.ranks(*all_on)])
+        )
         seen |= found
     return parameters
 
 
 def factorised(pc_type: str) -> dict:
-    """Options of an incomplete factorisation; on several ranks of each one's block, as PETSc has it for the matrices of one only."""
-    return {"pc_type": pc_type} if COMM_WORLD.size == 1 else {"pc_type": "bjacobi", "sub_pc_type": pc_type}
+    """Options of an incomplete factorisation; on several ranks of each one's block, as PETSc has it
+    for the matrices of one only.
+    """
+    return (
+        {"pc_type": pc_type}
+        if COMM_WORLD.size == 1
+        else {"pc_type": "bjacobi", "sub_pc_type": pc_type}
+    )
 
 
 # Layers
 
+
 def _random(shape, seed: int, *, same: bool) -> torch.Tensor:
     """Random numbers between 0 and 1, the same ones or other ones on each rank."""
-    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed if same else seed + 1000*COMM_WORLD.rank))
+    return torch.rand(
+        shape,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(seed if same else seed + 1000 * COMM_WORLD.rank),
+    )
 
 
 def samples(control, batch=(), seed: int = 0) -> torch.Tensor:
@@ -177,9 +227,11 @@ def samples(control, batch=(), seed: int = 0) -> torch.Tensor:
 
 
 def gradcheck(layer, inputs, *, eps: float = 1e-6, atol: float = 1e-7, rtol: float = 1e-6) -> bool:
-    """torch's gradcheck of a SolverLayer; on several ranks, which torch knows nothing of, by random directions and weights.
+    """torch's gradcheck of a SolverLayer; on several ranks, which torch knows nothing of, by random
+    directions and weights.
 
-    There each input, and each output, contributes to what all ranks' dofs do to the outputs of all ranks.
+    There each input, and each output, contributes to what all ranks' dofs do to the outputs of all
+    ranks.
     """
     inputs = [inputs] if isinstance(inputs, torch.Tensor) else list(inputs)
     if COMM_WORLD.size == 1:
@@ -190,7 +242,7 @@ def gradcheck(layer, inputs, *, eps: float = 1e-6, atol: float = 1e-7, rtol: flo
         return found if isinstance(found, tuple) else (found,)
 
     def product(one, other, same):
-        own = float((one*other).sum())
+        own = float((one * other).sum())
         return own if same else COMM_WORLD.allreduce(own)
 
     asked = layer.output if isinstance(layer.output, (list, tuple)) else [layer.output]
@@ -199,12 +251,22 @@ def gradcheck(layer, inputs, *, eps: float = 1e-6, atol: float = 1e-7, rtol: flo
         for seed in range(3):
             direction = _random(tensor.shape, 10 + seed, same=same_on_all_ranks(control)) - 0.5
             values = outputs(inputs)
-            weights = [_random(value.shape, 20 + seed, same=same) - 0.3 for value, same in zip(values, functional)]
-            gradient, = torch.autograd.grad(values, tensor, weights)
+            weights = [
+                _random(value.shape, 20 + seed, same=same) - 0.3
+                for value, same in zip(values, functional)
+            ]
+            (gradient,) = torch.autograd.grad(values, tensor, weights)
             found = product(gradient, direction, same_on_all_ranks(control))
             with torch.no_grad():
-                ahead, behind = (outputs([*inputs[:place], tensor + sign*eps*direction, *inputs[place + 1:]]) for sign in (1, -1))
-            changes = [(one - other)/(2*eps) for one, other in zip(ahead, behind)]
+                ahead, behind = (
+                    outputs(
+                        [*inputs[:place], tensor + sign * eps * direction, *inputs[place + 1 :]]
+                    )
+                    for sign in (1, -1)
+                )
+            changes = [(one - other) / (2 * eps) for one, other in zip(ahead, behind)]
             expected = sum(product(*factors) for factors in zip(changes, weights, functional))
-            np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=f"by {control}")
+            np.testing.assert_allclose(
+                found, expected, rtol=rtol, atol=atol, err_msg=f"by {control}"
+            )
     return True

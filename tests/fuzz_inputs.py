@@ -7,6 +7,7 @@ The numbers that options mean are found a second time, by Python's decimal and a
 words for true and false. A state that is loaded is the state that there is afterwards; one that is
 refused changes nothing. Hypothesis makes the first failure small, and prints it.
 """
+
 import argparse
 import collections
 import copy
@@ -47,20 +48,45 @@ def refused(error: Exception) -> None:
 
 # Options
 
-INTEGERS, REALS, SWITCHES = ("start", "step", "stop", "ema_window", "error_window"), ("tau_step",
-    "tau_stop"), ("monitor", "view")
+INTEGERS, REALS, SWITCHES = (
+    ("start", "step", "stop", "ema_window", "error_window"),
+    ("tau_step", "tau_stop"),
+    ("monitor", "view"),
+)
 NAMES = (*INTEGERS, *REALS, *SWITCHES, "ladder", "device")
-numbers = st.one_of(st.integers().map(str), st.floats().map(repr), st.decimals().map(str),
-                    st.integers(-2, 2**33).map(str),
-                    st.floats(0, 1).map(repr), st.sampled_from(["0", "1", "0.5", "1e-3", str(MOST),
-                        str(MOST + 1), "99999999999"]))
-words = st.text(st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters=" \"'#"),
-                max_size=12)
+numbers = st.one_of(
+    st.integers().map(str),
+    st.floats().map(repr),
+    st.decimals().map(str),
+    st.integers(-2, 2**33).map(str),
+    st.floats(0, 1).map(repr),
+    st.sampled_from(["0", "1", "0.5", "1e-3", str(MOST), str(MOST + 1), "99999999999"]),
+)
+words = st.text(
+    st.characters(codec="ascii", exclude_categories=["Cc"], exclude_characters=" \"'#"), max_size=12
+)
 letters = st.text("adeilnoprstuvw_-", min_size=1, max_size=12)
-known = ["iterations", "tolerances", "newton", "true", "false", "yes", "no", "on", "off", "nan",
-         "inf", "", "5it"]
-values = st.one_of(numbers, words, st.sampled_from(known),
-                   st.text(max_size=8).filter(lambda text: text.isprintable()))
+known = [
+    "iterations",
+    "tolerances",
+    "newton",
+    "true",
+    "false",
+    "yes",
+    "no",
+    "on",
+    "off",
+    "nan",
+    "inf",
+    "",
+    "5it",
+]
+values = st.one_of(
+    numbers,
+    words,
+    st.sampled_from(known),
+    st.text(max_size=8).filter(lambda text: text.isprintable()),
+)
 prefixes = st.sampled_from(["", "", "", "heat_", "wave_"])
 
 
@@ -72,8 +98,15 @@ def options(draw):
         name = draw(st.sampled_from(NAMES))
         if draw(st.integers(0, 5)) == 0:
             place = draw(st.integers(0, len(name)))
-            name = draw(st.sampled_from([name[:place] + draw(letters) + name[place:],
-                                         name[:place] + name[place + 1:], draw(letters)]))
+            name = draw(
+                st.sampled_from(
+                    [
+                        name[:place] + draw(letters) + name[place:],
+                        name[:place] + name[place + 1 :],
+                        draw(letters),
+                    ]
+                )
+            )
         found[f"{draw(prefixes)}prdp_{name}"] = draw(values)
     return found
 
@@ -117,22 +150,39 @@ def check_options(found: dict[str, str]) -> None:
             of = refinement if name in (*REALS, "ema_window", "error_window") else refinement.ladder
             has = getattr(of, "factor" if name == "step" and kind == "tolerances" else name)
             assert number is not None, (name, text, has)
-            assert has == (float(number) if isinstance(has, float) else int(number)), (name, text,
-                has)
+            assert has == (float(number) if isinstance(has, float) else int(number)), (
+                name,
+                text,
+                has,
+            )
     assert refinement.setting.max_it is None or 1 <= refinement.setting.max_it <= MOST
 
 
 # States
 
-LADDERS = (IterationLadder(stop=9), IterationLadder(), ToleranceLadder(),
-           NewtonLadder(stop=3, linear=[1, 5, 20]), [5, 10, 20])
-plain = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-3, 12), st.floats(),
-                  st.text(max_size=6),
-                  st.sampled_from([10**400, -10**400, 2**31, 10**17, math.inf, math.nan,
-                                   "FixedRefinement"]))
-anything = st.recursive(plain, lambda inner: st.one_of(
-    st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
-    max_leaves=8)
+LADDERS = (
+    IterationLadder(stop=9),
+    IterationLadder(),
+    ToleranceLadder(),
+    NewtonLadder(stop=3, linear=[1, 5, 20]),
+    [5, 10, 20],
+)
+plain = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(-3, 12),
+    st.floats(),
+    st.text(max_size=6),
+    st.sampled_from([10**400, -(10**400), 2**31, 10**17, math.inf, math.nan, "FixedRefinement"]),
+)
+anything = st.recursive(
+    plain,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
 metrics = st.lists(st.floats(0, 1e300, allow_subnormal=False), max_size=8)
 
 
@@ -140,11 +190,16 @@ metrics = st.lists(st.floats(0, 1e300, allow_subnormal=False), max_size=8)
 def refinements(draw):
     """Two that are equal, one of which has a history."""
     ladder = draw(st.sampled_from(LADDERS))
-    make = draw(st.sampled_from([
-        lambda: ProgressiveRefinement(ladder, ema_window=1, error_window=1),
-        lambda: ProgressiveRefinement(ladder, tau_step=0.5, ema_window=3, error_window=2),
-        lambda: ScheduledRefinement(ladder, {1: 1, 3: 2}),
-        lambda: FixedRefinement(Iterations(7))]))
+    make = draw(
+        st.sampled_from(
+            [
+                lambda: ProgressiveRefinement(ladder, ema_window=1, error_window=1),
+                lambda: ProgressiveRefinement(ladder, tau_step=0.5, ema_window=3, error_window=2),
+                lambda: ScheduledRefinement(ladder, {1: 1, 3: 2}),
+                lambda: FixedRefinement(Iterations(7)),
+            ]
+        )
+    )
     first, second = make(), make()
     for metric in draw(metrics):
         first.step(metric)
@@ -188,7 +243,12 @@ def check_states(data) -> None:
     json.dumps(after, allow_nan=False)
     assert after.keys() == damaged.keys()
     for name, value in after.items():
-        assert value == damaged[name] or name == "checkpoint" and value is None and damaged[name] == math.inf, name
+        assert (
+            value == damaged[name]
+            or name == "checkpoint"
+            and value is None
+            and damaged[name] == math.inf
+        ), name
     target.step(1.0)
 
 
@@ -197,20 +257,26 @@ def run(name: str, strategy, test, seconds: float) -> None:
     COUNTS.clear()
     start, rounds = time.monotonic(), 0
     while time.monotonic() - start < seconds:
-        options = settings(max_examples=1000, deadline=None, database=None,
-                           suppress_health_check=list(HealthCheck))
+        options = settings(
+            max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+        )
         seed(rounds)(options(given(strategy)(test)))()
         rounds += 1
-    print(f"{name}: {dict(COUNTS)} in {time.monotonic() - start:.0f} s, and nothing but documented "
-          f"errors", flush=True)
+    print(
+        f"{name}: {dict(COUNTS)} in {time.monotonic() - start:.0f} s, and nothing but documented "
+        "errors",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("kinds", nargs="*", metavar="KIND",
-                        help="options or states (default: both)")
-    parser.add_argument("--seconds", type=float, default=60,
-                        help="for each kind (default: %(default)s)")
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", help="options or states (default: both)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60, help="for each kind (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     tests = {"options": (options(), check_options), "states": (st.data(), check_states)}
     PETSc.Options().setValue("options_left", False)

@@ -1,4 +1,5 @@
 """Files of Gmsh, written for tests: format 2.2 or 4.1, text or binary."""
+
 import struct
 
 SQUARE = [(0, 0, 0), (1, 0, 0), (1, 1, 0), (0, 1, 0)]
@@ -6,8 +7,9 @@ TRIANGLES = [(1, 2, 3), (1, 3, 4)]
 LINES = {1: [(1, 2), (2, 3)], 2: [(3, 4), (4, 1)]}  # by physical group
 
 
-def gmsh_file(points=SQUARE, triangles=TRIANGLES, lines=LINES, *, version="2.2", order="",
-              tags=None, kind=2) -> bytes:
+def gmsh_file(
+    points=SQUARE, triangles=TRIANGLES, lines=LINES, *, version="2.2", order="", tags=None, kind=2
+) -> bytes:
     """The content of a file.
 
     Parameters
@@ -50,7 +52,7 @@ def gmsh_file(points=SQUARE, triangles=TRIANGLES, lines=LINES, *, version="2.2",
         sections = {"Nodes": nodes, "Elements": elements}
     else:
         entities = numbers("4Q", 0, len(lines), 1, 0)
-        entities += block("i6dQiQ", [(entity, *6*[0.0], 1, entity, 0) for entity in (*lines, 3)])
+        entities += block("i6dQiQ", [(entity, *6 * [0.0], 1, entity, 0) for entity in (*lines, 3)])
         nodes = numbers("4Q", 1, len(points), min(tags, default=1), max(tags, default=1))
         nodes += numbers("3iQ", 2, 3, 0, len(points))
         nodes += block("Q", [[tag] for tag in tags]) + block("3d", points)

@@ -1,20 +1,26 @@
-"""A pytest plugin that puts this package's solvers where Firedrake's are, to run Firedrake's own tests on them.
+"""A pytest plugin that puts this package's solvers where Firedrake's are, to run Firedrake's own
+tests on them.
 
-What calls itself a drop-in should pass the tests of what it replaces, and Firedrake's adjoint tests know corners of pyadjoint that
+What calls itself a drop-in should pass the tests of what it replaces, and Firedrake's adjoint tests
+know corners of pyadjoint that
 nobody here thought of. With the sources of the installed Firedrake beside this checkout::
 
-    PYTHONPATH=tests python -m pytest -p put_in_place -m "not parallel or parallel[1]" ../firedrake/tests/firedrake/adjoint
+    PYTHONPATH=tests python -m pytest -p put_in_place -m "not parallel or parallel[1]"
+    ../firedrake/tests/firedrake/adjoint
 
-``solve(a == L, u)`` and ``solve(F == 0, u)`` are made and annotated by this package, too. Systems that are assembled already, and
-projections, stay Firedrake's. A run in which no solve was this package's says so, and fails.
+``solve(a == L, u)`` and ``solve(F == 0, u)`` are made and annotated by this package, too. Systems
+that are assembled already, and projections, stay Firedrake's. A run in which no solve was this
+package's says so, and fails.
 """
+
 import functools
 import inspect
 import os
 import types
 from contextlib import nullcontext
 
-os.environ.setdefault("FIREDRAKE_DISABLE_OPTIONS_LEFT", "1")  # pytest's arguments are unknown to PETSc
+# pytest's arguments are unknown to PETSc
+os.environ.setdefault("FIREDRAKE_DISABLE_OPTIONS_LEFT", "1")
 
 import firedrake
 import pytest
@@ -24,7 +30,10 @@ from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 import prdp_fem.solvers
 
-_SOLVERS = {name: getattr(prdp_fem, name) for name in ("LinearVariationalSolver", "NonlinearVariationalSolver")}
+_SOLVERS = {
+    name: getattr(prdp_fem, name)
+    for name in ("LinearVariationalSolver", "NonlinearVariationalSolver")
+}
 _COUNTS = ("solves", "adjoint_solves", "tangent_solves")
 # Of every solver made; not the solvers, which would live on with all that they hold.
 _statistics: list = []
@@ -33,7 +42,8 @@ _statistics: list = []
 def _put_in() -> None:
     # This package makes Firedrake's solvers by the names that are about to change.
     prdp_fem.solvers.firedrake = types.SimpleNamespace(**vars(firedrake))
-    # Not in firedrake.variational_solver: preconditioners import from there, and look into what is private to the solvers they make.
+    # Not in firedrake.variational_solver: preconditioners import from there, and look into what is
+    # private to the solvers they make.
     solving.vs = types.SimpleNamespace(**{**vars(solving.vs), **_SOLVERS})
     vars(firedrake).update(_SOLVERS)
     firedrake.solve = solving.solve = _replaced(solving.solve)
@@ -42,6 +52,7 @@ def _put_in() -> None:
 
 def _replaced(solve):
     """A ``solve`` that leaves equations, and their annotation, to the solvers put in."""
+
     @functools.wraps(solve)
     def wrapper(*args, ad_block_tag=None, **kwargs):
         if not isinstance(args[0], ufl.classes.Equation):
@@ -53,6 +64,7 @@ def _replaced(solve):
         if annotate:
             get_working_tape().get_blocks()[-1].tag = ad_block_tag
         return solution
+
     return wrapper
 
 
@@ -61,6 +73,7 @@ def _counted(init):
     def wrapper(self, *args, **kwargs):
         init(self, *args, **kwargs)
         _statistics.append(self.statistics)
+
     return wrapper
 
 
@@ -76,7 +89,11 @@ def pytest_configure(config) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session) -> None:
     """Fail where nothing was put in."""
-    if not _totals()["solves"] and session.exitstatus == pytest.ExitCode.OK and not session.config.option.collectonly:
+    if (
+        not _totals()["solves"]
+        and session.exitstatus == pytest.ExitCode.OK
+        and not session.config.option.collectonly
+    ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -85,6 +102,8 @@ def pytest_terminal_summary(terminalreporter) -> None:
     totals = _totals()
     if totals["solves"]:
         counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in totals.items())
-        terminalreporter.write_line(f"put in place: {len(_statistics)} solvers of prdp_fem, with {counts}")
+        terminalreporter.write_line(
+            f"put in place: {len(_statistics)} solvers of prdp_fem, with {counts}"
+        )
     else:
         terminalreporter.write_line("put in place: no solve went through prdp_fem", red=True)

@@ -1,4 +1,7 @@
-"""Solvers of assembled systems under control: which matrix they solve with, and what of it is differentiated."""
+"""Solvers of assembled systems under control: which matrix they solve with, and what of it is
+differentiated.
+"""
+
 import numpy as np
 import pytest
 from firedrake import *
@@ -18,7 +21,11 @@ def controlled(matrix, refinement=None, parameters=CG, **options):
 
 def scale(coefficient, factor):
     with stop_annotating():
-        coefficient.assign(coefficient*factor if isinstance(coefficient, Function) else float(coefficient)*factor)
+        coefficient.assign(
+            coefficient * factor
+            if isinstance(coefficient, Function)
+            else float(coefficient) * factor
+        )
 
 
 def solution(problem) -> Function:
@@ -51,7 +58,9 @@ def test_truncated_solves_are_those_of_the_constructor():
     A, x = assemble(problem.a, bcs=problem.bcs), Function(problem.V)
     refinement = ScheduledRefinement(prdp_fem.IterationLadder(2, 3), {1: 1})
     solver = prdp_fem.control(LinearSolver(A, solver_parameters=CG), refinement)
-    other = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG, refinement=refinement)
+    other = prdp_fem.LinearVariationalSolver(
+        problem.problem, solver_parameters=CG, refinement=refinement
+    )
     for count in (2, 5):
         scale(problem.kappa, 2.0)
         assemble(problem.a, bcs=problem.bcs, tensor=A)
@@ -85,10 +94,12 @@ def test_a_matrix_to_precondition_with_may_lag_behind():
     problem = HeatStep()
     A, P = assemble(problem.a, bcs=problem.bcs), assemble(problem.a, bcs=problem.bcs)
     exact = {"ksp_type": "gmres", "pc_type": "bjacobi", "sub_pc_type": "lu"}
-    solver = prdp_fem.control(LinearSolver(A, P=P, solver_parameters={**exact, "ksp_rtol": 1e-11}), None)
+    solver = prdp_fem.control(
+        LinearSolver(A, P=P, solver_parameters={**exact, "ksp_rtol": 1e-11}), None
+    )
     x, counts = Function(problem.V), []
     with stop_annotating():
-        problem.kappa.interpolate(1 + 30*SpatialCoordinate(problem.mesh)[0]**2)
+        problem.kappa.interpolate(1 + 30 * SpatialCoordinate(problem.mesh)[0] ** 2)
         assemble(problem.a, bcs=problem.bcs, tensor=A)
     for assembles in (False, True):
         if assembles:
@@ -101,10 +112,12 @@ def test_a_matrix_to_precondition_with_may_lag_behind():
 
 CHANGES = {
     "entries": lambda A, problem: A.petscmat.scale(2.0),
-    "another form": lambda A, problem: assemble(2*problem.a, bcs=problem.bcs, tensor=A),
-    "other conditions": lambda A, problem: assemble(problem.a, bcs=DirichletBC(problem.V, 0, 1), tensor=A),
+    "another form": lambda A, problem: assemble(2 * problem.a, bcs=problem.bcs, tensor=A),
+    "other conditions": lambda A, problem: assemble(
+        problem.a, bcs=DirichletBC(problem.V, 0, 1), tensor=A
+    ),
     "no conditions": lambda A, problem: assemble(problem.a, tensor=A),
-    "the mesh": lambda A, problem: problem.mesh.coordinates.assign(2*problem.mesh.coordinates),
+    "the mesh": lambda A, problem: problem.mesh.coordinates.assign(2 * problem.mesh.coordinates),
 }
 
 
@@ -118,7 +131,10 @@ def test_what_no_form_describes_is_refused(change):
     with stop_annotating():
         CHANGES[change](A, problem)
     for _ in range(2):
-        with pytest.raises(ValueError, match="it is not what its form and boundary conditions give: assemble it again"):
+        with pytest.raises(
+            ValueError,
+            match="it is not what its form and boundary conditions give: assemble it again",
+        ):
             solver.solve(x, b)
     with pytest.raises(ValueError, match="assemble it again"):
         controlled(A)
@@ -133,14 +149,14 @@ def test_what_no_form_describes_is_refused(change):
 def test_null_spaces_belong_to_the_solver(name):
     problem = HeatStep(boundary=None)
     w, v = TrialFunction(problem.V), TestFunction(problem.V)
-    A = assemble(inner(grad(w), grad(v))*dx)
+    A = assemble(inner(grad(w), grad(v)) * dx)
     basis = VectorSpaceBasis(constant=True, comm=problem.mesh.comm)
-    b, x = assemble((SpatialCoordinate(problem.mesh)[0] - 0.5)*v*dx), Function(problem.V)
+    b, x = assemble((SpatialCoordinate(problem.mesh)[0] - 0.5) * v * dx), Function(problem.V)
     solver = controlled(A, parameters=GMRES, nullspace=basis)
     solver.solve(x, b)
-    residual = assemble(inner(grad(x), grad(v))*dx) - b
+    residual = assemble(inner(grad(x), grad(v)) * dx) - b
     assert max(abs(whole(assemble(residual).dat.data_ro))) < 1e-10
-    other = assemble(inner(grad(w), grad(v))*dx + w*v*dx)
+    other = assemble(inner(grad(w), grad(v)) * dx + w * v * dx)
     solver = controlled(other)
     put = other.petscmat.setNullSpace if name == "nullspace" else other.petscmat.setNearNullSpace
     put(PETSc.NullSpace().create(constant=True, comm=COMM_WORLD))
@@ -152,6 +168,7 @@ def test_null_spaces_belong_to_the_solver(name):
 
 # On the tape
 
+
 def loop_with(problem, kind, differentiation, setting):
     """A number that comes of three steps, in which the diffusivity moves on, too."""
     refinement = None if setting is None else FixedRefinement(setting)
@@ -161,25 +178,35 @@ def loop_with(problem, kind, differentiation, setting):
         A = assemble(problem.a, bcs=problem.bcs)
         solver = prdp_fem.control(LinearSolver(A, solver_parameters=parameters), **options)
     elif kind == "constructor":
-        solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters, **options)
+        solver = prdp_fem.LinearVariationalSolver(
+            problem.problem, solver_parameters=parameters, **options
+        )
     else:
         solver = LinearVariationalSolver(problem.problem, solver_parameters=parameters)
     for step in range(3):
         if step:
-            problem.kappa.interpolate(problem.kappa*(1 + 0.2*problem.u))
+            problem.kappa.interpolate(problem.kappa * (1 + 0.2 * problem.u))
         if kind == "assembled":
             assemble(problem.a, bcs=problem.bcs, tensor=A)
             solver.solve(problem.u, assemble(problem.L))
         else:
             solver.solve()
         problem.u0.assign(problem.u)
-    return assemble(problem.u**4*dx)
+    return assemble(problem.u**4 * dx)
 
 
-@pytest.mark.parametrize("setting, differentiation, oracle", [
-    (None, "implicit", "stock"), (Iterations(4), "implicit", "constructor"), (Iterations(4), "unrolled", "constructor")])
+@pytest.mark.parametrize(
+    "setting, differentiation, oracle",
+    [
+        (None, "implicit", "stock"),
+        (Iterations(4), "implicit", "constructor"),
+        (Iterations(4), "unrolled", "constructor"),
+    ],
+)
 @pytest.mark.parametrize("boundary", [0, 1.5])
-def test_derivatives_are_taken_at_the_values_that_the_matrix_was_assembled_with(boundary, setting, differentiation, oracle):
+def test_derivatives_are_taken_at_the_values_that_the_matrix_was_assembled_with(
+    boundary, setting, differentiation, oracle
+):
     mesh, found = UnitSquareMesh(5, 5), []
     for kind in ("assembled", oracle):
         with set_working_tape(Tape()):
@@ -192,13 +219,22 @@ def test_derivatives_are_taken_at_the_values_that_the_matrix_was_assembled_with(
                 values = [value]
                 derivatives = reduced.derivative()
                 for factor in (1.0, 1.4):
-                    values.append(reduced([Function(start.function_space()).assign(factor*start) for start in starts]))
+                    values.append(
+                        reduced(
+                            [
+                                Function(start.function_space()).assign(factor * start)
+                                for start in starts
+                            ]
+                        )
+                    )
                     derivatives = [*derivatives, *reduced.derivative()]
-                found.append((values, [whole(derivative.dat.data_ro) for derivative in derivatives]))
+                found.append(
+                    (values, [whole(derivative.dat.data_ro) for derivative in derivatives])
+                )
     np.testing.assert_allclose(*(values for values, _ in found), rtol=1e-9)
     for one, other in zip(found[0][1], found[1][1]):
         assert np.linalg.norm(other) > 0
-        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9*np.linalg.norm(other))
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-9 * np.linalg.norm(other))
 
 
 def test_a_constant_of_the_matrix_is_a_control():
@@ -207,7 +243,7 @@ def test_a_constant_of_the_matrix_is_a_control():
     A, x = assemble(problem.a, bcs=problem.bcs), Function(problem.V)
     solver = controlled(A)
     solver.solve(x, assemble(problem.L))
-    reduced = ReducedFunctional(assemble(x**4*dx), control)
+    reduced = ReducedFunctional(assemble(x**4 * dx), control)
     with stop_annotating():
         assert taylor_test(reduced, Constant(0.07), Constant(0.05)) > 1.95
 
@@ -221,11 +257,13 @@ def test_a_matrix_that_was_assembled_before_is_a_constant():
         problem.kappa.clear_block_variable()
         control = Control(problem.kappa)
         solver.solve(x, b)
-        reduced = ReducedFunctional(assemble(x**2*dx + problem.kappa*dx), control)
+        reduced = ReducedFunctional(assemble(x**2 * dx + problem.kappa * dx), control)
         with stop_annotating():
             gradient = reduced.derivative()
-            expected = assemble(TestFunction(problem.V)*dx)
-        np.testing.assert_allclose(whole(gradient.dat.data_ro), whole(expected.dat.data_ro), rtol=1e-12)
+            expected = assemble(TestFunction(problem.V) * dx)
+        np.testing.assert_allclose(
+            whole(gradient.dat.data_ro), whole(expected.dat.data_ro), rtol=1e-12
+        )
 
 
 def test_each_tape_knows_where_the_matrix_comes_from():
@@ -241,7 +279,7 @@ def test_each_tape_knows_where_the_matrix_comes_from():
                 tape.clear_tape()
             control = Control(problem.kappa)
             solver.solve(x, assemble(problem.L))
-            reduced = ReducedFunctional(assemble(x**2*dx), control)
+            reduced = ReducedFunctional(assemble(x**2 * dx), control)
             with stop_annotating():
                 gradients.append(whole(reduced.derivative().dat.data_ro))
     assert np.linalg.norm(gradients[0]) > 0

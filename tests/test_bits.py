@@ -3,6 +3,7 @@
 Some of its kernels add up in an order that depends on where an array starts. Which kernels are used
 depends on the processor, and on whether OpenBLAS knows it: each test runs with those of several.
 """
+
 import os
 import platform
 import re
@@ -21,8 +22,13 @@ from prdp_fem.memory.batch import Batch, BatchStore
 
 HERE = Path(__file__).parent
 # What a processor must have for them.
-KERNELS = {"Prescott": "pni", "Nehalem": "sse4_2", "Haswell": "avx2", "Zen": "avx2",
-           "SkylakeX": "avx512vl"}
+KERNELS = {
+    "Prescott": "pni",
+    "Nehalem": "sse4_2",
+    "Haswell": "avx2",
+    "Zen": "avx2",
+    "SkylakeX": "avx512vl",
+}
 
 # PETSc's OpenBLAS, of those that are loaded, says which kernels it has taken; the arrays are placed
 # at each multiple of 8 bytes in turn.
@@ -50,7 +56,8 @@ kept = []
 
 def placed(rows, offset):
     # A copy of rows that starts at another place, among other things that come and go.
-    kept[:] = [torch.empty(17 + 3*offset), np.empty(5 + 7*offset), PETSc.Vec().createSeq(3 + offset)]
+    others = torch.empty(17 + 3*offset), np.empty(5 + 7*offset)
+    kept[:] = [*others, PETSc.Vec().createSeq(3 + offset)]
     memory = torch.empty(rows.numel() + offset + 1, dtype=rows.dtype)
     copy = memory[offset:offset + rows.numel()].view(rows.shape)
     return copy.copy_(rows).requires_grad_()
@@ -93,7 +100,10 @@ METHODS = [
     ({"ksp_type": "gmres", "pc_type": "none"}, "unrolled"),
     ({"ksp_type": "bcgs", "pc_type": "jacobi"}, "unrolled"),
     ({"ksp_type": "minres", "pc_type": "jacobi"}, "implicit"),
-    ({"ksp_type": "richardson", "pc_type": "jacobi", "ksp_richardson_self_scale": None}, "implicit"),
+    (
+        {"ksp_type": "richardson", "pc_type": "jacobi", "ksp_richardson_self_scale": None},
+        "implicit",
+    ),
     ({"ksp_type": "preonly", "pc_type": "lu"}, "implicit"),
     ({"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"}, "implicit"),
 ]
@@ -103,7 +113,9 @@ METHODS_IN_PARALLEL = [pair for pair in METHODS if pair[0]["pc_type"] in ("jacob
 
 def processor_flags():
     try:
-        return set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+        return set(
+            re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split()
+        )
     except (OSError, TypeError):
         return set()
 
@@ -119,8 +131,12 @@ def needs(kernels):
 def test_results_do_not_depend_on_places_in_memory_or_in_a_batch(kernels):
     needs(kernels)
     script = SOLVES.format(here=str(HERE), kernels=kernels, methods=METHODS)
-    run = subprocess.run([sys.executable, "-c", script], env={**os.environ, "OPENBLAS_CORETYPE": kernels},
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OPENBLAS_CORETYPE": kernels},
+        capture_output=True,
+        text=True,
+    )
     assert run.stdout == "equal\n", run.stdout + run.stderr
 
 
@@ -129,7 +145,9 @@ def test_nor_do_they_on_several_ranks(ranks, monkeypatch):
     """With the kernels that are the most sensitive to it."""
     needs("Prescott")
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Prescott")
-    run = run_ranks(ranks, SOLVES.format(here=str(HERE), kernels="Prescott", methods=METHODS_IN_PARALLEL))
+    run = run_ranks(
+        ranks, SOLVES.format(here=str(HERE), kernels="Prescott", methods=METHODS_IN_PARALLEL)
+    )
     assert run.status == 0 and run.output.count("equal") == ranks, run.output
 
 
@@ -160,7 +178,7 @@ def test_rows_are_columns_of_a_matrix(size):
     for row in range(start, stop):
         A[row, row] = 2.0 + row
         if row > start:
-            A[row, row - 1] = 1/(1 + row)
+            A[row, row - 1] = 1 / (1 + row)
     A.assemble()
     for rows in (1, 2, 5):
         batch, out = store(rows), Batch(rows, like)
@@ -169,7 +187,9 @@ def test_rows_are_columns_of_a_matrix(size):
         batch.multiply(A, out)
         below = np.concatenate([np.zeros((rows, min(size, 1))), values[:, :-1]], axis=1)
         numbers = np.arange(start, stop)
-        expected = (2.0 + numbers)*values + np.where(numbers > start, 1/(1.0 + numbers), 0.0)*below
+        expected = (2.0 + numbers) * values + np.where(
+            numbers > start, 1 / (1.0 + numbers), 0.0
+        ) * below
         np.testing.assert_allclose(out.array, expected, rtol=1e-14)
         read = np.empty((rows, size))
         out.read(read)

@@ -1,4 +1,5 @@
 """Values that ranks have from each other, against NumPy on what all of them have."""
+
 import copy
 import pickle
 
@@ -20,7 +21,9 @@ SIZES = {1: [5], 2: [5, 0], 3: [4, 3, 0]}
 def make(seed=0):
     """An exchange, in which ranks want nodes several times, and some that nobody wants."""
     sizes = SIZES[COMM_WORLD.size]
-    wanted = np.random.default_rng(seed + COMM_WORLD.rank).integers(0, sum(sizes) - 1, 3 + 2*COMM_WORLD.rank)
+    wanted = np.random.default_rng(seed + COMM_WORLD.rank).integers(
+        0, sum(sizes) - 1, 3 + 2 * COMM_WORLD.rank
+    )
     return Exchange(COMM_WORLD, sizes[COMM_WORLD.rank], wanted)
 
 
@@ -48,9 +51,9 @@ def test_the_adjoint_by_inner_products():
     values = random(exchange.owned, 3).requires_grad_()
     received = exchange(values)
     cotangent = random(*received.shape)
-    gradient, = torch.autograd.grad(received, values, cotangent)
-    left = COMM_WORLD.allreduce((received.detach()*cotangent).sum().item())
-    right = COMM_WORLD.allreduce((values.detach()*gradient).sum().item())
+    (gradient,) = torch.autograd.grad(received, values, cotangent)
+    left = COMM_WORLD.allreduce((received.detach() * cotangent).sum().item())
+    right = COMM_WORLD.allreduce((values.detach() * gradient).sum().item())
     assert left == pytest.approx(right, rel=1e-13)
 
 
@@ -58,9 +61,11 @@ def test_the_adjoint_adds_up_what_ranks_have_made_of_a_node():
     exchange = make()
     values = random(exchange.owned).requires_grad_()
     cotangent = random(len(exchange.wanted))
-    gradient, = torch.autograd.grad(exchange(values), values, cotangent)
+    (gradient,) = torch.autograd.grad(exchange(values), values, cotangent)
     expected = np.zeros(sum(SIZES[COMM_WORLD.size]))
-    np.add.at(expected, np.concatenate(COMM_WORLD.allgather(exchange.wanted)), everywhere(cotangent))
+    np.add.at(
+        expected, np.concatenate(COMM_WORLD.allgather(exchange.wanted)), everywhere(cotangent)
+    )
     np.testing.assert_allclose(everywhere(gradient), expected, rtol=1e-14, atol=1e-15)
 
 
@@ -68,12 +73,16 @@ def test_second_derivatives():
     """Of the sum of the cubes of all values that ranks have."""
     exchange = make()
     values = random(exchange.owned).requires_grad_()
-    first, = torch.autograd.grad((exchange(values)**3).sum(), values, create_graph=True)
+    (first,) = torch.autograd.grad((exchange(values) ** 3).sum(), values, create_graph=True)
     direction = random(exchange.owned)
-    second, = torch.autograd.grad((first*direction).sum(), values)
-    counts = np.bincount(np.concatenate(COMM_WORLD.allgather(exchange.wanted)), minlength=sum(SIZES[COMM_WORLD.size]))
-    mine = slice(sum(SIZES[COMM_WORLD.size][:COMM_WORLD.rank]), None)
-    torch.testing.assert_close(second, 6*torch.from_numpy(counts[mine][:exchange.owned])*values.detach()*direction)
+    (second,) = torch.autograd.grad((first * direction).sum(), values)
+    counts = np.bincount(
+        np.concatenate(COMM_WORLD.allgather(exchange.wanted)), minlength=sum(SIZES[COMM_WORLD.size])
+    )
+    mine = slice(sum(SIZES[COMM_WORLD.size][: COMM_WORLD.rank]), None)
+    torch.testing.assert_close(
+        second, 6 * torch.from_numpy(counts[mine][: exchange.owned]) * values.detach() * direction
+    )
 
 
 def test_the_same_plan_serves_copies_and_other_widths():
@@ -86,21 +95,32 @@ def test_the_same_plan_serves_copies_and_other_widths():
 
 def test_vectors_of_too_many_entries_are_made_in_pieces(monkeypatch):
     exchange = make()
-    monkeypatch.setattr(exchange_module, "_MOST", 2*sum(SIZES[COMM_WORLD.size]))
+    monkeypatch.setattr(exchange_module, "_MOST", 2 * sum(SIZES[COMM_WORLD.size]))
     values = random(exchange.owned, 5).requires_grad_()
     received = exchange(values)
     np.testing.assert_array_equal(received.detach(), everywhere(values)[exchange.wanted])
-    gradient, = torch.autograd.grad(received, values, torch.ones_like(received))
-    counts = np.bincount(np.concatenate(COMM_WORLD.allgather(exchange.wanted)), minlength=sum(SIZES[COMM_WORLD.size]))
+    (gradient,) = torch.autograd.grad(received, values, torch.ones_like(received))
+    counts = np.bincount(
+        np.concatenate(COMM_WORLD.allgather(exchange.wanted)), minlength=sum(SIZES[COMM_WORLD.size])
+    )
     np.testing.assert_array_equal(everywhere(gradient), np.repeat(counts[:, None], 5, axis=1))
 
 
 def test_bad_input_is_an_error_on_all_ranks():
     exchange, last = make(), COMM_WORLD.size - 1
-    with pytest.raises(ValueError, match="expected .* nodes along axis 0|rank .* has raised ValueError: expected .* nodes along"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            "expected .* nodes along axis 0|rank .* has raised ValueError: expected .* nodes along"
+        ),
+    ):
         exchange(random(exchange.owned + (COMM_WORLD.rank == last)))
     with pytest.raises(ValueError, match="numbered from 0 to"):
-        Exchange(COMM_WORLD, exchange.owned, [sum(SIZES[COMM_WORLD.size])] if COMM_WORLD.rank == last else [])
+        Exchange(
+            COMM_WORLD,
+            exchange.owned,
+            [sum(SIZES[COMM_WORLD.size])] if COMM_WORLD.rank == last else [],
+        )
     with pytest.raises(ValueError, match="numbered from 0 to"):
         Exchange(COMM_WORLD, exchange.owned, [-1] if COMM_WORLD.rank == last else [])
     with pytest.raises(TypeError, match="expected real numbers"):
@@ -108,9 +128,13 @@ def test_bad_input_is_an_error_on_all_ranks():
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(exchange)
     if COMM_WORLD.size > 1:
-        with pytest.raises(ValueError, match="whether there are gradients, must be the same on all ranks"):
+        with pytest.raises(
+            ValueError, match="whether there are gradients, must be the same on all ranks"
+        ):
             exchange(random(exchange.owned).requires_grad_(COMM_WORLD.rank == 0))
-        with pytest.raises(ValueError, match="axes beside that of the nodes.* must be the same on all ranks"):
+        with pytest.raises(
+            ValueError, match="axes beside that of the nodes.* must be the same on all ranks"
+        ):
             exchange(random(exchange.owned, 2 + COMM_WORLD.rank))
 
 

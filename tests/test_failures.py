@@ -1,4 +1,5 @@
 """After a failure, whatever it was, a solver is as good as a new one."""
+
 import sys
 import types
 
@@ -56,23 +57,38 @@ class Diffusion:
         self.source, self.kappa = Function(V, name="source"), Function(V, name="kappa").assign(1.0)
         bc = DirichletBC(V, 0, "on_boundary")
         if nonlinear:
-            F = self.kappa*(1 + u**2)*inner(grad(u), grad(v))*dx - self.source*v*dx
-            self.problem, self.setting = NonlinearVariationalProblem(F, u, bcs=bc), NewtonSteps(2, Iterations(3))
+            F = self.kappa * (1 + u**2) * inner(grad(u), grad(v)) * dx - self.source * v * dx
+            self.problem, self.setting = (
+                NonlinearVariationalProblem(F, u, bcs=bc),
+                NewtonSteps(2, Iterations(3)),
+            )
         else:
-            a = self.kappa*inner(grad(w), grad(v))*dx
-            self.problem, self.setting = LinearVariationalProblem(a, self.source*v*dx, u, bcs=bc), Iterations(3)
-        self.good = tuple(1 + 0.3*to_torch(smooth(V, seed), copy=True)**2 for seed in (1, 2))
+            a = self.kappa * inner(grad(w), grad(v)) * dx
+            self.problem, self.setting = (
+                LinearVariationalProblem(a, self.source * v * dx, u, bcs=bc),
+                Iterations(3),
+            )
+        self.good = tuple(1 + 0.3 * to_torch(smooth(V, seed), copy=True) ** 2 for seed in (1, 2))
         self.cotangent = to_torch(smooth(V, 3), copy=True)
 
     def layer(self, parameters, **options):
         linear = isinstance(self.problem, LinearVariationalProblem)
         make = prdp_fem.LinearVariationalSolver if linear else prdp_fem.NonlinearVariationalSolver
-        solver = make(self.problem, refinement=FixedRefinement(self.setting), solver_parameters=parameters, warm_start=False, **options)
+        solver = make(
+            self.problem,
+            refinement=FixedRefinement(self.setting),
+            solver_parameters=parameters,
+            warm_start=False,
+            **options,
+        )
         return SolverLayer(solver, [self.source, self.kappa])
 
     def evaluate(self, layer, tensors=None, cotangent=None) -> list:
         """The solution, and the derivatives by both controls."""
-        tensors = [tensor.detach().clone().requires_grad_() for tensor in (self.good if tensors is None else tensors)]
+        tensors = [
+            tensor.detach().clone().requires_grad_()
+            for tensor in (self.good if tensors is None else tensors)
+        ]
         out = layer(*tensors)
         out.backward(self.cotangent if cotangent is None else cotangent)
         return [out.detach(), *(tensor.grad for tensor in tensors)]
@@ -91,17 +107,40 @@ PRECONDITIONERS = {
     "icc": {"ksp_type": "cg", **factorised("icc")},
     "lu": {"ksp_type": "gmres", **factorised("lu")},
     "mumps": {"ksp_type": "gmres", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps"},
-    "blocks": {"ksp_type": "gmres", "pc_type": "bjacobi", "pc_bjacobi_blocks": 2*COMM_WORLD.size},
+    "blocks": {"ksp_type": "gmres", "pc_type": "bjacobi", "pc_bjacobi_blocks": 2 * COMM_WORLD.size},
     "blocks swept": {"ksp_type": "bcgs", "pc_type": "bjacobi", "sub_pc_type": "sor"},
     "schwarz": {"ksp_type": "gmres", "pc_type": "asm"},
     "gamg": {"ksp_type": "cg", "pc_type": "gamg"},
     "mg": {"ksp_type": "gmres", "pc_type": "mg"},
-    "ksp": {"ksp_type": "preonly", "pc_type": "ksp", "ksp_ksp_type": "gmres", "ksp_pc_type": "bjacobi"},
-    "composite": {"ksp_type": "gmres", "pc_type": "composite", "pc_composite_pcs": "jacobi,bjacobi"},
-    "assembled": {"mat_type": "matfree", "ksp_type": "gmres", "pc_type": "python", "pc_python_type": "firedrake.AssembledPC",
-                  "assembled_pc_type": "bjacobi"},
-    "star": {"ksp_type": "cg", "pc_type": "python", "pc_python_type": "firedrake.ASMStarPC", "pc_star_construct_dim": 0},
-    "descent": {"ksp_type": "python", "ksp_python_type": "prdp_fem.SteepestDescent", "pc_type": "sor"},
+    "ksp": {
+        "ksp_type": "preonly",
+        "pc_type": "ksp",
+        "ksp_ksp_type": "gmres",
+        "ksp_pc_type": "bjacobi",
+    },
+    "composite": {
+        "ksp_type": "gmres",
+        "pc_type": "composite",
+        "pc_composite_pcs": "jacobi,bjacobi",
+    },
+    "assembled": {
+        "mat_type": "matfree",
+        "ksp_type": "gmres",
+        "pc_type": "python",
+        "pc_python_type": "firedrake.AssembledPC",
+        "assembled_pc_type": "bjacobi",
+    },
+    "star": {
+        "ksp_type": "cg",
+        "pc_type": "python",
+        "pc_python_type": "firedrake.ASMStarPC",
+        "pc_star_construct_dim": 0,
+    },
+    "descent": {
+        "ksp_type": "python",
+        "ksp_python_type": "prdp_fem.SteepestDescent",
+        "pc_type": "sor",
+    },
 }
 UNROLLED = ("pbjacobi", "sor", "icc", "blocks", "descent")
 EVERYWHERE = ("pbjacobi", "sor", "blocks")
@@ -109,13 +148,32 @@ EVERYWHERE = ("pbjacobi", "sor", "blocks")
 
 def _rows():
     for name in PRECONDITIONERS:
-        # PETSc has the one for the matrices of one rank, and on several MUMPS adds up in an order that the load decides.
+        # PETSc has the one for the matrices of one rank, and on several MUMPS adds up in an order
+        # that the load decides.
         marks = [pytest.mark.ranks(1)] if name in ("eisenstat", "mumps") else []
-        for nonlinear, how in ((False, "implicit"), (True, "implicit"), (False, "unrolled"), (True, "unrolled")):
+        for nonlinear, how in (
+            (False, "implicit"),
+            (True, "implicit"),
+            (False, "unrolled"),
+            (True, "unrolled"),
+        ):
             if how == "implicit" or name in UNROLLED:
-                # Each costs a while, and the ways of failing do not depend on the number of ranks together with all else.
-                few = [pytest.mark.ranks(1)] if nonlinear or how == "unrolled" else [] if name in EVERYWHERE else [pytest.mark.ranks(1, 2)]
-                yield pytest.param(name, nonlinear, how, id=f"{name}-{'nonlinear' if nonlinear else 'linear'}-{how}", marks=marks or few)
+                # Each costs a while, and the ways of failing do not depend on the number of ranks
+                # together with all else.
+                few = (
+                    [pytest.mark.ranks(1)]
+                    if nonlinear or how == "unrolled"
+                    else []
+                    if name in EVERYWHERE
+                    else [pytest.mark.ranks(1, 2)]
+                )
+                yield pytest.param(
+                    name,
+                    nonlinear,
+                    how,
+                    id=f"{name}-{'nonlinear' if nonlinear else 'linear'}-{how}",
+                    marks=marks or few,
+                )
 
 
 @pytest.mark.parametrize("name, nonlinear, how", list(_rows()))
@@ -129,23 +187,35 @@ def test_good_calls_after_bad_ones_are_those_of_a_fresh_solver(name, nonlinear, 
     assert_equal(equal, problem.evaluate(made_with_zero), expected)
     nan = source.clone()
     nan[:1] = torch.nan
-    bad_calls = {"zero": (source, 0*kappa), "NaN in the source": (nan, kappa), "NaN in the operator": (source, nan),
-                 "in a batch": (source.expand(3, -1), torch.stack([kappa, 0*kappa, kappa]))}
+    bad_calls = {
+        "zero": (source, 0 * kappa),
+        "NaN in the source": (nan, kappa),
+        "NaN in the operator": (source, nan),
+        "in a batch": (source.expand(3, -1), torch.stack([kappa, 0 * kappa, kappa])),
+    }
     if name == "mg":
-        del bad_calls["NaN in the operator"]  # it has one level here, whose direct solver meets none
+        # it has one level here, whose direct solver meets none
+        del bad_calls["NaN in the operator"]
     for tensors in bad_calls.values():
-        with pytest.raises(ConvergenceError, match="solve (inside that )?for 'u'|preconditioner for 'u'"):
+        with pytest.raises(
+            ConvergenceError, match="solve (inside that )?for 'u'|preconditioner for 'u'"
+        ):
             made_with_zero(*tensors)
         assert_equal(equal, problem.evaluate(made_with_zero), expected)
-    batch = [torch.stack([tensor, 2*tensor]) for tensor in problem.good]
+    batch = [torch.stack([tensor, 2 * tensor]) for tensor in problem.good]
     cotangents = problem.cotangent.expand(2, -1)
-    assert_equal(equal, problem.evaluate(made_with_zero, batch, cotangents),
-                 problem.evaluate(problem.layer(parameters, **options), batch, cotangents))
+    assert_equal(
+        equal,
+        problem.evaluate(made_with_zero, batch, cotangents),
+        problem.evaluate(problem.layer(parameters, **options), batch, cotangents),
+    )
 
 
 @pytest.mark.parametrize("nonlinear", [False, True])
 @pytest.mark.parametrize("how", ["implicit", "unrolled"])
-def test_errors_of_a_users_preconditioner_are_the_users_and_leave_nothing_behind(fragile, nonlinear, how):
+def test_errors_of_a_users_preconditioner_are_the_users_and_leave_nothing_behind(
+    fragile, nonlinear, how
+):
     problem = Diffusion(nonlinear)
     problem.setting = NewtonSteps(2, Iterations(2)) if nonlinear else Iterations(2)
     expected = problem.evaluate(problem.layer(fragile, differentiation=how))
@@ -164,25 +234,39 @@ def test_errors_of_a_users_preconditioner_are_the_users_and_leave_nothing_behind
         assert_equal(equality(fragile), problem.evaluate(layer), expected)
 
 
-@pytest.mark.parametrize("parameters, make_bad", [
-    ({"ksp_type": "gmres", "pc_type": "sor"}, lambda kappa: 0*kappa),
-    ({"ksp_type": "cg", "pc_type": "jacobi"}, lambda kappa: kappa*np.cos(np.arange(kappa.size))),
-    ({"ksp_type": "gmres", "pc_type": "jacobi"}, None),
-    ({"ksp_type": "gmres", "pc_type": "bjacobi", "ksp_error_if_not_converged": None}, None),
-], ids=["PETSc raises", "indefinite", "too few iterations", "told to raise"])
+@pytest.mark.parametrize(
+    "parameters, make_bad",
+    [
+        ({"ksp_type": "gmres", "pc_type": "sor"}, lambda kappa: 0 * kappa),
+        (
+            {"ksp_type": "cg", "pc_type": "jacobi"},
+            lambda kappa: kappa * np.cos(np.arange(kappa.size)),
+        ),
+        ({"ksp_type": "gmres", "pc_type": "jacobi"}, None),
+        ({"ksp_type": "gmres", "pc_type": "bjacobi", "ksp_error_if_not_converged": None}, None),
+    ],
+    ids=["PETSc raises", "indefinite", "too few iterations", "told to raise"],
+)
 def test_errors_on_the_tape_are_one_sentence_with_a_remedy(parameters, make_bad):
     problem = Diffusion()
     problem.source.assign(1.0)
 
     def gradient(solver):
         from firedrake.adjoint import Control, ReducedFunctional, Tape, set_working_tape
+
         with set_working_tape(Tape()):
             solver.solve()
-            reduced = ReducedFunctional(assemble(problem.problem.u**2*dx), [Control(problem.source), Control(problem.kappa)])
+            reduced = ReducedFunctional(
+                assemble(problem.problem.u**2 * dx),
+                [Control(problem.source), Control(problem.kappa)],
+            )
             return [part.dat.data_ro.copy() for part in reduced.derivative()]
 
     def make():
-        return prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={"ksp_rtol": 1e-8, **parameters})
+        return prdp_fem.LinearVariationalSolver(
+            problem.problem, solver_parameters={"ksp_rtol": 1e-8, **parameters}
+        )
+
     expected, solver = gradient(make()), make()
     kappa = problem.kappa.copy(deepcopy=True)
     for _ in range(3):  # PETSc has counters that make the third time another one
@@ -193,7 +277,9 @@ def test_errors_on_the_tape_are_one_sentence_with_a_remedy(parameters, make_bad)
                 solver.snes.ksp.setTolerances(max_it=1)
         else:
             problem.kappa.dat.data_wo[:] = make_bad(kappa.dat.data_ro)
-        with pytest.raises(ConvergenceError, match="the forward solve for 'u' .*(look for|use|allow)") as raised:
+        with pytest.raises(
+            ConvergenceError, match="the forward solve for 'u' .*(look for|use|allow)"
+        ) as raised:
             gradient(solver)
         assert raised.value.__cause__ is None and "\n" not in str(raised.value)
         problem.kappa.assign(kappa)
@@ -206,7 +292,11 @@ def test_errors_on_the_tape_are_one_sentence_with_a_remedy(parameters, make_bad)
 def test_a_failed_backward_pass_leaves_nothing_behind():
     """A cotangent that is not finite, one solve after the forward one."""
     problem = Diffusion()
-    for parameters in ({"ksp_type": "cg", "pc_type": "jacobi"}, PRECONDITIONERS["blocks"], PRECONDITIONERS["ksp"]):
+    for parameters in (
+        {"ksp_type": "cg", "pc_type": "jacobi"},
+        PRECONDITIONERS["blocks"],
+        PRECONDITIONERS["ksp"],
+    ):
         layer, nan = problem.layer(parameters), problem.cotangent.clone()
         expected = problem.evaluate(layer)
         nan[:] = torch.nan
@@ -217,15 +307,20 @@ def test_a_failed_backward_pass_leaves_nothing_behind():
 
 def test_what_was_set_by_hand_stays():
     """A preconditioner that no option says, before and after a failure."""
+
     class Halving:
         def apply(self, pc, x, y):
             x.copy(y)
             y.scale(0.5)
 
         applyTranspose = apply
+
     problem = HeatStep()
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(3)), solver_parameters={
-        "ksp_type": "richardson", "pc_type": "none"})
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem,
+        refinement=FixedRefinement(Iterations(3)),
+        solver_parameters={"ksp_type": "richardson", "pc_type": "none"},
+    )
     pc = solver.snes.ksp.getPC()
     pc.setType(PETSc.PC.Type.PYTHON)
     pc.setPythonContext(Halving())

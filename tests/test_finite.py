@@ -1,5 +1,6 @@
 """NaN and infinity, and operators without an inverse, are errors that say where; and what comes
 after them is as if nothing had been."""
+
 import math
 import re
 import warnings
@@ -21,8 +22,12 @@ from prdp_fem.unrolled import UnrolledKSP
 
 pytestmark = pytest.mark.parallel([1, 2])
 
-MUMPS = {"ksp_type": "preonly", "pc_type": "lu", "pc_factor_mat_solver_type": "mumps",
-         "mat_type": "aij"}
+MUMPS = {
+    "ksp_type": "preonly",
+    "pc_type": "lu",
+    "pc_factor_mat_solver_type": "mumps",
+    "mat_type": "aij",
+}
 CHEBYSHEV = {"ksp_type": "chebyshev", "ksp_chebyshev_eigenvalues": "0.1,2"}
 METHODS = {
     "richardson sor": {"ksp_type": "richardson", "pc_type": "sor"},
@@ -36,15 +41,18 @@ METHODS = {
 }
 UNROLLED = {
     "richardson": {"ksp_type": "richardson", "pc_type": "sor"},
-    "self-scaled": {"ksp_type": "richardson", "pc_type": "jacobi",
-                    "ksp_richardson_self_scale": None},
+    "self-scaled": {
+        "ksp_type": "richardson",
+        "pc_type": "jacobi",
+        "ksp_richardson_self_scale": None,
+    },
     "chebyshev": {**CHEBYSHEV, "pc_type": "jacobi"},
     "cg": CG,
     "gmres": {"ksp_type": "gmres", "pc_type": "pbjacobi"},
     "fgmres": {"ksp_type": "fgmres", "pc_type": "jacobi"},
     "bcgs": {"ksp_type": "bcgs", "pc_type": "none"},
 }
-IN_ALL_WAYS = ([(name, "implicit") for name in METHODS] + [(name, "unrolled") for name in UNROLLED])
+IN_ALL_WAYS = [(name, "implicit") for name in METHODS] + [(name, "unrolled") for name in UNROLLED]
 
 
 class Diffusion:
@@ -53,8 +61,16 @@ class Diffusion:
     The derivative by the Constant is infinite where that is zero.
     """
 
-    def __init__(self, parameters, differentiation="implicit", *, nonlinear=False, setting=None,
-                 output=None, **options):
+    def __init__(
+        self,
+        parameters,
+        differentiation="implicit",
+        *,
+        nonlinear=False,
+        setting=None,
+        output=None,
+        **options,
+    ):
         mesh = UnitSquareMesh(4, 4)
         V = self.V = FunctionSpace(mesh, "CG", 1)
         w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
@@ -63,17 +79,21 @@ class Diffusion:
         self.u, self.controls = u, [f, k, c, g]
         bcs = DirichletBC(V, g, 1)
         if nonlinear:
-            F = ((1 + u**2)*inner(grad(u), grad(v)) + (k + sqrt(c))*u*v - f*v)*dx
+            F = ((1 + u**2) * inner(grad(u), grad(v)) + (k + sqrt(c)) * u * v - f * v) * dx
             problem = NonlinearVariationalProblem(F, u, bcs=bcs)
         else:
-            a = ((1 + sqrt(c))*inner(grad(w), grad(v)) + k*w*v)*dx
-            problem = LinearVariationalProblem(a, f*v*dx, u, bcs=bcs)
+            a = ((1 + sqrt(c)) * inner(grad(w), grad(v)) + k * w * v) * dx
+            problem = LinearVariationalProblem(a, f * v * dx, u, bcs=bcs)
         kind = ("Nonlinear" if nonlinear else "Linear") + "VariationalSolver"
         if setting is None and parameters["ksp_type"] != "preonly":
             setting = Iterations(3)
         self.solver = getattr(prdp_fem, kind)(
-            problem, solver_parameters=parameters, differentiation=differentiation,
-            refinement=None if setting is None else FixedRefinement(setting), **options)
+            problem,
+            solver_parameters=parameters,
+            differentiation=differentiation,
+            refinement=None if setting is None else FixedRefinement(setting),
+            **options,
+        )
         if self.solver.warm_start:
             self.controls.append(u)
         self.layer = SolverLayer(self.solver, self.controls, output)
@@ -84,7 +104,7 @@ class Diffusion:
         for control in self.controls:
             size = to_torch(control).numel()
             values = 1 + torch.rand(*batch, 1, generator=generator, dtype=torch.float64)
-            tensors.append(values.repeat(*[1]*len(batch), size))
+            tensors.append(values.repeat(*[1] * len(batch), size))
         return tensors
 
     def evaluate(self, tensors, cotangent=1.0):
@@ -108,7 +128,7 @@ def is_last() -> bool:
 
 
 def test_numbers_are_told_from_others():
-    for finite in ([0.0, -1.0], [1e200, -1e300], [], [5e-324], [1.7e308]*3):
+    for finite in ([0.0, -1.0], [1e200, -1e300], [], [5e-324], [1.7e308] * 3):
         assert is_finite(np.array([finite]))
     for other in (math.nan, math.inf, -math.inf):
         assert not is_finite(np.array([[1.0, other], [other, -other]]))
@@ -149,13 +169,19 @@ def test_a_number_that_enters(method, differentiation):
     as_before()
 
 
-@pytest.mark.parametrize("method, differentiation", [
-    ("richardson sor", "implicit"), ("cg", "implicit"), ("cg", "unrolled"), ("gmres", "unrolled")])
+@pytest.mark.parametrize(
+    "method, differentiation",
+    [("richardson sor", "implicit"), ("cg", "implicit"), ("cg", "unrolled"), ("gmres", "unrolled")],
+)
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_a_derivative_that_does_not_exist(method, differentiation, nonlinear):
     parameters = (METHODS if differentiation == "implicit" else UNROLLED)[method]
-    case = Diffusion(parameters, differentiation, nonlinear=nonlinear,
-                     setting=NewtonSteps(1, Iterations(3)) if nonlinear else None)
+    case = Diffusion(
+        parameters,
+        differentiation,
+        nonlinear=nonlinear,
+        setting=NewtonSteps(1, Iterations(3)) if nonlinear else None,
+    )
     tensors = case.tensors(3)
     expected = case.evaluate(tensors)
     at_zero = [tensor.clone() for tensor in tensors]
@@ -168,7 +194,7 @@ def test_a_derivative_that_does_not_exist(method, differentiation, nonlinear):
     # On the tape: forward and reverse.
     c = case.controls[2].assign(0.0)
     case.solver.solve()
-    J = assemble(case.u**2*dx)
+    J = assemble(case.u**2 * dx)
     with pytest.raises(ConvergenceError, match="^the derivative by 'c' of the solve for 'heat'"):
         compute_gradient(J, Control(c))
     functional = ReducedFunctional(J, Control(c))
@@ -181,7 +207,7 @@ def test_second_derivatives():
     case.solver.refinement = None
     f = case.controls[0]
     case.solver.solve()
-    functional = ReducedFunctional(assemble(case.u**4*dx), Control(f))
+    functional = ReducedFunctional(assemble(case.u**4 * dx), Control(f))
     functional.derivative()
     direction = Function(case.V).assign(1.0)
     assert np.isfinite(functional.hessian(direction).dat.data_ro).all()
@@ -200,7 +226,7 @@ def test_numbers_that_are_too_large(differentiation):
     assert all(part.isfinite().all() for part in case.evaluate(single, 1e37))
     cotangent = torch.ones(2, case.layer.solver.system.size)
     cotangent[1] = 3.4e38
-    single[2] = single[2]*1e-4  # by which the derivative is larger
+    single[2] = single[2] * 1e-4  # by which the derivative is larger
     with pytest.raises(ConvergenceError, match=r"sample 1: the derivative by .* above 3.4e\+38"):
         case.evaluate(single, cotangent)
 
@@ -231,7 +257,7 @@ def test_boundary_values_that_nobody_else_sees():
     mesh = UnitSquareMesh(1, 1)
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u, g = TrialFunction(V), TestFunction(V), Function(V, name="heat"), Function(V)
-    problem = LinearVariationalProblem(w*v*dx, v*dx, u, bcs=DirichletBC(V, g, "on_boundary"))
+    problem = LinearVariationalProblem(w * v * dx, v * dx, u, bcs=DirichletBC(V, g, "on_boundary"))
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG)
     solver.solve()
     values = g.dat.data
@@ -243,16 +269,24 @@ def test_boundary_values_that_nobody_else_sees():
             solver.solve()
 
 
-NEWTON = {"snes_type": "newtonls", "snes_linesearch_type": "basic", "pc_type": "jacobi",
-          "ksp_type": "gmres"}
+NEWTON = {
+    "snes_type": "newtonls",
+    "snes_linesearch_type": "basic",
+    "pc_type": "jacobi",
+    "ksp_type": "gmres",
+}
 
 
-@pytest.mark.parametrize("parameters, setting", [
-    (NEWTON, NewtonSteps(2, Iterations(3))),
-    ({**NEWTON, "ksp_type": "richardson", "pc_type": "sor"}, NewtonSteps(1, Iterations(2))),
-    ({**NEWTON, "snes_type": "ksponly", "ksp_norm_type": "none"}, Iterations(3)),
-    ({**NEWTON, "snes_type": "nrichardson"}, NewtonSteps(2)),
-], ids=["newton", "richardson", "ksponly", "nrichardson"])
+@pytest.mark.parametrize(
+    "parameters, setting",
+    [
+        (NEWTON, NewtonSteps(2, Iterations(3))),
+        ({**NEWTON, "ksp_type": "richardson", "pc_type": "sor"}, NewtonSteps(1, Iterations(2))),
+        ({**NEWTON, "snes_type": "ksponly", "ksp_norm_type": "none"}, Iterations(3)),
+        ({**NEWTON, "snes_type": "nrichardson"}, NewtonSteps(2)),
+    ],
+    ids=["newton", "richardson", "ksponly", "nrichardson"],
+)
 @pytest.mark.parametrize("differentiation", ["implicit", "unrolled"])
 def test_nonlinear_solves(parameters, setting, differentiation):
     if differentiation == "unrolled" and parameters["snes_type"] == "nrichardson":
@@ -278,7 +312,7 @@ def test_nonlinear_solves(parameters, setting, differentiation):
 def test_functionals():
     case = Diffusion(CG)
     u, k = case.u, case.controls[1]
-    layer = SolverLayer(case.solver, case.controls, [ln(u)*dx, sqrt(k)*u*dx, u])
+    layer = SolverLayer(case.solver, case.controls, [ln(u) * dx, sqrt(k) * u * dx, u])
     tensors = case.tensors(2, 2)
     assert all(output.isfinite().all() for output in layer(*tensors))
     negative = [tensor.clone() for tensor in tensors]
@@ -306,8 +340,9 @@ def test_boundary_values_without_a_derivative():
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
     g = Constant(1.0, name="g")
-    problem = LinearVariationalProblem(inner(grad(w), grad(v))*dx, v*dx, u,
-                                       bcs=DirichletBC(V, sqrt(g), 1))
+    problem = LinearVariationalProblem(
+        inner(grad(w), grad(v)) * dx, v * dx, u, bcs=DirichletBC(V, sqrt(g), 1)
+    )
     layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG), [g])
     x = torch.tensor([[1.0], [0.0]], dtype=torch.float64, requires_grad=True)
     y = layer(x)
@@ -319,8 +354,10 @@ def test_unrolled_iterations_by_themselves():
     case = Diffusion(CG, "unrolled")
     case.solver.solve()
     ksp = case.solver.system.linearisation.krylov.ksp
-    unrolled, (b, out), (c, b_bar) = UnrolledKSP(ksp), *(ksp.getOperators()[0].createVecs()
-                                                         for _ in range(2))
+    unrolled, (b, out), (c, b_bar) = (
+        UnrolledKSP(ksp),
+        *(ksp.getOperators()[0].createVecs() for _ in range(2)),
+    )
     b.set(1.0)
     c.set(1.0)
     if is_last():
@@ -339,29 +376,32 @@ def test_unrolled_iterations_by_themselves():
 
 # Operators without an inverse
 
+
 def neumann(source, shift=0.0):
     mesh = UnitSquareMesh(8, 8)
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
-    a = (inner(grad(w), grad(v)) + Constant(shift)*w*v)*dx
-    return LinearVariationalProblem(a, source(*SpatialCoordinate(mesh))*v*dx, u)
+    a = (inner(grad(w), grad(v)) + Constant(shift) * w * v) * dx
+    return LinearVariationalProblem(a, source(*SpatialCoordinate(mesh)) * v * dx, u)
 
 
 def flow(*, nonlinear=False, fixed=False):
     mesh = UnitSquareMesh(6, 6)
-    W = VectorFunctionSpace(mesh, "CG", 2)*FunctionSpace(mesh, "CG", 1)
+    W = VectorFunctionSpace(mesh, "CG", 2) * FunctionSpace(mesh, "CG", 1)
     (v, q), up, (x, y) = TestFunctions(W), Function(W, name="flow"), SpatialCoordinate(mesh)
-    force = Function(W.sub(0).collapse(), name="force").interpolate(as_vector((sin(x*y), x*y)))
-    bcs = [DirichletBC(W.sub(0), as_vector((y*(1 - y), 0*x)), (1, 2)),
-           DirichletBC(W.sub(0), 0, (3, 4))]
+    force = Function(W.sub(0).collapse(), name="force").interpolate(as_vector((sin(x * y), x * y)))
+    bcs = [
+        DirichletBC(W.sub(0), as_vector((y * (1 - y), 0 * x)), (1, 2)),
+        DirichletBC(W.sub(0), 0, (3, 4)),
+    ]
     if fixed:
         bcs.append(DirichletBC(W.sub(1), 0, 1))
     w, p = split(up) if nonlinear else TrialFunctions(W)
-    F = (inner(grad(w), grad(v)) - p*div(v) - q*div(w))*dx
+    F = (inner(grad(w), grad(v)) - p * div(v) - q * div(w)) * dx
     if nonlinear:
-        F += inner(dot(grad(w), w), v)*dx - inner(force, v)*dx
+        F += inner(dot(grad(w), w), v) * dx - inner(force, v) * dx
         return NonlinearVariationalProblem(F, up, bcs=bcs), force
-    return LinearVariationalProblem(F, inner(force, v)*dx, up, bcs=bcs), force
+    return LinearVariationalProblem(F, inner(force, v) * dx, up, bcs=bcs), force
 
 
 def constant_pressure(problem):
@@ -370,8 +410,11 @@ def constant_pressure(problem):
     return MixedVectorSpaceBasis(W, [W.sub(0), constants])
 
 
-@pytest.mark.parametrize("source", [lambda x, y: 1 + x*y, lambda x, y: cos(pi*x)],
-                         ids=["without a solution", "with many solutions"])
+@pytest.mark.parametrize(
+    "source",
+    [lambda x, y: 1 + x * y, lambda x, y: cos(pi * x)],
+    ids=["without a solution", "with many solutions"],
+)
 def test_a_factorisation_of_an_operator_that_is_singular(source):
     problem = neumann(source)
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=MUMPS)
@@ -391,7 +434,7 @@ def test_a_factorisation_of_an_operator_that_is_singular(source):
 @pytest.mark.parametrize("has_space", [False, True])
 def test_null_pivots_that_are_looked_for_make_no_solution(has_space):
     """They are left out: solved again, it is the same, but the right-hand side has a part there."""
-    problem = neumann(lambda x, y: 1 + x*y)
+    problem = neumann(lambda x, y: 1 + x * y)
     parameters = {**MUMPS, "mat_mumps_icntl_24": 1}
     constants = VectorSpaceBasis(constant=True, comm=COMM_WORLD)
     spaces = {"nullspace": constants} if has_space else {}
@@ -416,11 +459,11 @@ def test_a_flow_whose_pressure_is_not_determined(nonlinear):
 
 @pytest.mark.parametrize("shift", [1.0, 1e-4, 1e-7])
 def test_operators_that_are_nearly_singular_have_solutions(shift):
-    problem = neumann(lambda x, y: 1 + x*y, shift)
+    problem = neumann(lambda x, y: 1 + x * y, shift)
     layer = prdp_fem.LinearVariationalSolver(problem, solver_parameters=MUMPS)
     layer.solve()
-    mean = assemble(problem.u*dx)  # of all solutions, by a test function of one
-    assert abs(mean*shift - 1.25) < 1e-6
+    mean = assemble(problem.u * dx)  # of all solutions, by a test function of one
+    assert abs(mean * shift - 1.25) < 1e-6
 
 
 @pytest.mark.parametrize("nonlinear", [False, True])
@@ -433,15 +476,20 @@ def test_operators_that_leave_few_digits(nonlinear):
     penalty, bcs = Constant(1e13, name="penalty"), DirichletBC(V, 0, "on_boundary")
 
     def a(w):
-        return (inner(grad(w), grad(v)) + penalty*div(w)*div(v))*dx
+        return (inner(grad(w), grad(v)) + penalty * div(w) * div(v)) * dx
+
     if nonlinear:
-        F = a(u) + inner(dot(grad(u), u) - force, v)*dx
+        F = a(u) + inner(dot(grad(u), u) - force, v) * dx
         solver = prdp_fem.NonlinearVariationalSolver(
-            NonlinearVariationalProblem(F, u, bcs=bcs), warm_start=False,
-            solver_parameters={**MUMPS, "snes_type": "ksponly"})
+            NonlinearVariationalProblem(F, u, bcs=bcs),
+            warm_start=False,
+            solver_parameters={**MUMPS, "snes_type": "ksponly"},
+        )
     else:
         solver = prdp_fem.LinearVariationalSolver(
-            LinearVariationalProblem(a(w), inner(force, v)*dx, u, bcs=bcs), solver_parameters=MUMPS)
+            LinearVariationalProblem(a(w), inner(force, v) * dx, u, bcs=bcs),
+            solver_parameters=MUMPS,
+        )
     layer = SolverLayer(solver, [penalty])
     x = torch.tensor([[1e13], [1.1e13]], dtype=torch.float64, requires_grad=True)
     with warnings.catch_warnings(record=True) as caught:
@@ -453,12 +501,14 @@ def test_operators_that_leave_few_digits(nonlinear):
     said = [str(one.message) for one in caught if one.category is RuntimeWarning]
     assert len(said) == (COMM_WORLD.rank == 0)
     for text in said:
-        assert re.search("solve for 'flow' with pc_type lu determines no more than [23] digits", text)
+        assert re.search(
+            "solve for 'flow' with pc_type lu determines no more than [23] digits", text
+        )
 
 
 @pytest.mark.parametrize("kind", ["linear", "iterative", "nonlinear"])
 def test_one_sample_has_an_operator_that_is_singular(kind):
-    """Its solution is one all the same; that of the adjoint, for another right-hand side, is not."""
+    """Its solution is one all the same; the adjoint's, for another right-hand side, is not."""
     mesh = UnitSquareMesh(8, 8)
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
@@ -466,18 +516,24 @@ def test_one_sample_has_an_operator_that_is_singular(kind):
     x, _ = SpatialCoordinate(mesh)
 
     def a(w):
-        return (inner(grad(w), grad(v)) + c*w*v)*dx
+        return (inner(grad(w), grad(v)) + c * w * v) * dx
+
     if kind == "nonlinear":
         solver = prdp_fem.NonlinearVariationalSolver(
-            NonlinearVariationalProblem(a(u) - (1 + x)*v*dx, u), warm_start=False,
-            solver_parameters={**MUMPS, "snes_type": "ksponly"})
+            NonlinearVariationalProblem(a(u) - (1 + x) * v * dx, u),
+            warm_start=False,
+            solver_parameters={**MUMPS, "snes_type": "ksponly"},
+        )
     else:
         solver = prdp_fem.LinearVariationalSolver(
-            LinearVariationalProblem(a(w), (1 + x)*v*dx, u),
-            solver_parameters=MUMPS if kind == "linear" else {**MUMPS, "ksp_type": "gmres"})
+            LinearVariationalProblem(a(w), (1 + x) * v * dx, u),
+            solver_parameters=MUMPS if kind == "linear" else {**MUMPS, "ksp_type": "gmres"},
+        )
     layer = SolverLayer(solver, [c])
     values = torch.tensor([[1.0], [2.0], [0.0], [3.0]], dtype=torch.float64)
     expected = layer(values[[0, 1, 3]])
-    with pytest.raises(ConvergenceError, match="sample 2: the (forward|nonlinear) solve for 'heat'"):
+    with pytest.raises(
+        ConvergenceError, match="sample 2: the (forward|nonlinear) solve for 'heat'"
+    ):
         layer(values)
     assert equality(MUMPS)(layer(values[[0, 1, 3]]), expected)

@@ -1,4 +1,5 @@
 """What is kept is made anew where a source of it has changed, and only there."""
+
 import numpy as np
 import pytest
 from firedrake.petsc import PETSc

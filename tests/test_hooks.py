@@ -1,4 +1,5 @@
 """Functions that a user has PETSc call are called under this package, too, and so are its own."""
+
 import numpy as np
 import pytest
 from firedrake import *
@@ -24,13 +25,13 @@ def space():
 
 def linear(V):
     w, v = TrialFunction(V), TestFunction(V)
-    form = (w*v + inner(grad(w), grad(v)))*dx
-    return LinearVariationalProblem(form, smooth(V, 1)*v*dx, Function(V, name="u"))
+    form = (w * v + inner(grad(w), grad(v))) * dx
+    return LinearVariationalProblem(form, smooth(V, 1) * v * dx, Function(V, name="u"))
 
 
 def nonlinear(V):
     u, v = Function(V, name="u"), TestFunction(V)
-    residual = ((1 + u**2)*inner(grad(u), grad(v)) + u*v - smooth(V, 1)*v)*dx
+    residual = ((1 + u**2) * inner(grad(u), grad(v)) + u * v - smooth(V, 1) * v) * dx
     return NonlinearVariationalProblem(residual, u, DirichletBC(V, 0, "on_boundary"))
 
 
@@ -50,20 +51,21 @@ class Calls:
 
 def test_what_is_called_after_a_nested_solve_is_called_still(space):
     refinement = FixedRefinement(Iterations(ITERATIONS))
-    solver = prdp_fem.LinearVariationalSolver(linear(space), refinement=refinement,
-                                              solver_parameters=INNER)
+    solver = prdp_fem.LinearVariationalSolver(
+        linear(space), refinement=refinement, solver_parameters=INNER
+    )
     solver.solve()
     assert solver.statistics.forward_iterations == ITERATIONS
     inner_ksp, calls = solver.snes.ksp.pc.getKSP(), Calls()
     calls.put_on(inner_ksp)
     for count in (1, 2):
         solver.solve()
-        assert calls.iterations == [ITERATIONS]*count
-        assert solver.statistics.forward_iterations == ITERATIONS*(1 + count)
+        assert calls.iterations == [ITERATIONS] * count
+        assert solver.statistics.forward_iterations == ITERATIONS * (1 + count)
     inner_ksp.setPostSolve(None)
     solver.solve()
-    assert calls.iterations == [ITERATIONS]*2
-    assert solver.statistics.forward_iterations == ITERATIONS*4
+    assert calls.iterations == [ITERATIONS] * 2
+    assert solver.statistics.forward_iterations == ITERATIONS * 4
 
 
 @pytest.mark.parametrize("is_solved", [False, True])
@@ -81,12 +83,12 @@ def test_what_is_called_after_linear_solves_stays_under_control(space, is_solved
     for count in (1, 2):
         problem.u.zero()
         solver.solve()
-        assert calls.iterations == [ITERATIONS]*STEPS*count
-        assert solver.statistics.forward_iterations == ITERATIONS*STEPS*count
+        assert calls.iterations == [ITERATIONS] * STEPS * count
+        assert solver.statistics.forward_iterations == ITERATIONS * STEPS * count
     solver.system.move_to(solver.system.memory)  # as after an error
     problem.u.zero()
     solver.solve()
-    assert calls.iterations == [ITERATIONS]*STEPS*3
+    assert calls.iterations == [ITERATIONS] * STEPS * 3
 
 
 @pytest.mark.parametrize("is_before", [True, False])
@@ -115,8 +117,8 @@ def test_direct_solves_are_looked_at_by_users_and_by_checks(space, is_before, mo
 
 def test_an_error_of_a_users_function_is_raised(space):
     solver = prdp_fem.NonlinearVariationalSolver(
-        nonlinear(space), refinement=FixedRefinement(SETTING),
-        solver_parameters={**GMRES, **NEWTON})
+        nonlinear(space), refinement=FixedRefinement(SETTING), solver_parameters={**GMRES, **NEWTON}
+    )
 
     def fail(ksp, b, x):
         raise KeyError("mine")
@@ -133,7 +135,7 @@ def test_monitors_add_up_where_newton_steps_are_unrolled(space):
     control(solver, FixedRefinement(SETTING), differentiation="unrolled")
     solver.snes.setMonitor(lambda snes, step, norm: seen.append(-step))
     solver.solve()
-    assert seen == [sign*step for step in range(STEPS + 1) for sign in (1, -1)]
+    assert seen == [sign * step for step in range(STEPS + 1) for sign in (1, -1)]
 
 
 @pytest.mark.parametrize("side", ["setPreSolve", "setPostSolve"])

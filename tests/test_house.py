@@ -1,7 +1,9 @@
 """The structure of the code, against what CONTRIBUTING.md says of it.
 
-That is floors, private names of libraries, sizes, and lengths of lines. Nothing is imported: sources are read.
+That is floors, private names of libraries, and sizes. Nothing is imported:
+sources are read.
 """
+
 import ast
 import re
 from pathlib import Path
@@ -9,12 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT/"prdp_fem"
-PAGE = (ROOT/"CONTRIBUTING.md").read_text()
+PACKAGE = ROOT / "prdp_fem"
+PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 # These only collect names for users, those of training in prdp_fem.torch.
 COLLECTIONS = ("prdp_fem/__init__.py", "prdp_fem/torch/__init__.py")
 INTERNALS = "prdp_fem/problem/firedrake_internals.py"
-SOURCES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))
+}
 TREES = {name: ast.parse(text) for name, text in SOURCES.items()}
 
 # What is not yet as it should be. These lists only get shorter.
@@ -24,73 +28,46 @@ TOO_LARGE = {
     ("prdp_fem/solvers.py", "RefinedSolver.__init__"),
     ("prdp_fem/torch/autograd.py", "_put_in"),
 }
-TOO_WIDE = {
-    "prdp_fem/assembly/operator_derivative.py",
-    "prdp_fem/assembly/residual.py",
-    "prdp_fem/doctor.py",
-    "prdp_fem/history.py",
-    "prdp_fem/memory/batch.py",
-    "prdp_fem/memory/device_batch.py",
-    "prdp_fem/memory/devices.py",
-    "prdp_fem/memory/explicit_transpose.py",
-    "prdp_fem/memory/memory.py",
-    "prdp_fem/problem/assembled.py",
-    "prdp_fem/problem/boundary.py",
-    "prdp_fem/problem/context.py",
-    "prdp_fem/problem/firedrake_internals.py",
-    "prdp_fem/problem/forms.py",
-    "prdp_fem/problem/functional.py",
-    "prdp_fem/problem/inputs.py",
-    "prdp_fem/problem/point.py",
-    "prdp_fem/ranks/agreement.py",
-    "prdp_fem/ranks/job.py",
-    "prdp_fem/ranks/threads.py",
-    "prdp_fem/release.py",
-    "prdp_fem/solution/differentiation.py",
-    "prdp_fem/solution/solver_arguments.py",
-    "prdp_fem/solvers.py",
-    "prdp_fem/studies/command_line.py",
-    "prdp_fem/studies/figures.py",
-    "prdp_fem/studies/report.py",
-    "prdp_fem/studies/runs.py",
-    "prdp_fem/studies/study.py",
-    "prdp_fem/tape.py",
-    "prdp_fem/torch/__init__.py",
-    "prdp_fem/torch/autograd.py",
-    "prdp_fem/torch/conversion.py",
-    "prdp_fem/torch/layer.py",
-    "prdp_fem/torch/placement.py",
-    "prdp_fem/training/exchange.py",
-    "prdp_fem/training/gathering.py",
-    "prdp_fem/training/loop.py",
-    "prdp_fem/training/networks.py",
-    "prdp_fem/training/nodes.py",
-    "prdp_fem/training/partition.py",
-    "prdp_fem/training/reduction.py",
-    "prdp_fem/training/sampling.py",
-}
 
 # What is private to other libraries than Firedrake, and has no public way, by module.
 PRIVATE_ELSEWHERE = {
     "prdp_fem/assembly/right_hand_side.py": {"_ufl_is_terminal_"},
     "prdp_fem/studies/command_line.py": {"_option_string_actions"},
     "prdp_fem/torch/autograd.py": {"_C", "_are_functorch_transforms_active", "_functorch"},
-    "prdp_fem/torch/layer.py": {"_C", "_TorchDispatchModeKey", "_dynamo", "_get_dispatch_mode", "_get_tracing_state",
-                                "_len_torch_dispatch_stack"},
+    "prdp_fem/torch/layer.py": {
+        "_C",
+        "_TorchDispatchModeKey",
+        "_dynamo",
+        "_get_dispatch_mode",
+        "_get_tracing_state",
+        "_len_torch_dispatch_stack",
+    },
     "prdp_fem/training/loop.py": {"_milestones", "_schedulers"},
-    "prdp_fem/training/reduction.py": {"_backward_hooks", "_post_accumulate_grad_hooks", "_version"},
+    "prdp_fem/training/reduction.py": {
+        "_backward_hooks",
+        "_post_accumulate_grad_hooks",
+        "_version",
+    },
 }
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the table of the page whose first line this is, without backticks around them."""
-    lines = PAGE[PAGE.index(heading):].splitlines()[2:]
-    end = next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    """The cells of the page's table whose first line this is, without backticks around them."""
+    lines = PAGE[PAGE.index(heading) :].splitlines()[2:]
+    end = next(
+        (number for number, line in enumerate(lines) if not line.startswith("|")), len(lines)
+    )
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:end]]
 
 
-FLOORS = {room: int(floor) for floor, rooms in rows("| floor | rooms |") for room in re.findall(r"`(\w+)`", rooms)}
-EXCEPTIONS = {(where.strip("`"), what.strip("`")) for where, what, _ in rows("| where | what | why |")}
+FLOORS = {
+    room: int(floor)
+    for floor, rooms in rows("| floor | rooms |")
+    for room in re.findall(r"`(\w+)`", rooms)
+}
+EXCEPTIONS = {
+    (where.strip("`"), what.strip("`")) for where, what, _ in rows("| where | what | why |")
+}
 
 
 def room_of(module: str) -> str:
@@ -106,7 +83,11 @@ def imported_by(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports name the package"
             # from prdp_fem import x may name a module.
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "prdp_fem" else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "prdp_fem"
+                else {node.module}
+            )
     return {module for module in found if module.startswith("prdp_fem.")}
 
 
@@ -115,12 +96,15 @@ def test_imports_go_down(name):
     """To a lower floor, or within a room; so there are no circles of rooms, either."""
     room = room_of(name.removesuffix(".py").replace("/", "."))
     assert room in FLOORS, f"{room} has no floor in CONTRIBUTING.md"
-    wrong = {module for module in imported_by(TREES[name])
-             if room_of(module) != room and FLOORS[room_of(module)] >= FLOORS[room]}
+    wrong = {
+        module
+        for module in imported_by(TREES[name])
+        if room_of(module) != room and FLOORS[room_of(module)] >= FLOORS[room]
+    }
     assert not wrong, f"{name} is on floor {FLOORS[room]} and imports {sorted(wrong)}"
 
 
-# --- private names -----------------------------------------------------------------------------------------------------------------------
+# --- private names --------------------------------------------------------------------------------
 
 
 def is_private(name: str) -> bool:
@@ -135,7 +119,9 @@ def own_names() -> set[str]:
             match node:
                 case ast.FunctionDef(name=own) | ast.ClassDef(name=own) | ast.arg(arg=own):
                     found.add(own)
-                case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=own, ctx=ast.Store()) if name != INTERNALS:
+                case ast.Attribute(
+                    value=ast.Name(id="self" | "cls"), attr=own, ctx=ast.Store()
+                ) if name != INTERNALS:
                     found.add(own)
                 case ast.Name(id=own, ctx=ast.Store()):
                     found.add(own)
@@ -152,18 +138,34 @@ def test_private_names_of_libraries_are_in_one_module(name):
     found = []
     for node in ast.walk(TREES[name]):
         match node:
-            case ast.Attribute(attr=attribute) if is_private(attribute) and (attribute not in OWN or attribute.startswith("_ad_")):
+            case ast.Attribute(attr=attribute) if is_private(attribute) and (
+                attribute not in OWN or attribute.startswith("_ad_")
+            ):
                 found.append((node.lineno, attribute))
-            case ast.ImportFrom(module=module, names=names) if module and not module.startswith("prdp_fem"):
-                private = [part for part in (*module.split("."), *(alias.name for alias in names)) if is_private(part)]
+            case ast.ImportFrom(module=module, names=names) if module and not module.startswith(
+                "prdp_fem"
+            ):
+                private = [
+                    part
+                    for part in (*module.split("."), *(alias.name for alias in names))
+                    if is_private(part)
+                ]
                 found += [(node.lineno, part) for part in private]
             case ast.Import(names=names):
-                found += [(node.lineno, alias.name) for alias in names if any(map(is_private, alias.name.split(".")))]
-    found = [(line, private) for line, private in found if private not in PRIVATE_ELSEWHERE.get(name, ())]
-    assert not found, f"{name} uses {found}, which are private to a library: put what needs them into {INTERNALS}"
+                found += [
+                    (node.lineno, alias.name)
+                    for alias in names
+                    if any(map(is_private, alias.name.split(".")))
+                ]
+    found = [
+        (line, private) for line, private in found if private not in PRIVATE_ELSEWHERE.get(name, ())
+    ]
+    assert not found, (
+        f"{name} uses {found}, which are private to a library: put what needs them into {INTERNALS}"
+    )
 
 
-# --- sizes -------------------------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
 def parts(node: ast.AST, names: tuple[str, ...] = ()):
@@ -181,7 +183,10 @@ def too_large(part: ast.ClassDef | ast.FunctionDef) -> str:
     lines = part.end_lineno - part.lineno + 1
     if isinstance(part, ast.ClassDef):
         return f"a class of {lines} lines, where 250 are the most" if lines > 250 else ""
-    arguments = [argument.arg for argument in (*part.args.posonlyargs, *part.args.args, *part.args.kwonlyargs)]
+    arguments = [
+        argument.arg
+        for argument in (*part.args.posonlyargs, *part.args.args, *part.args.kwonlyargs)
+    ]
     if arguments[:1] in (["self"], ["cls"]):
         del arguments[0]
     found = [f"{lines} lines, where 60 are the most"] if lines > 60 else []
@@ -191,28 +196,30 @@ def too_large(part: ast.ClassDef | ast.FunctionDef) -> str:
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_classes_and_functions_are_of_a_size_that_can_be_read(name):
-    wrong = [f"{what} is {why}" for part, what in parts(TREES[name]) if (why := too_large(part))
-             and (name, what) not in EXCEPTIONS | TOO_LARGE]
+    wrong = [
+        f"{what} is {why}"
+        for part, what in parts(TREES[name])
+        if (why := too_large(part)) and (name, what) not in EXCEPTIONS | TOO_LARGE
+    ]
     assert not wrong, f"in {name} {'; '.join(wrong)}: divide it, or say why not in CONTRIBUTING.md"
 
 
 def test_exceptions_are_still_there_and_still_large():
     there = {(name, what): too_large(part) for name in SOURCES for part, what in parts(TREES[name])}
-    assert all(there.get(exception) for exception in EXCEPTIONS), [one for one in EXCEPTIONS if not there.get(one)]
+    assert all(there.get(exception) for exception in EXCEPTIONS), [
+        one for one in EXCEPTIONS if not there.get(one)
+    ]
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if name not in TOO_WIDE])
-def test_lines_have_at_most_a_hundred_characters(name):
-    wide = [number for number, line in enumerate(SOURCES[name].splitlines(), start=1) if len(line) > 100]
-    assert not wide, f"{name} has wider lines: {wide}"
-
-
-@pytest.mark.parametrize("source, why", [
-    ("class A:\n" + "    x = 1\n"*250, "251 lines"),
-    ("def f():\n" + "    x = 1\n"*60, "61 lines"),
-    ("def f(self, a, b, c, d, *, e, f, g, h): pass", "8 parameters"),
-    ("def f(self, a, b, c, d, *, e, f, g): pass", ""),
-])
+@pytest.mark.parametrize(
+    "source, why",
+    [
+        ("class A:\n" + "    x = 1\n" * 250, "251 lines"),
+        ("def f():\n" + "    x = 1\n" * 60, "61 lines"),
+        ("def f(self, a, b, c, d, *, e, f, g, h): pass", "8 parameters"),
+        ("def f(self, a, b, c, d, *, e, f, g): pass", ""),
+    ],
+)
 def test_sizes_are_measured(source, why):
-    (part, _), = parts(ast.parse(source))
+    ((part, _),) = parts(ast.parse(source))
     assert why in too_large(part) and bool(why) == bool(too_large(part))

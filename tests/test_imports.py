@@ -1,4 +1,5 @@
 """What importing the package brings along, and what it says where something is missing."""
+
 import subprocess
 import sys
 
@@ -6,13 +7,18 @@ import pytest
 
 
 def run(script: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
 
 
 def test_the_bridge_without_torch_says_what_to_install():
     result = run("import sys; sys.modules['torch'] = None\nimport prdp_fem.torch")
     assert result.returncode != 0
-    assert result.stderr.strip().splitlines()[-1] == 'ImportError: prdp_fem.torch needs PyTorch: pip install "prdp-fem[torch]"'
+    assert (
+        result.stderr.strip().splitlines()[-1]
+        == 'ImportError: prdp_fem.torch needs PyTorch: pip install "prdp-fem[torch]"'
+    )
 
 
 @pytest.mark.parametrize("module", ["prdp_fem", "prdp_fem.studies"])
@@ -71,7 +77,9 @@ def test_star_imports_take_no_name_away():
 
 @pytest.mark.parametrize("name", ["LinearVariationalSolver", "NonlinearVariationalSolver"])
 def test_solvers_are_imported_by_their_names(name):
-    result = run(f"from firedrake import *\nfrom prdp_fem import *\nfrom prdp_fem import {name}\n"
-                 f"import prdp_fem, prdp_fem.solvers\nassert {name} is prdp_fem.{name} is "
-                 f"prdp_fem.solvers.{name}")
+    result = run(
+        f"from firedrake import *\nfrom prdp_fem import *\nfrom prdp_fem import {name}\n"
+        f"import prdp_fem, prdp_fem.solvers\nassert {name} is prdp_fem.{name} is "
+        f"prdp_fem.solvers.{name}"
+    )
     assert result.returncode == 0, result.stderr

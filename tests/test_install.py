@@ -1,6 +1,8 @@
-"""What install.sh does where it is interrupted, runs twice, or finds things there: with an interpreter that only pretends.
+"""What install.sh does where it is interrupted, runs twice, or finds things there: with an
+interpreter that only pretends.
 
-It makes environments and wheels of nothing, writes down what it was asked for, and can be slow or fail.
+It makes environments and wheels of nothing, writes down what it was asked for, and can be slow or
+fail.
 """
 
 import json
@@ -75,8 +77,8 @@ elif arguments[:2] == ["-m", "pip"]:
         with zipfile.ZipFile(folder/f"{{name}}-{{number}}-py3-none-any.whl", "w") as wheel:
             wheel.writestr("nothing", "")
     elif what == "install":
-        kind = "upgrade" if "--upgrade" in arguments else "index" if "--index-url" in arguments else (
-            "put" if "--no-index" in arguments else "all" if "-e" in arguments else "tools")
+        kinds = {{"--upgrade": "upgrade", "--index-url": "index", "--no-index": "put", "-e": "all"}}
+        kind = next((kinds[word] for word in kinds if word in arguments), "tools")
         print("Installing collected packages: something", flush=True)
         note(kind)
         if (state/"fail").exists() and (state/"fail").read_text() == kind:
@@ -107,14 +109,14 @@ class Checkout:
     """A checkout with the script and an interpreter that pretends."""
 
     def __init__(self, folder: Path):
-        self.folder = folder/"checkout"
-        self.state = folder/"state"
-        self.venv = self.folder/".venv"
+        self.folder = folder / "checkout"
+        self.state = folder / "state"
+        self.venv = self.folder / ".venv"
         self.state.mkdir()
         for name in NEEDED:
-            (self.folder/name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT/name, self.folder/name)
-        python = self.state/"python"
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, self.folder / name)
+        python = self.state / "python"
         python.write_text(PRETENDER)
         python.chmod(0o755)
         left_out = (
@@ -134,12 +136,12 @@ class Checkout:
         self.environment |= {
             "PRETENDER": str(self.state),
             "PYTHON": str(python),
-            "XDG_CACHE_HOME": str(folder/"cache"),
+            "XDG_CACHE_HOME": str(folder / "cache"),
         }
 
     def start(self, *stages: str, **variables: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [self.folder/"install.sh", *(stages or ("wheels", "venv"))],
+            [self.folder / "install.sh", *(stages or ("wheels", "venv"))],
             env={**self.environment, **variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -156,7 +158,7 @@ class Checkout:
     @property
     def log(self) -> list:
         """What the interpreter was asked for: kind, arguments, and variables."""
-        path = self.state/"log"
+        path = self.state / "log"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @property
@@ -164,14 +166,14 @@ class Checkout:
         return [what for what, _, _ in self.log]
 
     def forget(self) -> None:
-        (self.state/"log").unlink(missing_ok=True)
+        (self.state / "log").unlink(missing_ok=True)
 
     def slow_at(self, what: str) -> None:
-        (self.state/"slow").write_text(what)
+        (self.state / "slow").write_text(what)
 
     def wait_for_slow(self) -> list[int]:
         """The processes that are at work then."""
-        path = self.state/"started"
+        path = self.state / "started"
         wait_until(lambda: path.exists() and path.read_text().count(" ") == 1)
         return [int(pid) for pid in path.read_text().split()]
 
@@ -200,13 +202,13 @@ def wheels(tmp_path_factory):
     """A cache in which all is built."""
     folder = tmp_path_factory.mktemp("built")
     Checkout(folder).install("wheels")
-    return folder/"cache"/"prdp_fem"/"wheels"
+    return folder / "cache" / "prdp_fem" / "wheels"
 
 
 @pytest.fixture
 def built(checkout, wheels):
     """A checkout where all is built, and no environment."""
-    shutil.copytree(wheels, checkout.folder.parent/"cache"/"prdp_fem"/"wheels")
+    shutil.copytree(wheels, checkout.folder.parent / "cache" / "prdp_fem" / "wheels")
     return checkout
 
 
@@ -249,7 +251,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_the_next_one_completes(che
     assert ("is made anew, as its installation was interrupted" in output) == ("wheel" not in step)
     assert checkout.asked_for[-1] == "all"
     assert not list(checkout.folder.parent.glob("cache/prdp_fem/wheels/*/.build-*"))
-    assert not (checkout.venv/".changing").exists()
+    assert not (checkout.venv / ".changing").exists()
     checkout.forget()
     assert checkout.install() == "" and checkout.asked_for == []
 
@@ -257,8 +259,8 @@ def test_an_interrupted_run_leaves_nothing_behind_and_the_next_one_completes(che
 def test_a_failure_before_anything_was_changed_keeps_the_environment(built):
     built.install()
     # As where the registry cannot be reached: pip has not begun to install.
-    (built.folder/"constraints.txt").open("a").write("# new\n")
-    python = built.venv/"bin"/"python"
+    (built.folder / "constraints.txt").open("a").write("# new\n")
+    python = built.venv / "bin" / "python"
     whole = python.read_text()
     python.write_text(whole.replace('print("Installing', 'sys.exit(1); print("Installing'))
     assert "failed: Firedrake, torch and prdp_fem" in built.install(status=1)
@@ -276,7 +278,7 @@ def test_a_second_installation_waits_and_finds_it_done(built):
     assert "waiting for it" in second.stdout.readline()
     asked = built.asked_for
     assert asked == ["venv", "upgrade"]
-    (built.state/"go").touch()
+    (built.state / "go").touch()
     assert first.wait(timeout=SECONDS) == 0
     first.communicate()
     done = built.asked_for
@@ -286,30 +288,30 @@ def test_a_second_installation_waits_and_finds_it_done(built):
 
 
 def without_pip(venv):
-    site = venv/"lib"/"python3.11"/"site-packages"
-    (site/"pip").rename(site/"~ip")
+    site = venv / "lib" / "python3.11" / "site-packages"
+    (site / "pip").rename(site / "~ip")
 
 
 def without_python(venv):
-    (venv/"bin"/"python").unlink()
-    (venv/"bin"/"python").symlink_to("/nowhere/python3.11")
+    (venv / "bin" / "python").unlink()
+    (venv / "bin" / "python").symlink_to("/nowhere/python3.11")
 
 
 def with_a_package_moved_aside(venv):
-    (venv/"lib"/"python3.11"/"site-packages"/"~umpy").mkdir()
+    (venv / "lib" / "python3.11" / "site-packages" / "~umpy").mkdir()
 
 
 def with_a_package_without_record(venv):
-    (venv/"lib"/"python3.11"/"site-packages"/"something-1.dist-info"/"RECORD").unlink()
+    (venv / "lib" / "python3.11" / "site-packages" / "something-1.dist-info" / "RECORD").unlink()
 
 
 def without_configuration(venv):
-    (venv/"pyvenv.cfg").unlink()
+    (venv / "pyvenv.cfg").unlink()
 
 
 def of_another_place(venv):
     shutil.copytree(venv, venv.with_name("elsewhere"))
-    (venv/".created").write_text(str(venv.with_name("elsewhere")))
+    (venv / ".created").write_text(str(venv.with_name("elsewhere")))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +328,7 @@ def of_another_place(venv):
 def test_a_broken_environment_is_made_anew(built, damage):
     built.install()
     damage(built.venv)
-    (built.venv/".installed").unlink()
+    (built.venv / ".installed").unlink()
     built.forget()
     assert "is made anew, as" in built.install()
     assert built.asked_for == ["venv", "upgrade", "all"]
@@ -351,7 +353,7 @@ def test_what_others_have_put_into_a_broken_environment_is_not_removed(checkout,
     path = (
         checkout.venv
         / ("lib/python3.11/site-packages" if content.endswith("info") else "")
-       /content
+        / content
     )
     path.mkdir()
     without_pip(checkout.venv)
@@ -369,9 +371,9 @@ def test_a_damaged_wheel_is_built_again(built):
 
 
 def test_a_step_that_fails_in_its_middle_fails(checkout):
-    (checkout.state/"fail").write_text("libsupermesh")
+    (checkout.state / "fail").write_text("libsupermesh")
     assert "failed: libsupermesh 2026.3" in checkout.install("wheels", status=1)
-    (checkout.state/"fail").unlink()
+    (checkout.state / "fail").unlink()
     checkout.forget()
     checkout.install("wheels")
     built = [what for what in checkout.asked_for if "wheel" in what]
@@ -381,13 +383,13 @@ def test_a_step_that_fails_in_its_middle_fails(checkout):
 def petsc(folder: Path, release: str) -> Path:
     """What a PETSc has that install.sh looks at."""
     major, minor = release.split(".")
-    (folder/"include").mkdir(parents=True)
-    (folder/"include"/"petscversion.h").write_text(
-        f"#define PETSC_VERSION_RELEASE    1\n#define PETSC_VERSION_MAJOR      {major}\n#define PETSC_VERSION_MINOR      {minor}\n"
-        "#define PETSC_VERSION_SUBMINOR   0\n"
+    (folder / "include").mkdir(parents=True)
+    (folder / "include" / "petscversion.h").write_text(
+        f"#define PETSC_VERSION_RELEASE    1\n#define PETSC_VERSION_MAJOR      {major}\n#define"
+        f" PETSC_VERSION_MINOR      {minor}\n#define PETSC_VERSION_SUBMINOR   0\n"
     )
-    (folder/"lib/petsc/conf").mkdir(parents=True)
-    (folder/"lib/petsc/conf/petscvariables").write_text(
+    (folder / "lib/petsc/conf").mkdir(parents=True)
+    (folder / "lib/petsc/conf/petscvariables").write_text(
         "HDF5_INCLUDE = -I/opt/hdf5/include\nCC = mpicc\n"
     )
     return folder
@@ -395,7 +397,7 @@ def petsc(folder: Path, release: str) -> Path:
 
 @pytest.mark.parametrize("name", ["PETSC_DIR", "EBROOTPETSC"])
 def test_a_petsc_that_is_named_is_used(checkout, tmp_path, name):
-    folder = petsc(tmp_path/"petsc", "3.26")
+    folder = petsc(tmp_path / "petsc", "3.26")
     output = checkout.install(**{name: str(folder)})
     assert f"PETSc 3.26 of PETSC_DIR={folder} is used, and none is built" in output
     assert "wheel petsc" not in checkout.asked_for
@@ -420,7 +422,7 @@ def test_a_petsc_that_is_named_is_used(checkout, tmp_path, name):
 def test_a_petsc_that_cannot_be_used_is_refused_before_any_work(
     checkout, tmp_path, release, message
 ):
-    folder = tmp_path/"petsc"
+    folder = tmp_path / "petsc"
     if release is not None:
         petsc(folder, release)
     assert message in checkout.install(status=1, PETSC_DIR=str(folder))
@@ -430,8 +432,8 @@ def test_a_petsc_that_cannot_be_used_is_refused_before_any_work(
 def test_options_for_petsc_are_added(checkout):
     output = checkout.install("wheels", PETSC_CONFIGURE_OPTIONS="--with-64-bit-indices")
     assert (
-        "PETSC_CONFIGURE_OPTIONS is added to the options that PETSc is built with: --with-64-bit-indices"
-        in output
+        "PETSC_CONFIGURE_OPTIONS is added to the options that PETSc is built with:"
+        " --with-64-bit-indices" in output
     )
     options = {what: variables for what, _, variables in checkout.log}["wheel petsc"][
         "PETSC_CONFIGURE_OPTIONS"
@@ -447,7 +449,7 @@ def test_options_for_petsc_are_added(checkout):
 @pytest.fixture
 def elsewhere(tmp_path):
     """A PATH with all commands but Debian's."""
-    folder = tmp_path/"commands"
+    folder = tmp_path / "commands"
     folder.mkdir()
     for place in os.environ["PATH"].split(os.pathsep):
         for command in Path(place).glob("*"):
@@ -481,7 +483,7 @@ def test_another_system_needs_names(checkout, elsewhere, tmp_path):
         "system", status=1, **path
     )
     assert "mpicc" in checkout.install(
-        "system", PETSC_DIR=str(petsc(tmp_path/"petsc", "3.26")), **path
+        "system", PETSC_DIR=str(petsc(tmp_path / "petsc", "3.26")), **path
     )
     checkout.install(
         "system",
@@ -496,25 +498,27 @@ def test_another_system_needs_names(checkout, elsewhere, tmp_path):
     )
     assert "/usr/include/hdf5" not in built["wheel petsc"]["PETSC_CONFIGURE_OPTIONS"]
     assert built["wheel h5py"]["HDF5_DIR"] == "/opt/hdf5"
-    (elsewhere/"mpifort").unlink()
+    (elsewhere / "mpifort").unlink()
     message = checkout.install("system", status=1, PETSC_CONFIGURE_OPTIONS="--with-mumps", **path)
     assert "these commands are missing: mpifort" in message
 
 
 def test_a_firedrake_that_is_there_is_used(checkout, elsewhere, tmp_path):
-    (tmp_path/"modules"/"firedrake").mkdir(parents=True)
-    (tmp_path/"modules"/"firedrake"/"__init__.py").touch()
+    (tmp_path / "modules" / "firedrake").mkdir(parents=True)
+    (tmp_path / "modules" / "firedrake" / "__init__.py").touch()
     for name, number in (("NumPy", "1.2.3"), ("setuptools", "4.5")):
-        information = tmp_path/"modules"/f"{name.lower()}-{number}.dist-info"
+        information = tmp_path / "modules" / f"{name.lower()}-{number}.dist-info"
         information.mkdir()
-        (information/"METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        (information / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n"
+        )
     output = checkout.install(
-        "system", "wheels", "venv", PYTHONPATH=str(tmp_path/"modules"), PATH=str(elsewhere)
+        "system", "wheels", "venv", PYTHONPATH=str(tmp_path / "modules"), PATH=str(elsewhere)
     )
     assert "is used, and nothing is built" in output
     assert checkout.asked_for == ["venv", "all"]
-    site = checkout.venv/"lib/python3.11/site-packages"
-    assert str(tmp_path/"modules") in (site/"existing_firedrake.pth").read_text()
+    site = checkout.venv / "lib/python3.11/site-packages"
+    assert str(tmp_path / "modules") in (site / "existing_firedrake.pth").read_text()
     # What that Firedrake runs with stays as it is.
     _, _, variables = checkout.log[-1]
     versions = Path(variables["PIP_CONSTRAINT"]).read_text().splitlines()
@@ -533,7 +537,7 @@ def test_torch_comes_from_an_index_of_its_own(built):
 
 
 def test_where_that_index_has_no_torch_this_is_said(built):
-    (built.state/"fail").write_text("index")
+    (built.state / "fail").write_text("index")
     assert "there is no torch to be had from TORCH_INDEX_URL=https://nowhere" in built.install(
         TORCH_INDEX_URL="https://nowhere"
     )

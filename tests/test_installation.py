@@ -1,4 +1,6 @@
-"""What is said and done about an installation: imports that fail, releases, kernels that are damaged or too old."""
+"""What is said and done about an installation: imports that fail, releases, kernels that are
+damaged or too old.
+"""
 
 import json
 import os
@@ -32,8 +34,8 @@ def run(script: str, *path: Path, **variables: str) -> subprocess.CompletedProce
 
 
 def module(folder: Path, name: str, source: str) -> Path:
-    (folder/name).mkdir(parents=True)
-    (folder/name/"__init__.py").write_text(source)
+    (folder / name).mkdir(parents=True)
+    (folder / name / "__init__.py").write_text(source)
     return folder
 
 
@@ -123,9 +125,9 @@ def test_ranks_end_where_one_cannot_import(tmp_path):
 
 def of_release(folder: Path, release: str) -> Path:
     """A folder whose metadata say so of Firedrake."""
-    information = folder/f"firedrake-{release}.dist-info"
+    information = folder / f"firedrake-{release}.dist-info"
     information.mkdir()
-    (information/"METADATA").write_text(
+    (information / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: firedrake\nVersion: {release}\n"
     )
     return folder
@@ -141,19 +143,23 @@ def test_another_release_that_has_all_that_is_needed_is_warned_of(tmp_path, rele
     result = run("import prdp_fem", of_release(tmp_path, release))
     assert result.returncode == 0, result.stderr
     assert (
-        f"prdp_fem is tested with Firedrake 2026.10, and this is Firedrake {release}, which is {how}"
-        in result.stderr
+        f"prdp_fem is tested with Firedrake 2026.10, and this is Firedrake {release}, which is"
+        f" {how}" in result.stderr
     )
 
 
 @RELEASES
 def test_another_release_that_lacks_something_is_refused(tmp_path, release, how):
-    lacking = "import firedrake, sys; del sys.modules['firedrake.assemble'].OneFormAssembler; import prdp_fem"
+    lacking = (
+        "import firedrake, sys; del sys.modules['firedrake.assemble'].OneFormAssembler; import"
+        " prdp_fem"
+    )
     result = run(lacking, of_release(tmp_path, release))
     assert result.returncode == 1
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(
-        f"ImportError: prdp_fem works with Firedrake 2026.10, and this is Firedrake {release}, which is {how}"
+        f"ImportError: prdp_fem works with Firedrake 2026.10, and this is Firedrake {release},"
+        f" which is {how}"
     )
     assert "OneFormAssembler" in last and last.endswith("install firedrake==2026.10.*")
     assert result.stderr.count("Traceback") == 1
@@ -162,7 +168,7 @@ def test_another_release_that_lacks_something_is_refused(tmp_path, release, how)
 def test_the_release_that_is_tested_is_the_one_that_is_installed_and_nothing_is_said():
     from prdp_fem.release import TESTED
 
-    assert f"firedrake=={TESTED}." in (ROOT/"constraints.txt").read_text()
+    assert f"firedrake=={TESTED}." in (ROOT / "constraints.txt").read_text()
     result = run("import prdp_fem")
     assert (result.returncode, result.stderr) == (0, "")
 
@@ -178,9 +184,9 @@ def test_no_firedrake_and_a_broken_one_are_told_apart(tmp_path):
         module(tmp_path, "firedrake", "raise OSError('libpetsc.so.3.26: cannot open')"),
     )
     message = broken.stderr.strip().splitlines()[-1]
-    assert message == (
-        "ImportError: prdp_fem needs Firedrake, which cannot be imported here (OSError: libpetsc.so.3.26: "
-        "cannot open): 'prdp-fem doctor' says what works"
+    assert (
+        message == "ImportError: prdp_fem needs Firedrake, which cannot be imported here (OSError:"
+        " libpetsc.so.3.26: cannot open): 'prdp-fem doctor' says what works"
     )
 
 
@@ -189,7 +195,7 @@ def test_no_firedrake_and_a_broken_one_are_told_apart(tmp_path):
 
 @pytest.fixture
 def caches(tmp_path, monkeypatch):
-    pyop2, tsfc = tmp_path/"pyop2", tmp_path/"tsfc"
+    pyop2, tsfc = tmp_path / "pyop2", tmp_path / "tsfc"
     monkeypatch.setitem(doctor.configuration, "cache_dir", str(pyop2))
     monkeypatch.setenv("FIREDRAKE_TSFC_KERNEL_CACHE_DIR", str(tsfc))
     library = Path(sysconfig.get_path("platlib")).rglob("*.so")
@@ -197,9 +203,9 @@ def caches(tmp_path, monkeypatch):
         (pyop2, "kernel.so", next(library).read_bytes()),
         (tsfc, "kernel.pickle", __import__("pickle").dumps({"a": [1, 2]})),
     ):
-        (folder/"ab").mkdir(parents=True)
-        (folder/"ab"/name).write_bytes(content)
-    return pyop2/"ab"/"kernel.so", tsfc/"ab"/"kernel.pickle"
+        (folder / "ab").mkdir(parents=True)
+        (folder / "ab" / name).write_bytes(content)
+    return pyop2 / "ab" / "kernel.so", tsfc / "ab" / "kernel.pickle"
 
 
 def test_whole_kernels_are_fine(caches):
@@ -222,8 +228,8 @@ def test_kernels_of_zeros_are_damaged(caches):
 
 
 def test_the_doctor_names_a_damaged_kernel_and_the_remedy(tmp_path):
-    (tmp_path/"ab").mkdir()
-    (tmp_path/"ab"/"cdef.so").touch()
+    (tmp_path / "ab").mkdir()
+    (tmp_path / "ab" / "cdef.so").touch()
     script = "from prdp_fem import doctor\nprint(doctor.examine())"
     result = run(
         script, PYOP2_CACHE_DIR=str(tmp_path), FIREDRAKE_TSFC_KERNEL_CACHE_DIR=str(tmp_path)
@@ -276,7 +282,7 @@ def test_a_core_is_chosen_only_where_the_detected_one_is_behind(core, vendor, fl
 @pytest.fixture
 def old_library(tmp_path, monkeypatch):
     """An OpenBLAS that takes each processor for a Prescott, and has no kernels for SkylakeX."""
-    source = tmp_path/"openblas.c"
+    source = tmp_path / "openblas.c"
     source.write_text("""
 #include <stdio.h>
 #include <stdlib.h>
@@ -291,7 +297,7 @@ __attribute__((constructor)) static void start(void) {
 }
 """)
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-o", tmp_path/"libopenblas.so.0", source], check=True
+        ["cc", "-shared", "-fPIC", "-o", tmp_path / "libopenblas.so.0", source], check=True
     )
     monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
     monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
@@ -333,13 +339,13 @@ def test_without_an_openblas_nothing_is_chosen(tmp_path, monkeypatch):
 
 
 def test_the_processor_is_read_as_linux_writes_it(tmp_path):
-    path = tmp_path/"cpuinfo"
+    path = tmp_path / "cpuinfo"
     path.write_text(
         "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: A: B\nflags\t\t: fpu avx2 fma\n\n"
         "processor\t: 1\nvendor_id\t: Other\nflags\t\t: fpu\n"
     )
     assert openblas.processor(str(path)) == ("AuthenticAMD", {"fpu", "avx2", "fma"})
-    assert openblas.processor(str(tmp_path/"none")) == ("", set())
+    assert openblas.processor(str(tmp_path / "none")) == ("", set())
 
 
 ENVIRONMENT = Path(sys.prefix)
@@ -357,7 +363,7 @@ def test_the_environment_chooses_where_it_is_activated_and_where_it_is_not(old_l
         "",
     )
     asks = [
-        str(ENVIRONMENT/"bin"/"python"),
+        str(ENVIRONMENT / "bin" / "python"),
         "-c",
         "import os; print(os.environ.get('OPENBLAS_CORETYPE', ''))",
     ]
@@ -402,11 +408,11 @@ def test_the_doctor_says_which_kernels_are_in_use(core):
 
 
 def test_it_installs_without_a_network_into_an_environment_that_has_firedrake(tmp_path):
-    checkout, environment = tmp_path/"checkout", tmp_path/"environment"
+    checkout, environment = tmp_path / "checkout", tmp_path / "environment"
     for name in ("prdp_fem", "prdp_fem_installation"):
-        shutil.copytree(ROOT/name, checkout/name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md"):
-        shutil.copy(ROOT/name, checkout)
+        shutil.copy(ROOT / name, checkout)
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     # What is in this one, Firedrake among it.
     (site,) = environment.glob("lib/python*/site-packages")
@@ -424,24 +430,24 @@ def test_it_installs_without_a_network_into_an_environment_that_has_firedrake(tm
     }
     (command,) = [
         line
-        for line in (ROOT/"README.md").read_text().splitlines()
+        for line in (ROOT / "README.md").read_text().splitlines()
         if "--no-build-isolation --no-deps -e ." in line
     ]
     words = command.strip().strip("`").split()
     subprocess.run(
-        [environment/"bin"/"python", "-m", *words], cwd=checkout, env=nowhere, check=True
+        [environment / "bin" / "python", "-m", *words], cwd=checkout, env=nowhere, check=True
     )
     where = subprocess.run(
-        [environment/"bin"/"python", "-c", "import prdp_fem; print(prdp_fem.__file__)"],
+        [environment / "bin" / "python", "-c", "import prdp_fem; print(prdp_fem.__file__)"],
         cwd=tmp_path,
         env=nowhere,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert Path(where.strip()) == checkout/"prdp_fem"/"__init__.py"
+    assert Path(where.strip()) == checkout / "prdp_fem" / "__init__.py"
     said = subprocess.run(
-        [environment/"bin"/"prdp-fem", "--help"],
+        [environment / "bin" / "prdp-fem", "--help"],
         cwd=tmp_path,
         env=nowhere,
         capture_output=True,

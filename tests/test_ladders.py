@@ -1,8 +1,9 @@
 """Ladders are sequences of settings: what each level means, and Python's sequence protocol.
 
-Levels obey that protocol throughout: a negative level counts from the end, a slice is a sequence of settings, and a level beyond the end
-is an IndexError.
+Levels obey that protocol throughout: a negative level counts from the end, a slice is a sequence of
+settings, and a level beyond the end is an IndexError.
 """
+
 import copy
 import dataclasses
 import math
@@ -17,27 +18,43 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prdp_fem.refinement.ladders import IterationLadder, Iterations, Setting, Tolerance, ToleranceLadder
+from prdp_fem.refinement.ladders import (
+    IterationLadder,
+    Iterations,
+    Setting,
+    Tolerance,
+    ToleranceLadder,
+)
 
-# --- settings ----------------------------------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting, rtol, max_it, budget, text", [
-    (Iterations(1), 1e-12, 1, True, "1 iteration"),
-    (Iterations(20), 1e-12, 20, True, "20 iterations"),
-    (Iterations(20, rtol_floor=0), 0, 20, True, "20 iterations"),
-    (Iterations(np.int64(3), np.float64(1e-8)), 1e-8, 3, True, "3 iterations"),
-    (Tolerance(1e-6), 1e-6, 10_000, False, "relative tolerance 1e-06"),
-    (Tolerance(0.25, max_it=7), 0.25, 7, False, "relative tolerance 0.25"),
-])
+@pytest.mark.parametrize(
+    "setting, rtol, max_it, budget, text",
+    [
+        (Iterations(1), 1e-12, 1, True, "1 iteration"),
+        (Iterations(20), 1e-12, 20, True, "20 iterations"),
+        (Iterations(20, rtol_floor=0), 0, 20, True, "20 iterations"),
+        (Iterations(np.int64(3), np.float64(1e-8)), 1e-8, 3, True, "3 iterations"),
+        (Tolerance(1e-6), 1e-6, 10_000, False, "relative tolerance 1e-06"),
+        (Tolerance(0.25, max_it=7), 0.25, 7, False, "relative tolerance 0.25"),
+    ],
+)
 def test_setting(setting, rtol, max_it, budget, text):
     assert isinstance(setting, Setting)
-    assert (setting.rtol, setting.max_it, setting.budget, str(setting)) == (rtol, max_it, budget, text)
+    assert (setting.rtol, setting.max_it, setting.budget, str(setting)) == (
+        rtol,
+        max_it,
+        budget,
+        text,
+    )
     assert pickle.loads(pickle.dumps(setting)) == setting
     assert hash(copy.copy(setting)) == hash(setting)
 
 
-@pytest.mark.parametrize("setting, field", [(Iterations(3), "iterations"), (Tolerance(0.5), "rtol")])
+@pytest.mark.parametrize(
+    "setting, field", [(Iterations(3), "iterations"), (Tolerance(0.5), "rtol")]
+)
 def test_setting_is_frozen(setting, field):
     before = repr(setting)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -52,76 +69,115 @@ def test_settings_are_compared_by_value():
     assert Iterations(3) != Tolerance(0.5)
 
 
-@pytest.mark.parametrize("lacking", [{"rtol": 0.1, "max_it": 1}, {"rtol": 0.1, "budget": True}, {"max_it": 1, "budget": True}])
+@pytest.mark.parametrize(
+    "lacking",
+    [{"rtol": 0.1, "max_it": 1}, {"rtol": 0.1, "budget": True}, {"max_it": 1, "budget": True}],
+)
 def test_anything_with_the_three_attributes_is_a_setting(lacking):
     assert isinstance(SimpleNamespace(rtol=0.1, max_it=1, budget=True), Setting)
     assert not isinstance(SimpleNamespace(**lacking), Setting)
 
 
-@pytest.mark.parametrize("make, name, expected", [
-    (lambda value: Iterations(value), "iterations", "an integer of at least 1"),
-    (lambda value: Tolerance(0.1, max_it=value), "max_it", "an integer of at least 1"),
-    (lambda value: IterationLadder(start=value), "start", "an integer of at least 1"),
-    (lambda value: IterationLadder(step=value), "step", "an integer of at least 1"),
-    (lambda value: IterationLadder(stop=value), "stop", "an integer of at least 1"),
-    (lambda value: ToleranceLadder(max_it=value), "max_it", "an integer of at least 1"),
-])
-@pytest.mark.parametrize("value", [0, -1, 1.0, 2.5, True, False, "3", math.nan, math.inf, [1], np.float64(1)])
+@pytest.mark.parametrize(
+    "make, name, expected",
+    [
+        (lambda value: Iterations(value), "iterations", "an integer of at least 1"),
+        (lambda value: Tolerance(0.1, max_it=value), "max_it", "an integer of at least 1"),
+        (lambda value: IterationLadder(start=value), "start", "an integer of at least 1"),
+        (lambda value: IterationLadder(step=value), "step", "an integer of at least 1"),
+        (lambda value: IterationLadder(stop=value), "stop", "an integer of at least 1"),
+        (lambda value: ToleranceLadder(max_it=value), "max_it", "an integer of at least 1"),
+    ],
+)
+@pytest.mark.parametrize(
+    "value", [0, -1, 1.0, 2.5, True, False, "3", math.nan, math.inf, [1], np.float64(1)]
+)
 def test_counts_are_refused(make, name, expected, value):
     with pytest.raises(ValueError) as error:
         make(value)
     assert str(error.value) == f"{name} must be {expected}, found {value!r}"
 
 
-@pytest.mark.parametrize("make, name, interval", [
-    (lambda value: Tolerance(value), "rtol", "(0, 1)"),
-    (lambda value: ToleranceLadder(start=value), "start", "(0, 1)"),
-    (lambda value: ToleranceLadder(factor=value), "factor", "(0, 1)"),
-    (lambda value: ToleranceLadder(stop=value), "stop", "(0, 1)"),
-    (lambda value: Iterations(1, rtol_floor=value), "rtol_floor", "[0, 1)"),
-    (lambda value: IterationLadder(rtol_floor=value), "rtol_floor", "[0, 1)"),
-])
-@pytest.mark.parametrize("value, expected", [
-    (-0.5, "lie in {}"), (1, "lie in {}"), (1.0, "lie in {}"), (2, "lie in {}"), (math.nan, "lie in {}"), (math.inf, "lie in {}"),
-    (-math.inf, "lie in {}"), (True, "be a number"), ("0.5", "be a number"), (None, "be a number"), (0.5j, "be a number"),
-])
+@pytest.mark.parametrize(
+    "make, name, interval",
+    [
+        (lambda value: Tolerance(value), "rtol", "(0, 1)"),
+        (lambda value: ToleranceLadder(start=value), "start", "(0, 1)"),
+        (lambda value: ToleranceLadder(factor=value), "factor", "(0, 1)"),
+        (lambda value: ToleranceLadder(stop=value), "stop", "(0, 1)"),
+        (lambda value: Iterations(1, rtol_floor=value), "rtol_floor", "[0, 1)"),
+        (lambda value: IterationLadder(rtol_floor=value), "rtol_floor", "[0, 1)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "value, expected",
+    [
+        (-0.5, "lie in {}"),
+        (1, "lie in {}"),
+        (1.0, "lie in {}"),
+        (2, "lie in {}"),
+        (math.nan, "lie in {}"),
+        (math.inf, "lie in {}"),
+        (-math.inf, "lie in {}"),
+        (True, "be a number"),
+        ("0.5", "be a number"),
+        (None, "be a number"),
+        (0.5j, "be a number"),
+    ],
+)
 def test_fractions_are_refused(make, name, interval, value, expected):
     with pytest.raises(ValueError) as error:
         make(value)
     assert str(error.value) == f"{name} must {expected.format(interval)}, found {value!r}"
 
 
-@pytest.mark.parametrize("arguments", [{"start": 0}, {"factor": 0}, {"stop": 0}, {"start": 0.0}, {"factor": 0.0}, {"stop": 0.0}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"start": 0}, {"factor": 0}, {"stop": 0}, {"start": 0.0}, {"factor": 0.0}, {"stop": 0.0}],
+)
 def test_tolerances_of_zero_are_refused(arguments):
-    (name, value), = arguments.items()
+    ((name, value),) = arguments.items()
     with pytest.raises(ValueError, match=rf"^{name} must lie in \(0, 1\), found {value!r}$"):
         ToleranceLadder(**arguments)
 
 
-# --- iterations --------------------------------------------------------------------------------------------------------------------------
+# --- iterations -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, counts", [
-    ({"stop": 5}, [1, 2, 3, 4, 5]),
-    ({"start": 1, "step": 2, "stop": 8}, [1, 3, 5, 7]),
-    ({"start": 1, "step": 2, "stop": 9}, [1, 3, 5, 7, 9]),
-    ({"start": 4, "step": 3, "stop": 4}, [4]),
-    ({"start": 4, "step": 30, "stop": 20}, [4]),
-    ({"start": 1, "step": 1, "stop": 1}, [1]),
-    ({"start": np.int64(10), "step": np.int32(20), "stop": np.int64(70)}, [10, 30, 50, 70]),
-])
+@pytest.mark.parametrize(
+    "arguments, counts",
+    [
+        ({"stop": 5}, [1, 2, 3, 4, 5]),
+        ({"start": 1, "step": 2, "stop": 8}, [1, 3, 5, 7]),
+        ({"start": 1, "step": 2, "stop": 9}, [1, 3, 5, 7, 9]),
+        ({"start": 4, "step": 3, "stop": 4}, [4]),
+        ({"start": 4, "step": 30, "stop": 20}, [4]),
+        ({"start": 1, "step": 1, "stop": 1}, [1]),
+        ({"start": np.int64(10), "step": np.int32(20), "stop": np.int64(70)}, [10, 30, 50, 70]),
+    ],
+)
 def test_iteration_ladder(arguments, counts):
     ladder = IterationLadder(**arguments)
     assert isinstance(ladder, Sequence)
     assert list(ladder) == [Iterations(count) for count in counts]
     assert len(ladder) == len(counts)
     assert [ladder[level] for level in range(len(counts))] == list(ladder)
-    assert [ladder[-1 - level] for level in range(len(counts))] == list(reversed(ladder)) == list(ladder)[::-1]
+    assert (
+        [ladder[-1 - level] for level in range(len(counts))]
+        == list(reversed(ladder))
+        == list(ladder)[::-1]
+    )
 
 
 def test_iteration_ladder_hands_its_floor_to_every_level():
-    assert list(IterationLadder(stop=2, rtol_floor=1e-6)) == [Iterations(1, 1e-6), Iterations(2, 1e-6)]
-    assert list(IterationLadder(stop=2, rtol_floor=0)[0:2]) == [Iterations(1, 0.0), Iterations(2, 0.0)]
+    assert list(IterationLadder(stop=2, rtol_floor=1e-6)) == [
+        Iterations(1, 1e-6),
+        Iterations(2, 1e-6),
+    ]
+    assert list(IterationLadder(stop=2, rtol_floor=0)[0:2]) == [
+        Iterations(1, 0.0),
+        Iterations(2, 0.0),
+    ]
 
 
 def test_iteration_ladder_without_an_end():
@@ -129,7 +185,7 @@ def test_iteration_ladder_without_an_end():
     assert len(ladder) > 10**18
     assert ladder[0] == Iterations(1)
     assert ladder[10**6] == Iterations(10**6 + 1)
-    assert IterationLadder(start=5, step=3)[10**6] == Iterations(3*10**6 + 5)
+    assert IterationLadder(start=5, step=3)[10**6] == Iterations(3 * 10**6 + 5)
     assert list(ladder[:3]) == [Iterations(1), Iterations(2), Iterations(3)]
     assert list(ladder[10:20:4]) == [Iterations(11), Iterations(15), Iterations(19)]
     assert ladder.index(Iterations(5)) == 4
@@ -145,13 +201,16 @@ def test_membership():
     assert 0.1 not in ToleranceLadder()
 
 
-@pytest.mark.parametrize("ladder, setting", [
-    (IterationLadder(start=2), Iterations(1)),
-    (IterationLadder(step=2), Iterations(2)),
-    (IterationLadder(), Iterations(3, rtol_floor=1e-6)),
-    (IterationLadder(), Tolerance(1e-3)),
-    (IterationLadder(), 3),
-])
+@pytest.mark.parametrize(
+    "ladder, setting",
+    [
+        (IterationLadder(start=2), Iterations(1)),
+        (IterationLadder(step=2), Iterations(2)),
+        (IterationLadder(), Iterations(3, rtol_floor=1e-6)),
+        (IterationLadder(), Tolerance(1e-3)),
+        (IterationLadder(), 3),
+    ],
+)
 def test_what_is_not_on_a_ladder_without_an_end(ladder, setting):
     """A search level by level would not end."""
     assert setting not in ladder
@@ -159,26 +218,35 @@ def test_what_is_not_on_a_ladder_without_an_end(ladder, setting):
 
 @pytest.mark.parametrize("start, stop", [(3, 2), (60, 1)])
 def test_iteration_ladder_that_would_be_empty(start, stop):
-    with pytest.raises(ValueError, match=f"start must not exceed stop, found start={start} and stop={stop}"):
+    with pytest.raises(
+        ValueError, match=f"start must not exceed stop, found start={start} and stop={stop}"
+    ):
         IterationLadder(start=start, stop=stop)
 
 
-# --- tolerances --------------------------------------------------------------------------------------------------------------------------
+# --- tolerances -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, tolerances", [
-    ({}, [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10]),
-    ({"start": 0.5, "factor": 0.5, "stop": 0.0625}, [0.5, 0.25, 0.125, 0.0625]),
-    ({"start": 0.5, "factor": 0.5, "stop": 0.1}, [0.5, 0.25, 0.125]),  # 0.0625 would be below stop
-    ({"start": 0.5, "factor": 0.5, "stop": 0.0624}, [0.5, 0.25, 0.125, 0.0625]),
-    ({"start": 0.5, "factor": 0.5, "stop": 0.5}, [0.5]),
-    ({"start": 0.5, "factor": 0.1, "stop": 0.4}, [0.5]),
-    ({"start": 0.1, "factor": 0.01, "stop": 1e-9}, [1e-1, 1e-3, 1e-5, 1e-7, 1e-9]),
-    ({"start": 0.9, "factor": 0.9, "stop": 0.6561}, [0.9, 0.81, 0.729, 0.6561]),  # 0.9⁴ = 0.6561, up to rounding
-    # The last power is stop in decimals, and off it by rounding: it counts.
-    ({"start": 0.1, "factor": 0.3, "stop": 0.00081}, [0.1, 0.03, 0.009, 0.0027, 0.00081]),
-    ({"start": 0.1, "factor": 0.3, "stop": 0.0027}, [0.1, 0.03, 0.009, 0.0027]),
-])
+@pytest.mark.parametrize(
+    "arguments, tolerances",
+    [
+        ({}, [1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10]),
+        ({"start": 0.5, "factor": 0.5, "stop": 0.0625}, [0.5, 0.25, 0.125, 0.0625]),
+        (
+            {"start": 0.5, "factor": 0.5, "stop": 0.1},
+            [0.5, 0.25, 0.125],
+        ),  # 0.0625 would be below stop
+        ({"start": 0.5, "factor": 0.5, "stop": 0.0624}, [0.5, 0.25, 0.125, 0.0625]),
+        ({"start": 0.5, "factor": 0.5, "stop": 0.5}, [0.5]),
+        ({"start": 0.5, "factor": 0.1, "stop": 0.4}, [0.5]),
+        ({"start": 0.1, "factor": 0.01, "stop": 1e-9}, [1e-1, 1e-3, 1e-5, 1e-7, 1e-9]),
+        # 0.9⁴ = 0.6561, up to rounding
+        ({"start": 0.9, "factor": 0.9, "stop": 0.6561}, [0.9, 0.81, 0.729, 0.6561]),
+        # The last power is stop in decimals, and off it by rounding: it counts.
+        ({"start": 0.1, "factor": 0.3, "stop": 0.00081}, [0.1, 0.03, 0.009, 0.0027, 0.00081]),
+        ({"start": 0.1, "factor": 0.3, "stop": 0.0027}, [0.1, 0.03, 0.009, 0.0027]),
+    ],
+)
 def test_tolerance_ladder(arguments, tolerances):
     ladder = ToleranceLadder(**arguments)
     assert isinstance(ladder, Sequence)
@@ -186,7 +254,11 @@ def test_tolerance_ladder(arguments, tolerances):
     assert len(ladder) == len(tolerances)
     assert ladder[0].rtol == ladder.start
     assert list(ladder[1:]) == list(ladder)[1:]
-    assert [ladder[-1 - level] for level in range(len(ladder))] == list(reversed(ladder)) == list(ladder)[::-1]
+    assert (
+        [ladder[-1 - level] for level in range(len(ladder))]
+        == list(reversed(ladder))
+        == list(ladder)[::-1]
+    )
 
 
 @pytest.mark.parametrize("stop", [0.0027, 0.000243, 7.29e-05, 0.00081])
@@ -206,24 +278,38 @@ def test_tolerance_ladder_hands_its_cap_to_every_level():
 def test_tolerance_ladder_goes_down_to_stop_and_no_further(start, factor, stop):
     tolerances = [setting.rtol for setting in ToleranceLadder(start, factor, stop)]
     assert tolerances[0] == start
-    assert all(finer < coarser for coarser, finer in zip(tolerances[:-1], tolerances[1:], strict=True))
-    assert all(finer == pytest.approx(factor*coarser, rel=1e-8) for coarser, finer in zip(tolerances[:-1], tolerances[1:], strict=True))
+    assert all(
+        finer < coarser for coarser, finer in zip(tolerances[:-1], tolerances[1:], strict=True)
+    )
+    assert all(
+        finer == pytest.approx(factor * coarser, rel=1e-8)
+        for coarser, finer in zip(tolerances[:-1], tolerances[1:], strict=True)
+    )
     assert tolerances[-1] >= stop
-    assert tolerances[-1]*factor < stop*(1 + 1e-8)  # no level is missing at the end
+    assert tolerances[-1] * factor < stop * (1 + 1e-8)  # no level is missing at the end
 
 
 def test_tolerance_ladder_that_would_be_empty():
-    with pytest.raises(ValueError, match=r"start must not be below stop, found start=0\.01 and stop=0\.1"):
+    with pytest.raises(
+        ValueError, match=r"start must not be below stop, found start=0\.01 and stop=0\.1"
+    ):
         ToleranceLadder(start=0.01, stop=0.1)
 
 
-# --- both: sequences ---------------------------------------------------------------------------------------------------------------------
+# --- both: sequences ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ladder, level", [
-    (IterationLadder(stop=3), 3), (IterationLadder(stop=3), -4), (IterationLadder(stop=3), 10**30),
-    (ToleranceLadder(), 10), (ToleranceLadder(), -11), (IterationLadder(), 10**30),
-])
+@pytest.mark.parametrize(
+    "ladder, level",
+    [
+        (IterationLadder(stop=3), 3),
+        (IterationLadder(stop=3), -4),
+        (IterationLadder(stop=3), 10**30),
+        (ToleranceLadder(), 10),
+        (ToleranceLadder(), -11),
+        (IterationLadder(), 10**30),
+    ],
+)
 def test_level_beyond_the_ends(ladder, level):
     with pytest.raises(IndexError, match="out of range"):
         ladder[level]
@@ -247,10 +333,10 @@ LADDERS = [
     IterationLadder(start=1, step=1, stop=60),
     IterationLadder(stop=np.int64(60)),
     IterationLadder(stop=3, rtol_floor=0),
-    IterationLadder(stop=3, rtol_floor=1/3e7),  # more digits than a short format shows
+    IterationLadder(stop=3, rtol_floor=1 / 3e7),  # more digits than a short format shows
     ToleranceLadder(),
     ToleranceLadder(start=0.5, factor=0.5, stop=0.1, max_it=20),
-    ToleranceLadder(start=1/3, factor=1/7, stop=1/3e5),
+    ToleranceLadder(start=1 / 3, factor=1 / 7, stop=1 / 3e5),
 ]
 
 
@@ -260,12 +346,18 @@ def test_repr_makes_the_same_ladder_again(ladder):
     assert hash(eval(repr(ladder))) == hash(ladder)
 
 
-@pytest.mark.parametrize("ladder, text", [
-    (IterationLadder(), "IterationLadder(start=1, step=1, stop=None)"),
-    (IterationLadder(2, 3, 11), "IterationLadder(start=2, step=3, stop=11)"),
-    (IterationLadder(rtol_floor=1e-6), "IterationLadder(start=1, step=1, stop=None, rtol_floor=1e-06)"),
-    (ToleranceLadder(), "ToleranceLadder(start=0.1, factor=0.1, stop=1e-10, max_it=10000)"),
-])
+@pytest.mark.parametrize(
+    "ladder, text",
+    [
+        (IterationLadder(), "IterationLadder(start=1, step=1, stop=None)"),
+        (IterationLadder(2, 3, 11), "IterationLadder(start=2, step=3, stop=11)"),
+        (
+            IterationLadder(rtol_floor=1e-6),
+            "IterationLadder(start=1, step=1, stop=None, rtol_floor=1e-06)",
+        ),
+        (ToleranceLadder(), "ToleranceLadder(start=0.1, factor=0.1, stop=1e-10, max_it=10000)"),
+    ],
+)
 def test_repr(ladder, text):
     assert repr(ladder) == text
 
@@ -278,33 +370,43 @@ def test_ladders_are_copied_and_pickled(ladder):
 
 def test_ladders_are_compared_by_value():
     assert IterationLadder(stop=5) == IterationLadder(1, 1, 5)
-    assert IterationLadder(step=2, stop=8) == IterationLadder(step=2, stop=7)  # the same levels: 1, 3, 5, 7
+    # the same levels: 1, 3, 5, 7
+    assert IterationLadder(step=2, stop=8) == IterationLadder(step=2, stop=7)
     assert hash(IterationLadder(step=2, stop=8)) == hash(IterationLadder(step=2, stop=7))
     assert ToleranceLadder() == ToleranceLadder(0.1, 0.1, 1e-10, 10_000)
-    assert len({IterationLadder(stop=5), IterationLadder(stop=5), ToleranceLadder(), ToleranceLadder()}) == 2
+    assert (
+        len(
+            {IterationLadder(stop=5), IterationLadder(stop=5), ToleranceLadder(), ToleranceLadder()}
+        )
+        == 2
+    )
 
 
-@pytest.mark.parametrize("one, other", [
-    (IterationLadder(stop=5), IterationLadder(stop=6)),
-    (IterationLadder(stop=5), IterationLadder()),
-    (IterationLadder(stop=5), IterationLadder(start=2, stop=5)),
-    (IterationLadder(stop=5), IterationLadder(step=2, stop=5)),
-    (IterationLadder(stop=5), IterationLadder(stop=5, rtol_floor=1e-6)),
-    (IterationLadder(stop=5), ToleranceLadder()),
-    (IterationLadder(stop=2), [Iterations(1), Iterations(2)]),
-    (ToleranceLadder(), ToleranceLadder(start=0.2)),
-    (ToleranceLadder(), ToleranceLadder(factor=0.2)),
-    (ToleranceLadder(), ToleranceLadder(stop=1e-9)),
-    (ToleranceLadder(), ToleranceLadder(max_it=9)),
-    (ToleranceLadder(), "ToleranceLadder()"),
-])
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (IterationLadder(stop=5), IterationLadder(stop=6)),
+        (IterationLadder(stop=5), IterationLadder()),
+        (IterationLadder(stop=5), IterationLadder(start=2, stop=5)),
+        (IterationLadder(stop=5), IterationLadder(step=2, stop=5)),
+        (IterationLadder(stop=5), IterationLadder(stop=5, rtol_floor=1e-6)),
+        (IterationLadder(stop=5), ToleranceLadder()),
+        (IterationLadder(stop=2), [Iterations(1), Iterations(2)]),
+        (ToleranceLadder(), ToleranceLadder(start=0.2)),
+        (ToleranceLadder(), ToleranceLadder(factor=0.2)),
+        (ToleranceLadder(), ToleranceLadder(stop=1e-9)),
+        (ToleranceLadder(), ToleranceLadder(max_it=9)),
+        (ToleranceLadder(), "ToleranceLadder()"),
+    ],
+)
 def test_ladders_that_differ(one, other):
     assert one != other and other != one
 
 
-# --- the module --------------------------------------------------------------------------------------------------------------------------
+# --- the module -----------------------------------------------------------------------------------
 
-# In interpreters of their own, and on one rank: a process that mpiexec has not started must not be one of its job.
+# In interpreters of their own, and on one rank: a process that mpiexec has not started must not be
+# one of its job.
 
 
 @pytest.mark.parallel(1)

@@ -1,13 +1,33 @@
 """Solves: what they compute, what they count, and what they refuse."""
+
 import numpy as np
 import pytest
 from firedrake import *
 from firedrake.exceptions import ConvergenceError
 from mpi4py import MPI
-from problems import CG, CONVERGED, GMRES, RICHARDSON, AdvectionDiffusion, HeatStep, boundary_dofs, dense, norm_by_dofs, smooth, whole
+from problems import (
+    CG,
+    CONVERGED,
+    GMRES,
+    RICHARDSON,
+    AdvectionDiffusion,
+    HeatStep,
+    boundary_dofs,
+    dense,
+    norm_by_dofs,
+    smooth,
+    whole,
+)
 
 import prdp_fem
-from prdp_fem import FixedRefinement, IterationLadder, Iterations, ProgressiveRefinement, ScheduledRefinement, Tolerance
+from prdp_fem import (
+    FixedRefinement,
+    IterationLadder,
+    Iterations,
+    ProgressiveRefinement,
+    ScheduledRefinement,
+    Tolerance,
+)
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 
@@ -22,35 +42,55 @@ def dense_right_hand_side(problem, A_full, boundary):
 
 # Drop-in: the solutions are Firedrake's
 
+
 def poisson_vector(mesh):
     V = VectorFunctionSpace(mesh, "CG", 2)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V)
     g = smooth(V, 5)
-    return LinearVariationalProblem(inner(grad(w), grad(v))*dx, inner(smooth(V, 6), v)*dx, u,
-                                    bcs=[DirichletBC(V, g, 1), DirichletBC(V.sub(0), 0.5, 3)])
+    return LinearVariationalProblem(
+        inner(grad(w), grad(v)) * dx,
+        inner(smooth(V, 6), v) * dx,
+        u,
+        bcs=[DirichletBC(V, g, 1), DirichletBC(V.sub(0), 0.5, 3)],
+    )
 
 
 def poisson_dg(mesh):
     V = FunctionSpace(mesh, "DG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V)
     n, h = FacetNormal(mesh), CellSize(mesh)
-    a = inner(grad(w), grad(v))*dx - inner(avg(grad(w)), jump(v, n))*dS - inner(jump(w, n), avg(grad(v)))*dS \
-        + 10/avg(h)*inner(jump(w, n), jump(v, n))*dS + (10/h*w*v - inner(dot(grad(w), n), v) - inner(w, dot(grad(v), n)))*ds
-    return LinearVariationalProblem(a, smooth(V, 7)*v*dx, u)
+    a = (
+        inner(grad(w), grad(v)) * dx
+        - inner(avg(grad(w)), jump(v, n)) * dS
+        - inner(jump(w, n), avg(grad(v))) * dS
+        + 10 / avg(h) * inner(jump(w, n), jump(v, n)) * dS
+        + (10 / h * w * v - inner(dot(grad(w), n), v) - inner(w, dot(grad(v), n))) * ds
+    )
+    return LinearVariationalProblem(a, smooth(V, 7) * v * dx, u)
 
 
 def darcy_mixed(mesh):
-    W = FunctionSpace(mesh, "RT", 1)*FunctionSpace(mesh, "DG", 0)
+    W = FunctionSpace(mesh, "RT", 1) * FunctionSpace(mesh, "DG", 0)
     (s, p), (t, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
-    a = (inner(s, t) - p*div(t) + q*div(s) + p*q)*dx
-    return LinearVariationalProblem(a, smooth(W.sub(1).collapse(), 8)*q*dx, u, bcs=[DirichletBC(W.sub(0), as_vector([0.0, 1.0]), 3)])
+    a = (inner(s, t) - p * div(t) + q * div(s) + p * q) * dx
+    return LinearVariationalProblem(
+        a,
+        smooth(W.sub(1).collapse(), 8) * q * dx,
+        u,
+        bcs=[DirichletBC(W.sub(0), as_vector([0.0, 1.0]), 3)],
+    )
 
 
 def cofunction_source(mesh):
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V)
-    load = assemble(smooth(V, 9)*v*dx)
-    return LinearVariationalProblem((w*v + inner(grad(w), grad(v)))*dx, load + smooth(V, 10)*v*ds, u, bcs=[DirichletBC(V, 1.0, 1)])
+    load = assemble(smooth(V, 9) * v * dx)
+    return LinearVariationalProblem(
+        (w * v + inner(grad(w), grad(v))) * dx,
+        load + smooth(V, 10) * v * ds,
+        u,
+        bcs=[DirichletBC(V, 1.0, 1)],
+    )
 
 
 def heat_expression_boundary(mesh):
@@ -58,8 +98,15 @@ def heat_expression_boundary(mesh):
     return HeatStep(mesh=mesh, boundary=sin(x) + y).problem
 
 
-PROBLEMS = [poisson_vector, poisson_dg, darcy_mixed, cofunction_source, heat_expression_boundary,
-            lambda mesh: HeatStep(mesh=mesh, boundary=None).problem, lambda mesh: HeatStep(mesh=mesh, boundary=0).problem]
+PROBLEMS = [
+    poisson_vector,
+    poisson_dg,
+    darcy_mixed,
+    cofunction_source,
+    heat_expression_boundary,
+    lambda mesh: HeatStep(mesh=mesh, boundary=None).problem,
+    lambda mesh: HeatStep(mesh=mesh, boundary=0).problem,
+]
 
 
 @pytest.mark.parametrize("quadrilateral", [False, True])
@@ -72,10 +119,17 @@ def test_solves_what_firedrake_solves(make, quadrilateral):
     LinearVariationalSolver(problem, solver_parameters=direct).solve()
     expected = problem.u.copy(deepcopy=True)
     problem.u.assign(0)
-    solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters={"ksp_type": "gmres", "ksp_gmres_restart": 300, **CONVERGED,
-                                                                          "pc_type": "none"})
+    solver = prdp_fem.LinearVariationalSolver(
+        problem,
+        solver_parameters={
+            "ksp_type": "gmres",
+            "ksp_gmres_restart": 300,
+            **CONVERGED,
+            "pc_type": "none",
+        },
+    )
     assert solver.solve() is problem.u
-    assert errornorm(expected, problem.u) < 1e-9*max(1.0, norm(expected))
+    assert errornorm(expected, problem.u) < 1e-9 * max(1.0, norm(expected))
 
 
 def test_solves_with_firedrakes_default_direct_solver_and_with_nullspaces():
@@ -83,11 +137,15 @@ def test_solves_with_firedrakes_default_direct_solver_and_with_nullspaces():
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V)
     x, _ = SpatialCoordinate(mesh)
-    problem = LinearVariationalProblem(inner(grad(w), grad(v))*dx, (x - 0.5)*v*dx, u)
+    problem = LinearVariationalProblem(inner(grad(w), grad(v)) * dx, (x - 0.5) * v * dx, u)
     nullspace = VectorSpaceBasis(constant=True)
-    prdp_fem.LinearVariationalSolver(problem, nullspace=nullspace, transpose_nullspace=nullspace,
-                                     solver_parameters={**CG, **CONVERGED}).solve()
-    assert abs(assemble(u*dx)) < 1e-12
+    prdp_fem.LinearVariationalSolver(
+        problem,
+        nullspace=nullspace,
+        transpose_nullspace=nullspace,
+        solver_parameters={**CG, **CONVERGED},
+    ).solve()
+    assert abs(assemble(u * dx)) < 1e-12
     assert norm_by_dofs(assemble(problem.F)) < 1e-10
     heat = HeatStep()
     prdp_fem.LinearVariationalSolver(heat.problem).solve()
@@ -96,11 +154,14 @@ def test_solves_with_firedrakes_default_direct_solver_and_with_nullspaces():
 
 # K iterations are K iterations
 
+
 @pytest.mark.parametrize("boundary", [None, 0, 1.5])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_richardson_is_richardson(count, boundary):
     problem = HeatStep(boundary=boundary)
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(count)), solver_parameters=RICHARDSON)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem, refinement=FixedRefinement(Iterations(count)), solver_parameters=RICHARDSON
+    )
     solver.solve()
     A, full = dense(problem.a, problem.bcs), dense(problem.a)
     g = np.zeros(len(A))
@@ -109,7 +170,7 @@ def test_richardson_is_richardson(count, boundary):
     b = dense_right_hand_side(problem, full, g)
     w = np.zeros_like(b)
     for _ in range(count):
-        w += 0.6*(b - A @ w)/np.diag(A)
+        w += 0.6 * (b - A @ w) / np.diag(A)
     np.testing.assert_allclose(whole(problem.u.dat.data_ro), w + g, rtol=1e-12, atol=1e-15)
     assert (solver.statistics.solves, solver.statistics.forward_iterations) == (1, count)
 
@@ -118,13 +179,17 @@ def test_richardson_is_richardson(count, boundary):
 def test_iterations_and_errors_follow_the_level(parameters):
     problem = HeatStep()
     refinement = ScheduledRefinement(IterationLadder(1, 3, 13), {0: 0, 1: 1, 2: 2, 3: 3, 4: 4})
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement, solver_parameters=parameters)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem, refinement=refinement, solver_parameters=parameters
+    )
     residuals = []
     for level in range(5):
         before = solver.statistics.forward_iterations
         solver.solve()
-        assert solver.statistics.forward_iterations - before == 1 + 3*level
-        residuals.append(norm_by_dofs(assemble(problem.problem.F, bcs=problem.bcs, zero_bc_nodes=True)))
+        assert solver.statistics.forward_iterations - before == 1 + 3 * level
+        residuals.append(
+            norm_by_dofs(assemble(problem.problem.F, bcs=problem.bcs, zero_bc_nodes=True))
+        )
         refinement.step(1.0)
     assert residuals == sorted(residuals, reverse=True) and len(set(residuals)) == 5
     assert solver.statistics.assemblies == 1  # going up a level sets up nothing
@@ -132,31 +197,42 @@ def test_iterations_and_errors_follow_the_level(parameters):
 
 def test_an_iteration_ladder_stops_at_its_floor():
     problem = HeatStep()
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(500, rtol_floor=1e-12)),
-                                              solver_parameters=CG)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem,
+        refinement=FixedRefinement(Iterations(500, rtol_floor=1e-12)),
+        solver_parameters=CG,
+    )
     solver.solve()
     assert 10 < solver.statistics.forward_iterations < 100
 
 
 def test_tolerances_are_relative_to_the_right_hand_side_from_a_warm_start_too():
     problem = HeatStep(cells=16)
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Tolerance(1e-6)), warm_start=True,
-                                              solver_parameters=CG)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem,
+        refinement=FixedRefinement(Tolerance(1e-6)),
+        warm_start=True,
+        solver_parameters=CG,
+    )
     solver.solve()
     first = solver.statistics.forward_iterations
     solver.solve()
     assert first > 5
-    assert solver.statistics.forward_iterations == first  # the second started where the first had arrived
+    # the second started where the first had arrived
+    assert solver.statistics.forward_iterations == first
 
 
 # A truncated solve is a function
+
 
 @pytest.mark.parametrize("parameters", [CG, GMRES, RICHARDSON])
 @pytest.mark.parametrize("operator", ["constant", "changes and returns"])
 def test_equal_inputs_give_equal_bits_whatever_ran_between(parameters, operator):
     problem = HeatStep(boundary=1.0)
     refinement = ScheduledRefinement(IterationLadder(3, 4), {1: 5, 2: 5})
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement, solver_parameters=parameters)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem, refinement=refinement, solver_parameters=parameters
+    )
     first = solver.solve().dat.data_ro.copy()
     kappa, u0 = problem.kappa.copy(deepcopy=True), problem.u0.copy(deepcopy=True)
     problem.u0.assign(smooth(problem.V, 17)), problem.u.assign(7)
@@ -180,7 +256,9 @@ def test_equal_inputs_give_equal_bits_whatever_ran_between(parameters, operator)
 def test_changes_of_coefficients_boundary_values_and_mesh_are_seen():
     """What was assembled once does not go stale, and is not assembled again without need."""
     problem = HeatStep(boundary=Constant(1.0))
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, **CONVERGED})
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem, solver_parameters={**CG, **CONVERGED}
+    )
 
     def check(assemblies):
         solver.solve()
@@ -207,26 +285,36 @@ def test_changes_of_coefficients_boundary_values_and_mesh_are_seen():
 def test_the_right_hand_side_may_contain_the_solution():
     problem = HeatStep()
     v = TestFunction(problem.V)
-    step = LinearVariationalProblem(problem.a, problem.u*v*dx, problem.u, bcs=problem.bcs)
+    step = LinearVariationalProblem(problem.a, problem.u * v * dx, problem.u, bcs=problem.bcs)
     expected = Function(problem.V).assign(problem.u0)
     problem.u.assign(problem.u0)
     solver = prdp_fem.LinearVariationalSolver(step, solver_parameters={**CG, **CONVERGED})
     for _ in range(3):
-        solve(problem.a == expected.copy(deepcopy=True)*v*dx, expected, bcs=problem.bcs)
+        solve(problem.a == expected.copy(deepcopy=True) * v * dx, expected, bcs=problem.bcs)
         solver.solve()
     assert errornorm(expected, problem.u) < 1e-12
 
 
 # Failures say why, and change nothing
 
+
 def refined(problem, setting, parameters):
-    return prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(setting), solver_parameters=parameters)
+    return prdp_fem.LinearVariationalSolver(
+        problem.problem, refinement=FixedRefinement(setting), solver_parameters=parameters
+    )
 
 
-@pytest.mark.parametrize("setting, parameters, words", [
-    (Iterations(50), {**RICHARDSON, "ksp_richardson_scale": 40.0}, ["richardson", "DIVERGED_DTOL", "residual norm", "damp it"]),
-    (Tolerance(1e-10, max_it=2), CG, ["cg", "DIVERGED_MAX_IT", "after 2 iterations", "max_it"]),
-])
+@pytest.mark.parametrize(
+    "setting, parameters, words",
+    [
+        (
+            Iterations(50),
+            {**RICHARDSON, "ksp_richardson_scale": 40.0},
+            ["richardson", "DIVERGED_DTOL", "residual norm", "damp it"],
+        ),
+        (Tolerance(1e-10, max_it=2), CG, ["cg", "DIVERGED_MAX_IT", "after 2 iterations", "max_it"]),
+    ],
+)
 def test_divergence_raises_with_reason_count_and_residual(setting, parameters, words):
     problem = HeatStep()
     problem.u.assign(3.0)
@@ -235,7 +323,10 @@ def test_divergence_raises_with_reason_count_and_residual(setting, parameters, w
     assert all(word in str(error.value) for word in words), str(error.value)
     assert np.all(problem.u.dat.data_ro == 3.0)
     from pyadjoint import get_working_tape
-    assert not any(type(block).__name__ == "LinearSolveBlock" for block in get_working_tape().get_blocks())
+
+    assert not any(
+        type(block).__name__ == "LinearSolveBlock" for block in get_working_tape().get_blocks()
+    )
 
 
 def test_nan_and_breakdown_raise():
@@ -252,7 +343,9 @@ def test_nan_and_breakdown_raise():
 def test_without_a_refinement_the_options_decide():
     problem = HeatStep()
     with pytest.raises(ConvergenceError, match="DIVERGED_MAX_IT"):
-        prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters={**CG, "ksp_max_it": 2, "ksp_rtol": 1e-12}).solve()
+        prdp_fem.LinearVariationalSolver(
+            problem.problem, solver_parameters={**CG, "ksp_max_it": 2, "ksp_rtol": 1e-12}
+        ).solve()
     parameters = {**CG, "ksp_max_it": 2, "ksp_convergence_test": "skip"}
     solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=parameters)
     solver.solve()
@@ -273,14 +366,22 @@ def test_bad_input_is_refused_at_construction():
         make(problem.problem, refinement=20, solver_parameters=CG)
     with pytest.raises(TypeError, match="LinearVariationalProblem, found a Form"):
         make(problem.a)
-    nonlinear = NonlinearVariationalProblem(problem.u**3*TestFunction(problem.V)*dx, problem.u)
+    nonlinear = NonlinearVariationalProblem(problem.u**3 * TestFunction(problem.V) * dx, problem.u)
     with pytest.raises(TypeError, match="a == L"):
         make(nonlinear)
     with pytest.raises(TypeError, match="depends on the solution 'solution'"):
         w, v = TrialFunction(problem.V), TestFunction(problem.V)
-        make(LinearVariationalProblem((1 + problem.u**2)*w*v*dx, problem.u0*v*dx, problem.u))
+        make(
+            LinearVariationalProblem(
+                (1 + problem.u**2) * w * v * dx, problem.u0 * v * dx, problem.u
+            )
+        )
     with pytest.raises(ValueError, match="restrict"):
-        make(LinearVariationalProblem(problem.a, problem.L, problem.u, bcs=problem.bcs, restrict=True))
+        make(
+            LinearVariationalProblem(
+                problem.a, problem.L, problem.u, bcs=problem.bcs, restrict=True
+            )
+        )
     with pytest.raises(ValueError, match="variational inequality"):
         make(problem.problem).solve(bounds=(problem.u0, problem.u0))
     with pytest.raises(ValueError, match="post_function_callback"):
@@ -296,18 +397,25 @@ def test_complex_petsc_is_refused(monkeypatch):
 
 # Native
 
+
 def test_options_with_a_prefix_reach_the_ksp_and_monitors_print(capfd):
     problem = HeatStep()
     options = PETSc.Options()
     options["warm_ksp_monitor"] = None
     options["warm_ksp_type"] = "gmres"
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, options_prefix="warm_", solver_parameters=CG,
-                                              refinement=FixedRefinement(Iterations(4)))
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem,
+        options_prefix="warm_",
+        solver_parameters=CG,
+        refinement=FixedRefinement(Iterations(4)),
+    )
     solver.solve()
     assert solver.snes.ksp.getType() == "gmres"
     output = capfd.readouterr().out
     printed = problem.mesh.comm.rank == 0
-    assert ("Residual norms for warm_ solve" in output) is printed and output.count("KSP Residual norm") == 5*printed
+    assert ("Residual norms for warm_ solve" in output) is printed and output.count(
+        "KSP Residual norm"
+    ) == 5 * printed
 
 
 def test_events_and_citation_are_registered(capfd):
@@ -327,8 +435,12 @@ def test_callbacks_and_application_context():
         seen.append(state.norm())
         problem.kappa.assign(2.0)
 
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, pre_jacobian_callback=callback, appctx={"diffusivity": problem.kappa},
-                                              solver_parameters={**CG, **CONVERGED})
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem,
+        pre_jacobian_callback=callback,
+        appctx={"diffusivity": problem.kappa},
+        solver_parameters={**CG, **CONVERGED},
+    )
     solver.solve()
     expected = Function(problem.V)
     solve(problem.a == problem.L, expected, bcs=problem.bcs)
@@ -337,9 +449,19 @@ def test_callbacks_and_application_context():
 
 def test_statistics_count_and_reset():
     problem = AdvectionDiffusion()
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=FixedRefinement(Iterations(5)), solver_parameters=GMRES)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem, refinement=FixedRefinement(Iterations(5)), solver_parameters=GMRES
+    )
     solver.solve(), solver.solve()
-    assert (solver.statistics.solves, solver.statistics.iterations, solver.statistics.adjoint_solves) == (2, 10, 0)
+    assert (
+        solver.statistics.solves,
+        solver.statistics.iterations,
+        solver.statistics.adjoint_solves,
+    ) == (2, 10, 0)
     assert solver.statistics.seconds > 0
     solver.statistics.reset()
-    assert (solver.statistics.solves, solver.statistics.iterations, solver.statistics.seconds) == (0, 0, 0.0)
+    assert (solver.statistics.solves, solver.statistics.iterations, solver.statistics.seconds) == (
+        0,
+        0,
+        0.0,
+    )

@@ -1,4 +1,5 @@
 """Networks: shapes, batch axes, where they start, and the symmetries of their architectures."""
+
 import copy
 
 import numpy as np
@@ -34,7 +35,7 @@ def awake(network):
     """The network, with other weights than those it starts with."""
     with torch.no_grad():
         for parameter in network.parameters():
-            parameter.add_(0.1*torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return network
 
 
@@ -43,11 +44,27 @@ NETWORKS = {
     "MLP": (lambda: MLP(4, 3, width=5, depth=2), (4,), (3,)),
     "MLP, one layer": (lambda: MLP(1, 2, width=3, depth=1, activation=torch.nn.ReLU), (1,), (2,)),
     "ResNet, 1-D": (lambda: ResNet(1, 2, (7,), width=4, blocks=1), (1, 7), (2, 7)),
-    "ResNet, 2-D": (lambda: ResNet(2, 1, (5, 4), width=4, kernel=5, periodic=True), (2, 20), (1, 20)),
+    "ResNet, 2-D": (
+        lambda: ResNet(2, 1, (5, 4), width=4, kernel=5, periodic=True),
+        (2, 20),
+        (1, 20),
+    ),
     "ResNet, 3-D": (lambda: ResNet(3, 3, (3, 4, 5), width=2, blocks=0), (3, 60), (3, 60)),
-    "graph": (graph_network, (2, len(UnitDiskMesh(1).coordinates.dat.data_ro)), (3, len(UnitDiskMesh(1).coordinates.dat.data_ro))),
-    "graph with features": (lambda: graph_network(mesh=UnitCubeMesh(1, 2, 2), features=torch.randn(2, 18)), (2, 18), (3, 18)),
-    "graph, linear": (lambda: graph_network(mesh=UnitIntervalMesh(6), activation=None), (2, 7), (3, 7)),
+    "graph": (
+        graph_network,
+        (2, len(UnitDiskMesh(1).coordinates.dat.data_ro)),
+        (3, len(UnitDiskMesh(1).coordinates.dat.data_ro)),
+    ),
+    "graph with features": (
+        lambda: graph_network(mesh=UnitCubeMesh(1, 2, 2), features=torch.randn(2, 18)),
+        (2, 18),
+        (3, 18),
+    ),
+    "graph, linear": (
+        lambda: graph_network(mesh=UnitIntervalMesh(6), activation=None),
+        (2, 7),
+        (3, 7),
+    ),
 }
 
 
@@ -97,16 +114,23 @@ def test_copies_and_conversions(name):
 
 # Symmetries
 
+
 @pytest.mark.parametrize("grid", [(8,), (5, 4), (3, 4, 5)])
 def test_a_periodic_resnet_commutes_with_shifts(grid):
-    periodic, padded = (awake(ResNet(2, 1, grid, width=3, periodic=periodic)) for periodic in (True, False))
+    periodic, padded = (
+        awake(ResNet(2, 1, grid, width=3, periodic=periodic)) for periodic in (True, False)
+    )
     x = torch.randn(2, *grid)
     axes = tuple(range(1, len(grid) + 1))
 
     def shifted(field):
-        return field.reshape(-1, *grid).roll([1 + axis for axis in range(len(grid))], axes).flatten(1)
+        return (
+            field.reshape(-1, *grid).roll([1 + axis for axis in range(len(grid))], axes).flatten(1)
+        )
 
-    torch.testing.assert_close(periodic(shifted(x)), shifted(periodic(x.flatten(1))), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        periodic(shifted(x)), shifted(periodic(x.flatten(1))), rtol=1e-12, atol=1e-13
+    )
     assert not torch.allclose(padded(shifted(x)), shifted(padded(x.flatten(1))), rtol=1e-3)
 
 
@@ -119,7 +143,9 @@ def test_a_graph_network_does_not_depend_on_the_order_of_nodes(activation):
     order = torch.randperm(n)
     place = torch.argsort(order)
     shuffled = place[edges][:, torch.randperm(edges.shape[1])]
-    other = GraphNetwork(2, 3, shuffled, coordinates[order], features=known[:, order], activation=activation)
+    other = GraphNetwork(
+        2, 3, shuffled, coordinates[order], features=known[:, order], activation=activation
+    )
     other.load_state_dict(network.state_dict())
     x = torch.randn(4, 2, n)
     torch.testing.assert_close(other(x[..., order]), network(x)[..., order], rtol=1e-12, atol=1e-12)
@@ -132,14 +158,16 @@ def test_a_periodic_graph_network_commutes_with_shifts():
     unaware = awake(GraphNetwork(1, 1, gathering.edges, gathering.coordinates))
     x = torch.randn(2, 1, n)
     # The coordinates of a periodic mesh are multiples of 1e-9 of its extent.
-    torch.testing.assert_close(periodic(x.roll(5, -1)), periodic(x).roll(5, -1), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        periodic(x.roll(5, -1)), periodic(x).roll(5, -1), rtol=1e-6, atol=1e-7
+    )
     assert not torch.allclose(unaware(x.roll(5, -1)), unaware(x).roll(5, -1), rtol=1e-3)
 
 
 def test_a_graph_network_depends_on_neither_place_nor_scale_of_a_mesh():
     edges, coordinates = graph()
     network = awake(GraphNetwork(1, 1, edges, coordinates))
-    other = GraphNetwork(1, 1, edges, 3*coordinates + torch.tensor([5.0, -2.0]))
+    other = GraphNetwork(1, 1, edges, 3 * coordinates + torch.tensor([5.0, -2.0]))
     other.load_state_dict(network.state_dict())
     x = torch.randn(1, len(coordinates))
     torch.testing.assert_close(other(x), network(x), rtol=1e-12, atol=1e-12)
@@ -150,36 +178,44 @@ def test_a_node_sees_as_many_edges_far_as_there_are_steps():
     network = awake(graph_network(1, 1, mesh=UnitIntervalMesh(9), steps=steps))
     x = torch.randn(1, 10).requires_grad_()
     for node in (0, 4, 9):
-        seen, = torch.autograd.grad(network(x)[0, node], x)
-        assert seen[0].nonzero().flatten().tolist() == [other for other in range(10) if abs(other - node) <= steps]
+        (seen,) = torch.autograd.grad(network(x)[0, node], x)
+        assert seen[0].nonzero().flatten().tolist() == [
+            other for other in range(10) if abs(other - node) <= steps
+        ]
 
 
 def test_a_graph_network_without_activation_is_linear():
     network = awake(graph_network(activation=None, features=torch.randn(2, graph()[1].shape[0])))
     x, y = torch.randn(2, 2, graph()[1].shape[0])
-    torch.testing.assert_close(network(2*x - 3*y), 2*network(x) - 3*network(y), rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(
+        network(2 * x - 3 * y), 2 * network(x) - 3 * network(y), rtol=1e-10, atol=1e-11
+    )
 
 
 # Means over neighbours
 
-@pytest.mark.parametrize("make_mesh", [lambda: UnitDiskMesh(2), lambda: UnitCubeMesh(2, 2, 2), lambda: UnitIntervalMesh(5)])
+
+@pytest.mark.parametrize(
+    "make_mesh",
+    [lambda: UnitDiskMesh(2), lambda: UnitCubeMesh(2, 2, 2), lambda: UnitIntervalMesh(5)],
+)
 def test_means_over_neighbours_are_derivatives(make_mesh):
     edges, coordinates = graph(make_mesh())
     n, dimension = coordinates.shape
     means = _neighbour_means(edges, coordinates)
-    assert means.shape == ((dimension + 1)*n, n)
+    assert means.shape == ((dimension + 1) * n, n)
     size = (coordinates[edges[0]] - coordinates[edges[1]]).norm(dim=1).mean()
     slope = torch.randn(dimension)
     _, *gradient = (means @ (7 + coordinates @ slope)).view(dimension + 1, n)
-    for component, exact in zip(gradient, size*slope):
+    for component, exact in zip(gradient, size * slope):
         torch.testing.assert_close(component, exact.expand(n), rtol=1e-10, atol=1e-10)
     assert (means @ torch.ones(n)).abs().max() < 1e-12
 
 
 def test_the_mean_difference_is_the_laplacian_on_an_even_mesh():
     edges, coordinates = graph(UnitIntervalMesh(8))
-    second = (_neighbour_means(edges, coordinates) @ coordinates[:, 0]**2)[1:8]
-    torch.testing.assert_close(second, torch.full((7,), 2/64), rtol=1e-10, atol=0)
+    second = (_neighbour_means(edges, coordinates) @ coordinates[:, 0] ** 2)[1:8]
+    torch.testing.assert_close(second, torch.full((7,), 2 / 64), rtol=1e-10, atol=0)
 
 
 def test_neighbours_in_a_row_have_no_gradient_across():
@@ -192,17 +228,22 @@ def test_neighbours_in_a_row_have_no_gradient_across():
 
 
 def test_products_with_a_sparse_matrix():
-    dense = torch.randn(6, 4)*(torch.rand(6, 4) < 0.4)
+    dense = torch.randn(6, 4) * (torch.rand(6, 4) < 0.4)
     product = _SparseProduct(dense.to_sparse_coo())
     x = torch.randn(4, 3, requires_grad=True)
     torch.testing.assert_close(product(x), dense @ x)
     assert torch.autograd.gradcheck(product, x)
-    assert torch.autograd.gradcheck(lambda y: product(y.T), torch.randn(3, 4, requires_grad=True))  # not contiguous
+    # not contiguous
+    assert torch.autograd.gradcheck(lambda y: product(y.T), torch.randn(3, 4, requires_grad=True))
     assert not product.state_dict()
 
 
 def test_graph_networks_are_differentiable():
-    network = awake(graph_network(1, 1, mesh=UnitSquareMesh(1, 1), features=torch.randn(1, 4), activation=torch.nn.Tanh))
+    network = awake(
+        graph_network(
+            1, 1, mesh=UnitSquareMesh(1, 1), features=torch.randn(1, 4), activation=torch.nn.Tanh
+        )
+    )
     assert torch.autograd.gradcheck(network, torch.randn(2, 1, 4, requires_grad=True))
 
 
@@ -220,13 +261,15 @@ def test_a_graph_network_is_the_same_on_any_number_of_ranks():
 
 # Types and devices
 
+
 def outcome(network, x, **autocast):
     """What a network gives, and the derivatives of its square."""
     with torch.autocast("cpu", **(autocast or {"enabled": False})):
         y = network(x)
     loss = y.double().square().sum()
-    return y, torch.cat([part.double().flatten() for part in
-                         torch.autograd.grad(loss, list(network.parameters()))])
+    return y, torch.cat(
+        [part.double().flatten() for part in torch.autograd.grad(loss, list(network.parameters()))]
+    )
 
 
 def networks():
@@ -248,8 +291,8 @@ def test_half_precision_is_close_to_double(place, dtype):
     in_half = outcome(network.to(dtype), x.to(dtype))
     for found, derivative in (under_autocast, in_half):
         assert found.dtype == dtype
-        assert (found.double() - y).norm() < 0.05*y.norm()
-        assert (derivative - gradient).norm() < 0.1*gradient.norm()
+        assert (found.double() - y).norm() < 0.05 * y.norm()
+        assert (derivative - gradient).norm() < 0.1 * gradient.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -270,7 +313,9 @@ def test_a_network_is_made_on_the_default_device():
     torch.set_default_device("meta")
     try:
         network = graph_network(features=torch.zeros(2, len(graph()[1])))
-        assert {part.device.type for part in [*network.parameters(), *network.buffers()]} == {"meta"}
+        assert {part.device.type for part in [*network.parameters(), *network.buffers()]} == {
+            "meta"
+        }
     finally:
         torch.set_default_device(None)
 
@@ -296,13 +341,20 @@ def test_graph_networks_are_differentiable_twice():
 
 # Refusals
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: ResNet(1, 1, (2, 2, 2, 2)), "one, two or three directions"),
-    (lambda: ResNet(1, 1, ()), "one, two or three directions"),
-    (lambda: ResNet(1, 1, (5,), kernel=4), "kernel must be odd, found 4"),
-    (lambda: MLP(1, 1, depth=0), "depth must be at least 1, found 0"),
-    (lambda: graph_network(features=torch.zeros(2, 3)), r"features must have shape \(k, \d+\), found \(2, 3\)"),
-])
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ResNet(1, 1, (2, 2, 2, 2)), "one, two or three directions"),
+        (lambda: ResNet(1, 1, ()), "one, two or three directions"),
+        (lambda: ResNet(1, 1, (5,), kernel=4), "kernel must be odd, found 4"),
+        (lambda: MLP(1, 1, depth=0), "depth must be at least 1, found 0"),
+        (
+            lambda: graph_network(features=torch.zeros(2, 3)),
+            r"features must have shape \(k, \d+\), found \(2, 3\)",
+        ),
+    ],
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

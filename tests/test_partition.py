@@ -1,4 +1,5 @@
 """Networks on distributed meshes, against the same on the whole mesh."""
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,9 @@ CONTINUOUS = [name for name in SPACES if name != "cells"]
 
 @pytest.fixture(params=CONTINUOUS)
 def case(request):
-    """The partition of a space, its gathering, and the places of the partition's nodes (ghosts last) in the gathering's order."""
+    """The partition of a space, its gathering, and the places of the partition's nodes (ghosts
+    last) in the gathering's order.
+    """
     V, period = space_of(request.param, COMM_WORLD)
     partition, whole = Partition(V, period=period), Gathering(V, period=period)
     numbers = torch.arange(len(whole), dtype=torch.float64)
@@ -49,15 +52,26 @@ def test_every_ghost_is_at_the_end_of_an_edge(case):
 def test_unknowns_by_node_and_back(case):
     partition, whole, _, _ = case
     generator = torch.Generator().manual_seed(COMM_WORLD.rank)
-    local = torch.randn(2, 3, len(partition)*partition.components, dtype=torch.float64, generator=generator)
+    local = torch.randn(
+        2, 3, len(partition) * partition.components, dtype=torch.float64, generator=generator
+    )
     nodes = partition.by_node(local)
     assert nodes.shape == (2, 3, partition.components, len(partition))
     assert torch.equal(partition.by_unknown(nodes), local)
     gathered = whole.gather(local)
     if whole.components == 1:
         gathered = gathered[..., None, :]
-    assert torch.equal(nodes, gathered[..., whole.scatter(torch.arange(len(whole)).expand(
-        *([whole.components] if whole.components > 1 else []), -1)).view(len(partition), -1)[:, 0]])
+    assert torch.equal(
+        nodes,
+        gathered[
+            ...,
+            whole.scatter(
+                torch.arange(len(whole)).expand(
+                    *([whole.components] if whole.components > 1 else []), -1
+                )
+            ).view(len(partition), -1)[:, 0],
+        ],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -66,29 +80,49 @@ def test_a_graph_network_is_the_same_on_any_number_of_ranks(case, dtype):
     generator = torch.Generator().manual_seed(0)
     field = torch.randn(2, whole.components, len(whole), dtype=torch.float64, generator=generator)
     features = torch.randn(2, len(whole), dtype=torch.float64, generator=generator)
-    own = places[:len(partition)]
+    own = places[: len(partition)]
     networks = []
     for of, halo, known in ((whole, None, features), (partition, partition.halo, features[:, own])):
         torch.manual_seed(1)
-        network = GraphNetwork(whole.components, 2, of.edges, of.coordinates, halo=halo, features=known, period=period, width=4, steps=2)
+        network = GraphNetwork(
+            whole.components,
+            2,
+            of.edges,
+            of.coordinates,
+            halo=halo,
+            features=known,
+            period=period,
+            width=4,
+            steps=2,
+        )
         torch.nn.init.normal_(network.decode.weight)
         networks.append(network.to(dtype))
     reference, distributed = networks
     x, mine = (values.to(dtype, copy=True).requires_grad_() for values in (field, field[..., own]))
     expected, found = reference(x), distributed(mine)
-    tolerance = {"rtol": 1e-10, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    tolerance = (
+        {"rtol": 1e-10, "atol": 1e-10} if dtype is torch.float64 else {"rtol": 1e-3, "atol": 1e-4}
+    )
     # Places of periodic nodes are known to 1e-9 of the mesh.
     if period is not None:
-        tolerance = {"rtol": 1e-6, "atol": 1e-6} if dtype is torch.float64 else {"rtol": 1e-2, "atol": 1e-3}
+        tolerance = (
+            {"rtol": 1e-6, "atol": 1e-6} if dtype is torch.float64 else {"rtol": 1e-2, "atol": 1e-3}
+        )
     torch.testing.assert_close(found, expected[..., own], **tolerance)
 
     (expected**2).sum().backward()
     (found**2).sum().backward()
-    torch.testing.assert_close(mine.grad, x.grad[..., own], **{name: 10*value for name, value in tolerance.items()})
+    torch.testing.assert_close(
+        mine.grad, x.grad[..., own], **{name: 10 * value for name, value in tolerance.items()}
+    )
     for parameter, other in zip(distributed.parameters(), reference.parameters()):
         summed = torch.from_numpy(COMM_WORLD.allreduce(parameter.grad.double().numpy()))
         scale = other.grad.abs().max().item()
-        torch.testing.assert_close(summed/scale, other.grad.double()/scale, **{name: 10*value for name, value in tolerance.items()})
+        torch.testing.assert_close(
+            summed / scale,
+            other.grad.double() / scale,
+            **{name: 10 * value for name, value in tolerance.items()},
+        )
 
 
 def test_a_single_node_in_each_cell_has_no_edges():
@@ -98,9 +132,11 @@ def test_a_single_node_in_each_cell_has_no_edges():
 
 def test_pointwise_networks_need_no_communication():
     V, _ = space_of("triangles", COMM_WORLD)
-    local = to_torch(Function(V).interpolate(sin(3*SpatialCoordinate(V.mesh())[0])), copy=True)
+    local = to_torch(Function(V).interpolate(sin(3 * SpatialCoordinate(V.mesh())[0])), copy=True)
     torch.manual_seed(0)
-    pointwise = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)).double()
+    pointwise = torch.nn.Sequential(
+        torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1)
+    ).double()
     pointwise(local[:, None]).square().sum().backward()
     mine = COMM_WORLD.allreduce(pointwise[0].weight.grad.numpy())
     whole = Gathering(V).gather(local)
@@ -113,9 +149,11 @@ def test_ranks_without_nodes():
     V = FunctionSpace(UnitSquareMesh(1, 1), "CG", 1)
     own = Partition(V)
     torch.manual_seed(0)
-    network = GraphNetwork(1, 1, own.edges, own.coordinates, halo=own.halo, width=2, steps=1).double()
+    network = GraphNetwork(
+        1, 1, own.edges, own.coordinates, halo=own.halo, width=2, steps=1
+    ).double()
     torch.nn.init.normal_(network.decode.weight)
-    values = network(torch.as_tensor(own.coordinates[:len(own), 0])[None])
+    values = network(torch.as_tensor(own.coordinates[: len(own), 0])[None])
     values.sum().backward()
     assert values.shape == (1, len(own))
     assert COMM_WORLD.allreduce(len(own)) == 4

@@ -1,4 +1,5 @@
 """What is said of PETSc's types, against the PETSc installed: which there are, and what they do."""
+
 import ctypes
 from dataclasses import fields
 
@@ -24,8 +25,11 @@ from prdp_fem.krylov.view import described
 
 SELF = PETSc.COMM_SELF
 PREFIX = "tried_"
-KINDS = {"KSP": (PETSc.KSP, KSP_TYPES), "PC": (PETSc.PC, PC_TYPES),
-         "SNES": (PETSc.SNES, SNES_TYPES)}
+KINDS = {
+    "KSP": (PETSc.KSP, KSP_TYPES),
+    "PC": (PETSc.PC, PC_TYPES),
+    "SNES": (PETSc.SNES, SNES_TYPES),
+}
 
 
 def names_of(kind):
@@ -50,6 +54,7 @@ def tried(kind, table, untried):
 
 
 # Which types there are
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_has_a_row_for_each_type_and_no_other(kind):
@@ -113,9 +118,9 @@ def matrix_of(entries):
 def well_conditioned(symmetric, skew=0.3):
     """A matrix with no zero, whose diagonal is not constant."""
     noise = np.random.default_rng(0).standard_normal((SIZE, SIZE))
-    entries = np.diag(np.linspace(2, 3, SIZE)) + 0.05*(noise + noise.T)
+    entries = np.diag(np.linspace(2, 3, SIZE)) + 0.05 * (noise + noise.T)
     if not symmetric:
-        entries += skew*(np.diag(np.ones(SIZE - 1), 1) - np.diag(np.ones(SIZE - 1), -1))
+        entries += skew * (np.diag(np.ones(SIZE - 1), 1) - np.diag(np.ones(SIZE - 1), -1))
     return matrix_of(entries)
 
 
@@ -124,13 +129,13 @@ def without_solution():
 
     The last is the norm of the least residual.
     """
-    entries = np.diag(np.linspace(2, 3, SIZE)) + 0.3*np.eye(SIZE, k=1) - 0.3*np.eye(SIZE, k=-1)
+    entries = np.diag(np.linspace(2, 3, SIZE)) + 0.3 * np.eye(SIZE, k=1) - 0.3 * np.eye(SIZE, k=-1)
     u, v = np.random.default_rng(3).standard_normal((2, SIZE))
-    entries -= np.outer(entries@u, v)/(v@u)
+    entries -= np.outer(entries @ u, v) / (v @ u)
     A = matrix_of(entries)
     b = vector(A, 1)
     x, *_ = np.linalg.lstsq(entries, b.array, rcond=1e-10)
-    return A, b, np.linalg.norm(entries@x - b.array)
+    return A, b, np.linalg.norm(entries @ x - b.array)
 
 
 def vector(A, seed):
@@ -140,8 +145,12 @@ def vector(A, seed):
 
 
 def solver(name, A, iterations, pc_type="jacobi", **options):
-    given = {"ksp_gmres_restart": 3, "ksp_lcd_restart": 3, "ksp_chebyshev_eigenvalues": "0.5,4",
-             **options}
+    given = {
+        "ksp_gmres_restart": 3,
+        "ksp_lcd_restart": 3,
+        "ksp_chebyshev_eigenvalues": "0.5,4",
+        **options,
+    }
     database = PETSc.Options(PREFIX)
     for option, value in given.items():
         database[option] = value
@@ -164,7 +173,7 @@ def solved(ksp, b, transposed=False):
 
 
 def difference(x, y):
-    return (x - y).norm()/y.norm()
+    return (x - y).norm() / y.norm()
 
 
 @pytest.mark.parametrize("name", TRIED_KSP)
@@ -214,7 +223,7 @@ def test_what_is_transposable_makes_the_iterations_of_the_transposed_operator(na
 def test_what_is_linear_in_the_right_hand_side(name):
     A = well_conditioned(symmetric=True)
     ksp, b, c = solver(name, A, 3), vector(A, 1), vector(A, 2)
-    is_linear = difference(solved(ksp, b) + 2*solved(ksp, c), solved(ksp, b + 2*c)) < 1e-12
+    is_linear = difference(solved(ksp, b) + 2 * solved(ksp, c), solved(ksp, b + 2 * c)) < 1e-12
     assert is_linear == ksp_facts(name).is_linear
 
 
@@ -227,8 +236,8 @@ def test_what_goes_on_to_the_least_residual(name):
     for iterations in range(1, SIZE + 6):
         ksp = solver(name, A, iterations, pc_type="none", ksp_gmres_restart=60)
         x, rest = solved(ksp, b), b.copy()
-        A.multAdd(-1.0*x, b, rest)
-        best = min(best, abs(rest.norm() - least)/least)
+        A.multAdd(-1.0 * x, b, rest)
+        best = min(best, abs(rest.norm() - least) / least)
     assert (best < 1e-10) == ksp_facts(name).solves_least_squares
 
 
@@ -256,8 +265,8 @@ def test_what_has_thresholds_that_are_not_relative_to_the_right_hand_side(name):
         b = vector(A, 1)
         expected = solved(solver(name, A, iterations), b)
         for exponent in (-400, -240, -120, -60, 60, 240):
-            x = solved(solver(name, A, iterations), b*2.0**exponent)
-            differs = differs or difference(x*2.0**-exponent, expected) > 1e-8
+            x = solved(solver(name, A, iterations), b * 2.0**exponent)
+            differs = differs or difference(x * 2.0**-exponent, expected) > 1e-8
     assert differs == ksp_facts(name).has_thresholds
 
 
@@ -265,18 +274,24 @@ def test_what_has_thresholds_that_are_not_relative_to_the_right_hand_side(name):
 def test_a_free_natural_norm_changes_no_bit(name):
     A = well_conditioned(symmetric=True)
     b = vector(A, 1)
-    one, other = (solved(solver(name, A, 5, ksp_norm_type=norm), b)
-                  for norm in ("preconditioned", "natural"))
+    one, other = (
+        solved(solver(name, A, 5, ksp_norm_type=norm), b) for norm in ("preconditioned", "natural")
+    )
     assert one.equal(other)
 
 
 # PC
 
 PC_UNTRIED = {
-    "bddc": "it is for operators in parts", "nn": "it is for operators in parts",
-    "exotic": "it is for structured grids", "galerkin": "it is made of a KSP",
-    "lsc": "it is for Schur complements", "mpi": "it is for servers", "patch": "it is for meshes",
-    "python": "its author decides", "shell": "its author decides",
+    "bddc": "it is for operators in parts",
+    "nn": "it is for operators in parts",
+    "exotic": "it is for structured grids",
+    "galerkin": "it is made of a KSP",
+    "lsc": "it is for Schur complements",
+    "mpi": "it is for servers",
+    "patch": "it is for meshes",
+    "python": "its author decides",
+    "shell": "its author decides",
     "tfs": "it is for distributed matrices",
 }
 TRIED_PC = tried(PETSc.PC, PC_TYPES, PC_UNTRIED)
@@ -295,7 +310,7 @@ def diffusion(symmetric=True, seed=0):
     for i in range(size):
         for j in (i - across, i - 1, i + 1, i + across):
             if 0 <= j < size:
-                entries[i, j] = -kappa[i] - kappa[j] + (0 if symmetric else 0.3*np.sign(j - i))
+                entries[i, j] = -kappa[i] - kappa[j] + (0 if symmetric else 0.3 * np.sign(j - i))
                 entries[i, i] += kappa[i] + kappa[j]
     return matrix_of(entries)
 
@@ -306,15 +321,20 @@ def prepare(pc, name, size):
         pc.addCompositePCType("jacobi")
         pc.addCompositePCType("ilu")
     if name == "fieldsplit":
-        halves = (PETSc.IS().createStride(size//2, first, 1, comm=SELF) for first in (0, size//2))
+        halves = (
+            PETSc.IS().createStride(size // 2, first, 1, comm=SELF) for first in (0, size // 2)
+        )
         pc.setFieldSplitIS(*((str(number), half) for number, half in enumerate(halves)))
 
 
 def preconditioner(name, A):
     if name == "vpbjacobi":
-        A.setVariableBlockSizes(np.full(A.getSize()[0]//3, 3, dtype=PETSc.IntType))
-    options = {"pc_gamg_coarse_eq_limit": 8, "mg_levels_pc_type": "jacobi",
-               "redundant_pc_type": "jacobi"}
+        A.setVariableBlockSizes(np.full(A.getSize()[0] // 3, 3, dtype=PETSc.IntType))
+    options = {
+        "pc_gamg_coarse_eq_limit": 8,
+        "mg_levels_pc_type": "jacobi",
+        "redundant_pc_type": "jacobi",
+    }
     database = PETSc.Options(PREFIX)
     for option, value in options.items():
         database[option] = value
@@ -355,7 +375,7 @@ def test_what_inverts_and_what_becomes_of_it_where_the_operator_is_singular(name
     if facts.inverts:
         A, b, least = without_solution()
         A.mult(applied(preconditioner(name, A), b), rest := b.copy())
-        is_least = abs((rest - b).norm() - least) < 1e-10*least
+        is_least = abs((rest - b).norm() - least) < 1e-10 * least
         assert is_least == facts.is_pseudo_inverse != facts.factorises
 
 
@@ -453,9 +473,13 @@ def test_what_is_inside_is_found_and_where_nothing_can_be_there_is_none(name):
 # SNES
 
 SNES_UNTRIED = {
-    "aspin": "it is for distributed meshes", "nasm": "it is for distributed meshes",
-    "newtonal": "it is for loads that grow", "ngs": "it is for coloured operators",
-    "patch": "it is for meshes", "python": "its author decides", "shell": "its author decides",
+    "aspin": "it is for distributed meshes",
+    "nasm": "it is for distributed meshes",
+    "newtonal": "it is for loads that grow",
+    "ngs": "it is for coloured operators",
+    "patch": "it is for meshes",
+    "python": "its author decides",
+    "shell": "its author decides",
 }
 TRIED_SNES = tried(PETSc.SNES, SNES_TYPES, SNES_UNTRIED)
 
@@ -465,13 +489,13 @@ class Cubic:
 
     def __init__(self, f):
         self.f, size = f, len(f)
-        self.K = 2.4*np.eye(size) - np.eye(size, k=1) - 0.6*np.eye(size, k=-1)
+        self.K = 2.4 * np.eye(size) - np.eye(size, k=1) - 0.6 * np.eye(size, k=-1)
 
     def residual(self, x):
-        return self.K@x + x**3 - self.f
+        return self.K @ x + x**3 - self.f
 
     def jacobian(self, x):
-        return matrix_of(self.K + np.diag(3*x**2))
+        return matrix_of(self.K + np.diag(3 * x**2))
 
     def solver(self, name, steps, lower=None):
         A = matrix_of(self.K)
@@ -481,6 +505,7 @@ class Cubic:
         def jacobian(_, x, J, P):
             P.setValuesCSR(*self.jacobian(x.array_r).getValuesCSR())
             P.assemble()
+
         snes.setJacobian(jacobian, A)
         snes.setType(name)
         snes.setOptionsPrefix(PREFIX)
@@ -511,8 +536,9 @@ def test_what_makes_its_steps_by_linear_solves(name):
 
 
 @pytest.mark.parametrize("name", TRIED_SNES)
-@pytest.mark.parametrize("between", [np.cos(np.arange(12)), np.full(12, np.nan), VALUES],
-                         ids=["other", "nan", "same"])
+@pytest.mark.parametrize(
+    "between", [np.cos(np.arange(12)), np.full(12, np.nan), VALUES], ids=["other", "nan", "same"]
+)
 def test_which_nonlinear_solves_depend_on_earlier_ones(name, between):
     if snes_facts(name).is_for_inequalities:
         pytest.skip("it is refused, and some crash with NaN")

@@ -2,6 +2,7 @@
 
 Without that these tests would not come to an end.
 """
+
 from functools import partial
 
 import numpy as np
@@ -41,8 +42,8 @@ def constant_operator():
     V = FunctionSpace(mesh, "CG", 1)
     w, v = TrialFunction(V), TestFunction(V)
     u, source = Function(V, name="u"), smooth(V, 1)
-    form = (w*v + inner(grad(w), grad(v)))*dx
-    problem = LinearVariationalProblem(form, source*v*dx, u, DirichletBC(V, 0, "on_boundary"))
+    form = (w * v + inner(grad(w), grad(v))) * dx
+    problem = LinearVariationalProblem(form, source * v * dx, u, DirichletBC(V, 0, "on_boundary"))
     return problem, source, IterationLadder()
 
 
@@ -55,7 +56,7 @@ def nonlinear():
     mesh = UnitSquareMesh(6, 6)
     V = FunctionSpace(mesh, "CG", 1)
     v, u, source = TestFunction(V), Function(V, name="u"), smooth(V, 1)
-    residual = ((1 + u**2)*inner(grad(u), grad(v)) - source*v)*dx
+    residual = ((1 + u**2) * inner(grad(u), grad(v)) - source * v) * dx
     problem = NonlinearVariationalProblem(residual, u, DirichletBC(V, 0, "on_boundary"))
     return problem, source, NewtonLadder(linear=IterationLadder())
 
@@ -64,8 +65,11 @@ PROBLEMS = [constant_operator, field_in_the_operator, nonlinear]
 
 
 def solver_for(problem, refinement, **options):
-    kind = (prdp_fem.LinearVariationalSolver if isinstance(problem, LinearVariationalProblem)
-            else prdp_fem.NonlinearVariationalSolver)
+    kind = (
+        prdp_fem.LinearVariationalSolver
+        if isinstance(problem, LinearVariationalProblem)
+        else prdp_fem.NonlinearVariationalSolver
+    )
     parameters = {**GMRES, "snes_linesearch_type": "basic"}
     return kind(problem, refinement=refinement, solver_parameters=parameters, **options)
 
@@ -137,7 +141,7 @@ def test_replays_at_other_levels_are_an_error(make):
     refinement = ProgressiveRefinement(ladder)
     solver = solver_for(problem, refinement)
     solver.solve()
-    functional = ReducedFunctional(assemble(problem.u**2*dx), Control(coefficient))
+    functional = ReducedFunctional(assemble(problem.u**2 * dx), Control(coefficient))
     functional(coefficient)
     refinement.level = COMM_WORLD.rank
     assert "settings of the solve for" in raised_everywhere(lambda: functional(coefficient))[0]
@@ -196,7 +200,9 @@ def test_other_values_of_a_constant_are_an_error(last):
     solver.solve()
     expected = step.u.dat.data_ro.copy()
     step.dt.assign(last if IS_LAST else 0.05)
-    message = f"must be the same on all ranks, found [[0.05]] on rank 0 and [[{last}]] on rank {LAST}"
+    message = (
+        f"must be the same on all ranks, found [[0.05]] on rank 0 and [[{last}]] on rank {LAST}"
+    )
     assert all(message in one for one in raised_everywhere(solver.solve))
     step.dt.assign(0.05)
     solver.solve()
@@ -208,7 +214,7 @@ def test_a_constant_that_one_rank_alone_changes_is_an_error_where_no_field_is_as
     V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
     factor, source = Constant(1.0), smooth(V, 1)
-    problem = LinearVariationalProblem(w*v*dx, factor*source*v*dx, u)
+    problem = LinearVariationalProblem(w * v * dx, factor * source * v * dx, u)
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG)
     solver.solve()
     factor.assign(2.0 if IS_LAST else 1.0)
@@ -243,8 +249,9 @@ def test_an_argument_that_one_rank_alone_has_is_an_error_on_all(case):
     problem, _, ladder = constant_operator()
     right = {"refinement": FixedRefinement(Iterations(3)), "solver_parameters": CG}
     given = {**right, **wrong} if IS_LAST else right
-    messages = raised_everywhere(lambda: prdp_fem.LinearVariationalSolver(problem, **given),
-                                 (TypeError, ValueError))
+    messages = raised_everywhere(
+        lambda: prdp_fem.LinearVariationalSolver(problem, **given), (TypeError, ValueError)
+    )
     assert message in messages[LAST]
     if error is None:
         assert len(set(messages)) == 1
@@ -273,8 +280,11 @@ def test_control_that_one_rank_alone_does_otherwise_is_an_error_on_all(is_solved
     solver = LinearVariationalSolver(problem, solver_parameters=CG)
     if is_solved:
         solver.solve()
-    for last in ({"refinement": 5}, {"refinement": FixedRefinement(Iterations(4))},
-                 {"refinement": FixedRefinement(Iterations(3)), "warm_stat": True}):
+    for last in (
+        {"refinement": 5},
+        {"refinement": FixedRefinement(Iterations(4))},
+        {"refinement": FixedRefinement(Iterations(3)), "warm_stat": True},
+    ):
         given = last if IS_LAST else {"refinement": FixedRefinement(Iterations(3))}
         raised_everywhere(partial(control, solver, **given), (TypeError, ValueError))
         assert type(solver) is LinearVariationalSolver
@@ -282,18 +292,32 @@ def test_control_that_one_rank_alone_does_otherwise_is_an_error_on_all(is_solved
     raised_everywhere(lambda: control(solver, None, **({"warm_start": True} if IS_LAST else {})))
 
 
-@pytest.mark.parametrize("last", [
-    {"controls": []}, {"controls": 5}, {"controls": "twice"}, {"controls": "other"},
-    {"controls": "independent"}, {"output": "text"}, {"output": []}, {"output": "functional"},
-], ids=str)
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"controls": []},
+        {"controls": 5},
+        {"controls": "twice"},
+        {"controls": "other"},
+        {"controls": "independent"},
+        {"output": "text"},
+        {"output": []},
+        {"output": "functional"},
+    ],
+    ids=str,
+)
 def test_a_layer_that_one_rank_alone_makes_otherwise_is_an_error_on_all(last):
     step = HeatStep()
     solver = solver_for(step.problem, FixedRefinement(Iterations(3)))
-    of = {"twice": [step.u0, step.u0], "other": [step.source], "independent": [Function(step.V)],
-          "functional": step.u*dx}
+    of = {
+        "twice": [step.u0, step.u0],
+        "other": [step.source],
+        "independent": [Function(step.V)],
+        "functional": step.u * dx,
+    }
     given = {"controls": [step.u0], "output": None}
     if IS_LAST:
-        (name, value), = last.items()
+        ((name, value),) = last.items()
         given[name] = of.get(value, value) if isinstance(value, str) else value
     raised_everywhere(lambda: SolverLayer(solver, **given), (TypeError, ValueError))
     values = torch.tensor(step.u0.dat.data_ro)
@@ -310,13 +334,18 @@ def test_a_period_that_one_rank_alone_has_is_an_error_on_all(kind, last):
     assert COMM_WORLD.allreduce(len(kind(V, period=[1.0, 1.0]))) >= 16
 
 
-@pytest.mark.parametrize("last", [{"inputs": 0}, {"steps": -1}, {"steps": 2},
-                                  {"features": torch.zeros(2, 1)}], ids=str)
+@pytest.mark.parametrize(
+    "last", [{"inputs": 0}, {"steps": -1}, {"steps": 2}, {"features": torch.zeros(2, 1)}], ids=str
+)
 def test_a_graph_network_that_one_rank_alone_makes_otherwise_is_an_error_on_all(last):
     partition = Partition(FunctionSpace(UnitSquareMesh(4, 4), "CG", 1))
     given = {"inputs": 1, "outputs": 1, "steps": 1, **(last if IS_LAST else {})}
-    raised_everywhere(lambda: GraphNetwork(edges=partition.edges, coordinates=partition.coordinates,
-                                           halo=partition.halo, **given), (TypeError, ValueError))
+    raised_everywhere(
+        lambda: GraphNetwork(
+            edges=partition.edges, coordinates=partition.coordinates, halo=partition.halo, **given
+        ),
+        (TypeError, ValueError),
+    )
 
 
 @pytest.mark.parametrize("last", [{"bucket_size": 0}, {"bucket_size": 8}, {"network": 5}], ids=str)

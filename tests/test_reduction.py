@@ -1,4 +1,5 @@
 """Gradients added up over ranks, against sums by hand."""
+
 import warnings
 
 import numpy as np
@@ -15,7 +16,9 @@ torch.set_num_threads(1)
 
 def make_network(seed=0):
     torch.manual_seed(seed)
-    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).double()
+    network = torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    ).double()
     network.register_parameter("single", torch.nn.Parameter(torch.ones(5)))
     network.register_parameter("frozen", torch.nn.Parameter(torch.ones(2), requires_grad=False))
     return network
@@ -23,7 +26,7 @@ def make_network(seed=0):
 
 def part_of_loss(network, rank):
     x = torch.full((2, 3), 1.0 + rank, dtype=torch.float64)
-    return (network(x)**2).sum()*(rank + 1) + (network.single**2).sum()
+    return (network(x) ** 2).sum() * (rank + 1) + (network.single**2).sum()
 
 
 def double_gradient(parameter):
@@ -45,7 +48,9 @@ def test_gradients_are_sums_over_ranks(bucket_size):
             gradients.zero()
             part_of_loss(network, COMM_WORLD.rank).backward()
             gradients.finish()
-            for parameter, expected in zip((p for p in network.parameters() if p.requires_grad), expected_gradients()):
+            for parameter, expected in zip(
+                (p for p in network.parameters() if p.requires_grad), expected_gradients()
+            ):
                 torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=0)
     assert network.frozen.grad is None
     # No trace is left at the network: a backward pass afterwards is local.
@@ -58,7 +63,8 @@ def test_a_reduction_starts_while_the_backward_pass_goes_on():
 
     class Noted(GradientReduction):
         def _start(self):
-            started.append(network[0].weight.grad.abs().max().item())  # the last one that the pass comes to
+            # the last one that the pass comes to
+            started.append(network[0].weight.grad.abs().max().item())
             super()._start()
 
     with Noted(network, COMM_WORLD, bucket_size=1) as gradients:
@@ -79,7 +85,8 @@ def test_ranks_whose_pass_does_not_come_to_all_parameters():
             (network.single**2).sum().backward()
         gradients.finish()
         torch.testing.assert_close(network.single.grad, torch.full((5,), 2.0))
-        assert network[0].weight.grad is None  # as in a plain loop, so that an optimiser leaves it alone
+        # as in a plain loop, so that an optimiser leaves it alone
+        assert network[0].weight.grad is None
 
 
 def test_gradients_that_would_be_wrong_are_an_error():
@@ -90,7 +97,9 @@ def test_gradients_that_would_be_wrong_are_an_error():
         gradients.zero()
         part_of_loss(network, COMM_WORLD.rank).backward()
         gradients.finish()
-        torch.testing.assert_close(network[0].weight.grad, expected_gradients()[1], rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            network[0].weight.grad, expected_gradients()[1], rtol=1e-12, atol=0
+        )
         gradients.zero()
         optimiser.zero_grad()
         part_of_loss(network, COMM_WORLD.rank).backward()
@@ -108,7 +117,9 @@ def test_gradients_that_would_be_wrong_are_an_error():
 
 @pytest.mark.filterwarnings("ignore:'0.weight' of the network has hooks")
 def test_which_hooks_see_the_whole_gradient():
-    """Those of the optimiser's steps; what users are told to use where those of parameters see a part."""
+    """Those of the optimiser's steps; what users are told to use where those of parameters see a
+    part.
+    """
     network, seen = make_network(), {}
     weight = network[0].weight
     optimiser = torch.optim.SGD(network.parameters(), lr=0.0)
@@ -129,8 +140,12 @@ def test_which_hooks_see_the_whole_gradient():
     part_of_loss(alone, COMM_WORLD.rank).backward()
     part, whole = alone[0].weight.grad, expected_gradients()[1]
     assert COMM_WORLD.size == 1 or not torch.allclose(part, whole, rtol=0.1)
-    for name, expected in (("parameter", part), ("accumulated", part),
-                           ("before a step", whole), ("after a step", whole)):
+    for name, expected in (
+        ("parameter", part),
+        ("accumulated", part),
+        ("before a step", whole),
+        ("after a step", whole),
+    ):
         torch.testing.assert_close(seen[name], expected, rtol=1e-12, atol=0)
 
 
@@ -148,12 +163,14 @@ def test_a_warning_tells_of_hooks_of_parameters(kind):
             pass
     found = [str(warning.message) for warning in caught]
     expected = COMM_WORLD.size > 1 and COMM_WORLD.rank == 0
-    assert len(found) == expected and all("'2.bias' of the network has hooks" in one for one in found)
+    assert len(found) == expected and all(
+        "'2.bias' of the network has hooks" in one for one in found
+    )
 
 
 @pytest.mark.parametrize("bucket_size", [1, 2**22])
 def test_changes_that_would_be_lost_are_an_error(bucket_size):
-    """Of a gradient whose reduction has started, by a hook that comes behind the reduction's own."""
+    """Of a gradient whose reduction has started, by a hook that comes behind the reduction's."""
     network = make_network()
     with GradientReduction(network, COMM_WORLD, bucket_size=bucket_size) as gradients:
         for parameter in network.parameters():
@@ -176,19 +193,27 @@ def test_networks_that_differ_are_an_error_on_all_ranks():
     check_replicas(network, optimiser, COMM_WORLD)
     if COMM_WORLD.size == 1:
         return
-    with pytest.raises(ValueError, match="weights must be the same on all ranks.*torch.manual_seed"):
+    with pytest.raises(
+        ValueError, match="weights must be the same on all ranks.*torch.manual_seed"
+    ):
         check_replicas(make_network(seed=int(odd)), optimiser, COMM_WORLD)
     with pytest.raises(ValueError, match="the optimiser's states must be the same on all ranks"):
-        check_replicas(network, torch.optim.Adam(network.parameters(), lr=0.2 if odd else 0.1), COMM_WORLD)
+        check_replicas(
+            network, torch.optim.Adam(network.parameters(), lr=0.2 if odd else 0.1), COMM_WORLD
+        )
     normalised = torch.nn.Sequential(torch.nn.BatchNorm1d(3))
     normalised[0].running_mean += int(odd)
-    with pytest.raises(ValueError, match="the network's buffers must be the same on all ranks.*LayerNorm"):
+    with pytest.raises(
+        ValueError, match="the network's buffers must be the same on all ranks.*LayerNorm"
+    ):
         check_replicas(normalised, optimiser, COMM_WORLD)
     part_of_loss(network, int(odd)).backward()
     optimiser.step()
     with pytest.raises(ValueError, match="the optimiser's states|weights"):
         check_replicas(network, optimiser, COMM_WORLD)
-    with pytest.raises(ValueError, match="shapes of the network's parameters must be the same on all ranks"):
+    with pytest.raises(
+        ValueError, match="shapes of the network's parameters must be the same on all ranks"
+    ):
         GradientReduction(torch.nn.Linear(2, 3 if odd else 2), COMM_WORLD)
 
 
@@ -198,32 +223,41 @@ def test_without_parameters_there_is_nothing_to_train():
 
 
 def test_totals():
-    part = torch.arange(3.0).requires_grad_()*(COMM_WORLD.rank + 1)
+    part = torch.arange(3.0).requires_grad_() * (COMM_WORLD.rank + 1)
     summed = total(part, COMM_WORLD)
     assert not summed.requires_grad
-    np.testing.assert_allclose(summed, np.arange(3)*sum(range(1, COMM_WORLD.size + 1)))
+    np.testing.assert_allclose(summed, np.arange(3) * sum(range(1, COMM_WORLD.size + 1)))
     if COMM_WORLD.size > 1:
         with pytest.raises(ValueError, match="must be the same on all ranks"):
             total(torch.ones(2 + COMM_WORLD.rank), COMM_WORLD)
 
 
 def test_the_same_gradients_as_those_of_torch_parallel(tmp_path):
-    """DistributedDataParallel takes means over processes where this takes sums; solver layers have no parameters that it could see."""
+    """DistributedDataParallel takes means over processes where this takes sums; solver layers have
+    no parameters that it could see.
+    """
     folder = COMM_WORLD.bcast(str(tmp_path))
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=COMM_WORLD.rank, world_size=COMM_WORLD.size)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=COMM_WORLD.rank,
+        world_size=COMM_WORLD.size,
+    )
     try:
         network = make_network()
         network.single.requires_grad_(False)
         parallel = torch.nn.parallel.DistributedDataParallel(network)
         x = torch.full((2, 3), 1.0 + COMM_WORLD.rank, dtype=torch.float64)
-        ((parallel(x)**2).sum()*COMM_WORLD.size).backward()
-        theirs = [parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad]
+        ((parallel(x) ** 2).sum() * COMM_WORLD.size).backward()
+        theirs = [
+            parameter.grad.clone() for parameter in network.parameters() if parameter.requires_grad
+        ]
     finally:
         torch.distributed.destroy_process_group()
     network = make_network()
     network.single.requires_grad_(False)
     with GradientReduction(network, COMM_WORLD) as gradients:
-        (network(x)**2).sum().backward()
+        (network(x) ** 2).sum().backward()
         gradients.finish()
         for parameter, other in zip((p for p in network.parameters() if p.requires_grad), theirs):
             torch.testing.assert_close(parameter.grad, other, rtol=1e-12, atol=0)

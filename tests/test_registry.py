@@ -1,4 +1,5 @@
 """What can be unrolled is registered in one place: by whom, who reads it, and how to add to it."""
+
 import re
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from prdp_fem.unrolled import (
     unrolled_methods,
 )
 
-DOCS = Path(__file__).parents[1]/"docs"
+DOCS = Path(__file__).parents[1] / "docs"
 SIZE, ITERATIONS = 20, 4
 
 
@@ -31,8 +32,11 @@ def registries(monkeypatch):
 
 # Whoever lists them
 
+
 def row(document, start):
-    line, = (line for line in (DOCS/document).read_text().splitlines() if line.startswith(start))
+    (line,) = (
+        line for line in (DOCS / document).read_text().splitlines() if line.startswith(start)
+    )
     return line.removeprefix(start)
 
 
@@ -41,8 +45,9 @@ def listed(entries):
     return [f"`{entry.name}`" + (f" ({entry.note})" if entry.note else "") for entry in entries]
 
 
-@pytest.mark.parametrize("option, registry", [("ksp_type", unrolled_methods),
-                                              ("pc_type", restated_preconditioners)])
+@pytest.mark.parametrize(
+    "option, registry", [("ksp_type", unrolled_methods), ("pc_type", restated_preconditioners)]
+)
 def test_the_documentation_lists_what_is_registered(option, registry):
     cell = row("differentiation.md", f"| `{option}`")
     items = listed(registry)
@@ -53,11 +58,14 @@ def test_the_documentation_lists_what_is_registered(option, registry):
     assert re.findall("`(.*?)`", cell) in ([], ["ksp_python_type"])
 
 
-@pytest.mark.parametrize("document, start, table, fact", [
-    ("differentiation.md", "| `snes_type` |", SNES_TYPES, "steps_along_solution"),
-    ("gpu.md", "- `pc_type`", PC_TYPES, "works_on_host"),
-    ("gpu.md", "- `snes_type`", SNES_TYPES, "works_on_host"),
-])
+@pytest.mark.parametrize(
+    "document, start, table, fact",
+    [
+        ("differentiation.md", "| `snes_type` |", SNES_TYPES, "steps_along_solution"),
+        ("gpu.md", "- `pc_type`", PC_TYPES, "works_on_host"),
+        ("gpu.md", "- `snes_type`", SNES_TYPES, "works_on_host"),
+    ],
+)
 def test_the_documentation_lists_what_the_table_of_types_says(document, start, table, fact):
     assert set(re.findall("`([a-z]+)`", row(document, start))) == set(types_with(table, fact))
 
@@ -74,8 +82,10 @@ def test_messages_list_what_is_registered(registries):
     restated_preconditioners(Shifted)(RestatedShifted)
     ksp = ksp_of(A, "gmres")
     ksp.getPC().setType("kaczmarz")  # which has no transpose
-    with pytest.raises(ValueError, match="use jacobi, pbjacobi, sor with one sweep, python with "
-                                         ".*Shifted, ilu or bjacobi"):
+    with pytest.raises(
+        ValueError,
+        match="use jacobi, pbjacobi, sor with one sweep, python with .*Shifted, ilu or bjacobi",
+    ):
         UnrolledKSP(ksp).prepare(symmetric=False)
 
 
@@ -92,6 +102,7 @@ def test_methods_in_python_are_found_by_their_class():
 
     class Other:
         pass
+
     ksp = ksp_of(matrix(), "python")
     assert unrolled_methods.find(ksp) is None
     for context, is_known in ((SteepestDescent(), True), (Mine(), True), (Other(), False)):
@@ -106,6 +117,7 @@ def test_methods_in_python_are_found_by_their_class():
 
 # A method and a preconditioner of one's own
 
+
 class ConjugateGradientsSquared(Iteration):
     """Sonneveld's squared conjugate gradients (1989), preconditioned from the left, in cgs.c."""
 
@@ -117,13 +129,13 @@ class ConjugateGradientsSquared(Iteration):
     def advance(self, on, state, iterations):
         x, r, shadow, u, p, rho = state
         v = on.precondition(on.operator(p))
-        alpha = rho/on.dot(v, shadow)
+        alpha = rho / on.dot(v, shadow)
         q = on.add(u, -alpha, v)
         both = on.add(u, 1.0, q)
         x = on.add(x, alpha, both)
         r = on.add(r, -alpha, on.precondition(on.operator(both)))
         rho_next = on.dot(r, shadow)
-        beta = rho_next/rho
+        beta = rho_next / rho
         u = on.add(r, beta, q)
         return x, r, shadow, u, on.add(u, beta, on.add(q, beta, p)), rho_next
 
@@ -149,7 +161,7 @@ class RestatedShifted(Preconditioner):
         return np.flatnonzero(cotangent.pattern.rows == cotangent.pattern.columns)
 
     def add_cotangent(self, cotangent, factor, z_cotangent, r_cotangent, r, z):
-        values = -factor*r_cotangent.array_r*z.array_r
+        values = -factor * r_cotangent.array_r * z.array_r
         cotangent.add_to_entries(self._diagonal(cotangent), values)
 
     def derivative(self, tangent):
@@ -159,15 +171,16 @@ class RestatedShifted(Preconditioner):
             out.pointwiseMult(change, z)
             self.pc.apply(out.copy(), out)
             out.scale(-1.0)
+
         return apply
 
 
 def matrix(change=0.0):
-    entries = np.diag(np.linspace(1, 2, SIZE)) + 0.3*np.eye(SIZE, k=1) - 0.2*np.eye(SIZE, k=-1)
+    entries = np.diag(np.linspace(1, 2, SIZE)) + 0.3 * np.eye(SIZE, k=1) - 0.2 * np.eye(SIZE, k=-1)
     rows, columns = np.nonzero(entries)
     A = PETSc.Mat().createAIJ((SIZE, SIZE), nnz=3, comm=PETSc.COMM_SELF)
     for i, j in zip(rows, columns):
-        A.setValue(i, j, entries[i, j] + change*np.sin(i + 2*j))
+        A.setValue(i, j, entries[i, j] + change * np.sin(i + 2 * j))
     A.assemble()
     return A
 
@@ -185,7 +198,7 @@ def ksp_of(A, name, context=None):
 
 def vector(A, phase):
     x = A.createVecRight()
-    x.setArray(np.sin(phase + 1.3*np.arange(SIZE)))
+    x.setArray(np.sin(phase + 1.3 * np.arange(SIZE)))
     return x
 
 
@@ -203,17 +216,19 @@ def check_against_petsc(name, make_context):
     out, b_bar = b.duplicate(), b.duplicate()
     unrolled.iterate(b, None, ITERATIONS, out)
     expected = solved(ksp_of(A, name, make_context()), b)
-    assert (out - expected).norm() < 1e-12*expected.norm()
-    ends = [solved(ksp_of(matrix(sign*step), name, make_context()), b + sign*step*b_dot)
-            for sign in (1, -1)]
-    expected = (ends[0] - ends[1])/(2*step)
+    assert (out - expected).norm() < 1e-12 * expected.norm()
+    ends = [
+        solved(ksp_of(matrix(sign * step), name, make_context()), b + sign * step * b_dot)
+        for sign in (1, -1)
+    ]
+    expected = (ends[0] - ends[1]) / (2 * step)
     A_dot = matrix(1.0)
     A_dot.axpy(-1.0, A)
     unrolled.tangent(b, None, ITERATIONS, out, b_tangent=b_dot, operator_tangent=A_dot)
-    assert (out - expected).norm() < 1e-7*expected.norm()
+    assert (out - expected).norm() < 1e-7 * expected.norm()
     A_bar = OperatorCotangent(A)
     unrolled.adjoint(b, None, ITERATIONS, c, b_cotangent=b_bar, operator_cotangent=A_bar)
-    by_adjoint = b_bar.dot(b_dot) + A_bar.values@A_dot.getValuesCSR()[2]
+    by_adjoint = b_bar.dot(b_dot) + A_bar.values @ A_dot.getValuesCSR()[2]
     assert np.isclose(by_adjoint, c.dot(out), rtol=1e-11)
 
 

@@ -1,4 +1,5 @@
 """Types that are set on a KSP by hand between solves give what a solver gives that was made so."""
+
 import numpy as np
 import pytest
 import torch
@@ -13,16 +14,17 @@ pytestmark = pytest.mark.parallel([1, 2])
 
 def made(heat, ksp_type: str, pc_type: str = "jacobi", refinement=None, **options):
     parameters = {"ksp_type": ksp_type, "pc_type": pc_type, "ksp_rtol": 1e-10}
-    return LinearVariationalSolver(heat.problem, refinement=refinement,
-                                   solver_parameters=parameters, **options)
+    return LinearVariationalSolver(
+        heat.problem, refinement=refinement, solver_parameters=parameters, **options
+    )
 
 
 def derivative(solver, control, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """A solution and a gradient, which is divided by the scale again."""
     x = to_torch(control, copy=True).requires_grad_()
     solution = SolverLayer(solver, [control])(x)
-    gradient, = torch.autograd.grad(solution, x, scale*(1 + solution.detach()))
-    return whole(solution.detach().numpy()), whole(gradient.numpy())/scale
+    (gradient,) = torch.autograd.grad(solution, x, scale * (1 + solution.detach()))
+    return whole(solution.detach().numpy()), whole(gradient.numpy()) / scale
 
 
 @pytest.mark.parametrize("before, after", [("cg", "minres"), ("gmres", "symmlq")])

@@ -1,4 +1,6 @@
-"""The job scripts, run by a real Slurm: one node, this machine, with daemons, ports and a key of the test's own."""
+"""The job scripts, run by a real Slurm: one node, this machine, with daemons, ports and a key of
+the test's own.
+"""
 
 import json
 import os
@@ -78,20 +80,20 @@ def slurm(tmp_path_factory):
     # Munge wants folders that only root can write to, all the way up, or to be forced.
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("munge", "state", "spool"):
-        (folder/name).mkdir(mode=0o700)
-    key = folder/"munge"/"key"
+        (folder / name).mkdir(mode=0o700)
+    key = folder / "munge" / "key"
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     host = socket.gethostname().partition(".")[0]
-    (folder/"slurm.conf").write_text(
+    (folder / "slurm.conf").write_text(
         CONFIGURATION.format(host=host, ports=free_ports(2), folder=folder)
     )
     # A job is no part of the one that the tests run in.
     inside = ("OMPI_", "PMIX_", "ORTE_", "SLURM_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(inside)}
-    environment |= {"PATH": PATH, "SLURM_CONF": str(folder/"slurm.conf")}
+    environment |= {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     munge = {
-        option: folder/"munge" / option
+        option: folder / "munge" / option
         for option in ("socket", "pid-file", "log-file", "seed-file")
     }
     commands = [
@@ -107,7 +109,7 @@ def slurm(tmp_path_factory):
     ]
     daemons = []
     try:
-        with open(folder/"log", "w") as log:
+        with open(folder / "log", "w") as log:
             for command in commands:
                 daemons.append(
                     subprocess.Popen(
@@ -138,24 +140,26 @@ def ask(environment: dict, *command: str) -> str:
 def wait_until(is_so, folder: Path) -> None:
     end = time.monotonic() + 60
     while not is_so():
-        assert time.monotonic() < end, (folder/"log").read_text()
+        assert time.monotonic() < end, (folder / "log").read_text()
         time.sleep(0.2)
 
 
 @pytest.fixture
 def submitted_from(tmp_path):
-    """A folder as a checkout is one, with an image and an Apptainer that runs what is in it in this environment."""
-    (tmp_path/".venv"/"bin").mkdir(parents=True)
-    activate = Path(sys.prefix)/"bin"/"activate"
+    """A folder as a checkout is one, with an image and an Apptainer that runs what is in it in this
+    environment.
+    """
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    activate = Path(sys.prefix) / "bin" / "activate"
     # Of an environment that has none, what it is for.
-    (tmp_path/".venv"/"bin"/"activate").write_text(
+    (tmp_path / ".venv" / "bin" / "activate").write_text(
         (f"source '{activate}'\n" if activate.exists() else "")
         + f"export PATH='{Path(sys.executable).parent}':$PATH\n"
     )
-    (tmp_path/"demos").symlink_to(ROOT/"demos")
-    (tmp_path/"prdp_fem.sif").touch()
-    (tmp_path/"bin").mkdir()
-    apptainer = tmp_path/"bin"/"apptainer"
+    (tmp_path / "demos").symlink_to(ROOT / "demos")
+    (tmp_path / "prdp_fem.sif").touch()
+    (tmp_path / "bin").mkdir()
+    apptainer = tmp_path / "bin" / "apptainer"
     apptainer.write_text(f"""#!/bin/bash
 [ "$1" = exec ] && [ -f "$2" ] || exit 99
 shift 2
@@ -178,12 +182,12 @@ exec "${{@//\\/opt\\/prdp_fem/{str(ROOT).replace("/", chr(92) + "/")}}}"
 def test_a_job_script_runs(slurm, submitted_from, script, options):
     cache = os.environ.get("PYOP2_CACHE_DIR"), os.environ.get("FIREDRAKE_TSFC_KERNEL_CACHE_DIR")
     # The compiled kernels that there are, where the script looks for them.
-    home = submitted_from/"home"
-    kernels = home/".cache"/"prdp_fem"/"kernels"
+    home = submitted_from / "home"
+    kernels = home / ".cache" / "prdp_fem" / "kernels"
     kernels.mkdir(parents=True)
     for name, folder in zip(("pyop2", "tsfc"), cache):
         if folder is not None and Path(folder).is_dir():
-            (kernels/name).symlink_to(folder)
+            (kernels / name).symlink_to(folder)
     command = [
         "sbatch",
         "--wait",
@@ -191,7 +195,7 @@ def test_a_job_script_runs(slurm, submitted_from, script, options):
         "--nodes=1",
         "--ntasks-per-node=2",
         "--output=log",
-        str(ROOT/script),
+        str(ROOT / script),
         "--quick",
         "--epochs",
         "1",
@@ -213,10 +217,10 @@ def test_a_job_script_runs(slurm, submitted_from, script, options):
         text=True,
         timeout=SECONDS,
     )
-    log = submitted_from/"log"
+    log = submitted_from / "log"
     assert done.returncode == 0, done.stderr + (log.read_text() if log.exists() else "")
     number = done.stdout.split(";")[0].strip().splitlines()[0]
-    results = submitted_from/"results" / number
+    results = submitted_from / "results" / number
     runs = list(results.glob("*.json"))
     assert runs, sorted(results.iterdir())
     # Two ranks that know of each other, as they say themselves: none of them has trained alone.

@@ -1,11 +1,23 @@
 """The torch bridge: gradcheck, batches, types, and independence of calls."""
+
 import numpy as np
 import pytest
 import torch
 from cases import gradcheck, samples
 from firedrake import *
 from mpi4py import MPI
-from problems import CG, CONVERGED, GMRES, RICHARDSON, AdvectionDiffusion, HeatStep, boundary_dofs, dense, smooth, whole
+from problems import (
+    CG,
+    CONVERGED,
+    GMRES,
+    RICHARDSON,
+    AdvectionDiffusion,
+    HeatStep,
+    boundary_dofs,
+    dense,
+    smooth,
+    whole,
+)
 
 import prdp_fem
 from prdp_fem import FixedRefinement, IterationLadder, Iterations, ScheduledRefinement
@@ -16,8 +28,12 @@ pytestmark = pytest.mark.parallel([1, 2, 3])
 
 
 def layer_of(problem, controls, parameters=None, refinement=None, **kwargs):
-    solver = prdp_fem.LinearVariationalSolver(problem.problem, refinement=refinement, solver_parameters=parameters or {**CG, **CONVERGED},
-                                              **kwargs)
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem,
+        refinement=refinement,
+        solver_parameters=parameters or {**CG, **CONVERGED},
+        **kwargs,
+    )
     return SolverLayer(solver, controls)
 
 
@@ -27,14 +43,20 @@ def test_gradcheck(names, boundary):
     problem = HeatStep(cells=3, boundary=boundary)
     controls = [getattr(problem, name) for name in names]
     layer = layer_of(problem, controls)
-    inputs = [samples(control, (2,) if index == 0 else (), index).requires_grad_() for index, control in enumerate(controls)]
+    inputs = [
+        samples(control, (2,) if index == 0 else (), index).requires_grad_()
+        for index, control in enumerate(controls)
+    ]
     assert gradcheck(layer, inputs)
 
 
 def test_gradcheck_of_a_nonsymmetric_problem_with_a_vector_control():
     problem = AdvectionDiffusion(cells=3)
     layer = layer_of(problem, [problem.wind, problem.source], {**GMRES, **CONVERGED})
-    inputs = [samples(control, seed=index).requires_grad_() for index, control in enumerate(layer.controls)]
+    inputs = [
+        samples(control, seed=index).requires_grad_()
+        for index, control in enumerate(layer.controls)
+    ]
     assert gradcheck(layer, inputs)
 
 
@@ -43,14 +65,24 @@ def test_gradcheck_of_cofunctions_and_vector_constants():
     V = FunctionSpace(mesh, "CG", 1)
     w, v, u = TrialFunction(V), TestFunction(V), Function(V)
     load, wind = Cofunction(V.dual(), name="load"), Constant([0.3, 0.2], name="wind")
-    problem = LinearVariationalProblem((w*v + inner(grad(w), grad(v)) + dot(wind, grad(w))*v)*dx, 3*load, u, bcs=[DirichletBC(V, 1.0, 1)])
-    layer = SolverLayer(prdp_fem.LinearVariationalSolver(problem, solver_parameters={**GMRES, **CONVERGED}), [load, wind])
+    problem = LinearVariationalProblem(
+        (w * v + inner(grad(w), grad(v)) + dot(wind, grad(w)) * v) * dx,
+        3 * load,
+        u,
+        bcs=[DirichletBC(V, 1.0, 1)],
+    )
+    layer = SolverLayer(
+        prdp_fem.LinearVariationalSolver(problem, solver_parameters={**GMRES, **CONVERGED}),
+        [load, wind],
+    )
     inputs = [samples(load, (2,)).requires_grad_(), samples(wind, (2,)).requires_grad_()]
     assert gradcheck(layer, inputs)
 
 
 def test_a_truncated_stationary_iteration_passes_gradcheck_in_its_right_hand_side():
-    """From a zero guess its implicit derivative is the exact one: the iterate is linear in the right-hand side."""
+    """From a zero guess its implicit derivative is the exact one: the iterate is linear in the
+    right-hand side.
+    """
     problem = HeatStep(cells=3)
     layer = layer_of(problem, [problem.u0], RICHARDSON, FixedRefinement(Iterations(3)))
     assert gradcheck(layer, samples(problem.u0, (2,)).requires_grad_(), atol=1e-8)
@@ -59,19 +91,21 @@ def test_a_truncated_stationary_iteration_passes_gradcheck_in_its_right_hand_sid
 @pytest.mark.parametrize("parameters", [CG, RICHARDSON])
 def test_batches_are_their_samples_to_the_bit(parameters):
     problem = HeatStep(boundary=1.0)
-    layer = layer_of(problem, [problem.u0, problem.kappa], parameters, FixedRefinement(Iterations(4)))
+    layer = layer_of(
+        problem, [problem.u0, problem.kappa], parameters, FixedRefinement(Iterations(4))
+    )
     u0, kappa = samples(problem.u0, (2, 3), 1), samples(problem.kappa, (), 2)
     u0.requires_grad_(), kappa.requires_grad_()
     batched = layer(u0, kappa)
     assert batched.shape == u0.shape
     weights = samples(problem.u, (2, 3), 3)
-    gradients = torch.autograd.grad((weights*batched).sum(), (u0, kappa))
+    gradients = torch.autograd.grad((weights * batched).sum(), (u0, kappa))
     summed = torch.zeros_like(kappa)
     for index in np.ndindex(2, 3):
         x, k = u0[index].detach().requires_grad_(), kappa.detach().requires_grad_()
         single = layer(x, k)
         assert torch.equal(single, batched[index])
-        gx, gk = torch.autograd.grad((weights[index]*single).sum(), (x, k))
+        gx, gk = torch.autograd.grad((weights[index] * single).sum(), (x, k))
         assert torch.equal(gx, gradients[0][index])
         summed += gk
     torch.testing.assert_close(summed, gradients[1], rtol=1e-13, atol=1e-15)
@@ -80,19 +114,33 @@ def test_batches_are_their_samples_to_the_bit(parameters):
 def test_values_and_gradients_are_those_of_dense_torch():
     """An oracle in torch alone: the same Richardson iterations on dense matrices."""
     problem = AdvectionDiffusion()
-    layer = layer_of(problem, [problem.source], {**RICHARDSON, "ksp_richardson_scale": 0.3}, FixedRefinement(Iterations(5)))
-    A, M = (torch.from_numpy(dense(*form)) for form in ((problem.a, problem.bcs), (TrialFunction(problem.V)*TestFunction(problem.V)*dx,)))
+    layer = layer_of(
+        problem,
+        [problem.source],
+        {**RICHARDSON, "ksp_richardson_scale": 0.3},
+        FixedRefinement(Iterations(5)),
+    )
+    A, M = (
+        torch.from_numpy(dense(*form))
+        for form in (
+            (problem.a, problem.bcs),
+            (TrialFunction(problem.V) * TestFunction(problem.V) * dx,),
+        )
+    )
     M[boundary_dofs(problem.bcs[0])] = 0
     part = samples(problem.source, (4,)).requires_grad_()
-    x, weights = (torch.from_numpy(whole(tensor.detach().T)).T.requires_grad_() for tensor in (part, samples(problem.u, (4,), 5)))
+    x, weights = (
+        torch.from_numpy(whole(tensor.detach().T)).T.requires_grad_()
+        for tensor in (part, samples(problem.u, (4,), 5))
+    )
     u = torch.zeros_like(x)
     for _ in range(5):
-        u = u + 0.3*(x @ M.T - u @ A.T)/A.diagonal()
+        u = u + 0.3 * (x @ M.T - u @ A.T) / A.diagonal()
     y = layer(part)
     mine = slice(*problem.V.dof_dset.layout_vec.getOwnershipRange())
     torch.testing.assert_close(y, u[:, mine], rtol=1e-12, atol=1e-15)
-    expected, = torch.autograd.grad((weights*u).sum(), x)
-    found, = torch.autograd.grad((weights[:, mine]*y).sum(), part)
+    (expected,) = torch.autograd.grad((weights * u).sum(), x)
+    (found,) = torch.autograd.grad((weights[:, mine] * y).sum(), part)
     torch.testing.assert_close(found, expected[:, mine], rtol=1e-11, atol=1e-15)
 
 
@@ -104,34 +152,35 @@ def test_two_forwards_then_two_backwards_are_each_their_own():
     weights = samples(problem.u, (2,), 3)
 
     def gradient(y, x):
-        return torch.autograd.grad((weights*y**2).sum(), x)[0]
+        return torch.autograd.grad((weights * y**2).sum(), x)[0]
 
     alone = gradient(layer(x[0]), x[0])
     first = layer(x[0])
     refinement.step(1.0)
     old_source = problem.source.copy(deepcopy=True)
-    problem.source.assign(5), problem.dt.assign(0.2)  # what is not a control belongs to its call, too
+    # what is not a control belongs to its call, too
+    problem.source.assign(5), problem.dt.assign(0.2)
     second = layer(x[1])
     second_alone = gradient(layer(x[1]), x[1])
     problem.source.assign(old_source)
     before = layer.solver.statistics.adjoint_iterations
     assert torch.equal(gradient(first, x[0]), alone)
-    assert layer.solver.statistics.adjoint_iterations - before == 2*2
+    assert layer.solver.statistics.adjoint_iterations - before == 2 * 2
     assert torch.equal(gradient(second, x[1]), second_alone)
-    assert layer.solver.statistics.adjoint_iterations - before == 2*2 + 2*7
+    assert layer.solver.statistics.adjoint_iterations - before == 2 * 2 + 2 * 7
 
 
 def test_results_may_be_changed_in_place_and_inputs_may_not():
     problem = HeatStep()
     layer = layer_of(problem, [problem.kappa], CG, FixedRefinement(Iterations(3)))
     x = samples(problem.kappa).requires_grad_()
-    expected, = torch.autograd.grad(layer(x).sum(), x)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
     y = layer(x)
     with torch.no_grad():
         y.mul_(100)
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
     x = samples(problem.kappa).requires_grad_()
-    inner = 1*x
+    inner = 1 * x
     y = layer(inner)
     with torch.no_grad():
         inner.add_(1)
@@ -143,7 +192,9 @@ def test_results_may_be_changed_in_place_and_inputs_may_not():
 def test_types_and_partial_gradients(dtype):
     problem = HeatStep()
     layer = layer_of(problem, [problem.u0, problem.source])
-    u0, source = (samples(control, (3,), seed).to(dtype) for seed, control in enumerate(layer.controls))
+    u0, source = (
+        samples(control, (3,), seed).to(dtype) for seed, control in enumerate(layer.controls)
+    )
     y = layer(u0.requires_grad_(), source)
     assert y.dtype == dtype and y.requires_grad
     y.sum().backward()
@@ -180,47 +231,67 @@ def test_a_network_trains_through_the_layer_and_the_users_functions_stay():
     losses = []
     for _ in range(30):
         optimiser.zero_grad()
-        loss = ((network(x) - layer(x**2))**2).mean()
+        loss = ((network(x) - layer(x**2)) ** 2).mean()
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.1*losses[0]
-    assert all(np.array_equal(old, f.dat.data_ro) for old, f in zip(before, (problem.u0, problem.u, problem.source)))
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(
+        np.array_equal(old, f.dat.data_ro)
+        for old, f in zip(before, (problem.u0, problem.u, problem.source))
+    )
 
 
 @pytest.mark.parametrize("count", [4, None])
 def test_serial_and_parallel_agree(count):
-    """Values, and gradients of a field and of a Constant, against the same solve on each rank's own copy of the mesh."""
+    """Values, and gradients of a field and of a Constant, against the same solve on each rank's own
+    copy of the mesh.
+    """
 
     def run(mesh):
         problem = HeatStep(mesh=mesh, boundary=1.0)
         refinement = None if count is None else FixedRefinement(Iterations(count))
-        layer = layer_of(problem, [problem.kappa, problem.u0, problem.dt], {**CG, **CONVERGED}, refinement)
+        layer = layer_of(
+            problem, [problem.kappa, problem.u0, problem.dt], {**CG, **CONVERGED}, refinement
+        )
         x = [to_torch(control, copy=True).requires_grad_() for control in layer.controls]
         y = layer(*x)
         gradients = torch.autograd.grad((y**3).sum(), x)
-        coordinates = Function(VectorFunctionSpace(mesh, "CG", 1)).interpolate(SpatialCoordinate(mesh)).dat.data_ro
+        coordinates = (
+            Function(VectorFunctionSpace(mesh, "CG", 1))
+            .interpolate(SpatialCoordinate(mesh))
+            .dat.data_ro
+        )
         fields = [tensor.detach().numpy() for tensor in (y, *gradients[:2])]
         table = {tuple(np.round(point, 9)): values for point, *values in zip(coordinates, *fields)}
         return table, gradients[2].item()
 
     table, constant = run(UnitSquareMesh(6, 6))
     reference, reference_constant = run(UnitSquareMesh(6, 6, comm=COMM_SELF))
-    worst = max((abs(value - expected)/max(1, abs(expected)) for point in table for value, expected in zip(table[point], reference[point])),
-                default=0.0)
+    worst = max(
+        (
+            abs(value - expected) / max(1, abs(expected))
+            for point in table
+            for value, expected in zip(table[point], reference[point])
+        ),
+        default=0.0,
+    )
     assert COMM_WORLD.allreduce(len(table)) >= len(reference)
     assert COMM_WORLD.allreduce(worst, MPI.MAX) < 1e-9
-    assert abs(constant - reference_constant) < 1e-9*abs(reference_constant)
+    assert abs(constant - reference_constant) < 1e-9 * abs(reference_constant)
 
 
 # Bad input
+
 
 @pytest.mark.parallel(1)
 def test_bad_layers_are_refused():
     problem = HeatStep()
     solver = prdp_fem.LinearVariationalSolver(problem.problem)
     stranger = Function(problem.V, name="stranger")
-    with pytest.raises(ValueError, match="does not depend on Function 'stranger'; it depends on .*'initial'"):
+    with pytest.raises(
+        ValueError, match="does not depend on Function 'stranger'; it depends on .*'initial'"
+    ):
         SolverLayer(solver, [stranger])
     with pytest.raises(ValueError, match="does not depend on Function 'solution'"):
         SolverLayer(solver, [problem.u])
@@ -232,7 +303,9 @@ def test_bad_layers_are_refused():
         SolverLayer(solver, problem.u0)
     with pytest.raises(TypeError, match="a control must be"):
         SolverLayer(solver, ["u0"])
-    with pytest.raises(TypeError, match="prdp_fem.LinearVariationalSolver or .*, found a firedrake"):
+    with pytest.raises(
+        TypeError, match="prdp_fem.LinearVariationalSolver or .*, found a firedrake"
+    ):
         SolverLayer(LinearVariationalSolver(problem.problem), [problem.u0])
 
 
@@ -242,9 +315,24 @@ def test_bad_tensors_are_refused_before_any_work():
     u0, dt = samples(problem.u0), samples(problem.dt)
     n = u0.numel()
     for tensors, error, words in [
-        ((u0,), TypeError, r"expected 2 tensor\(s\), one for each of 'initial', 'time step', found 1"),
-        ((u0[:-1], dt), ValueError, rf"last axis of {n} for 'initial' \(the dofs that this rank owns.*found shape \({n - 1},\)"),
-        ((u0, dt.expand(2)), ValueError, r"last axis of 1 for 'time step' \(the components of the Constant\)"),
+        (
+            (u0,),
+            TypeError,
+            r"expected 2 tensor\(s\), one for each of 'initial', 'time step', found 1",
+        ),
+        (
+            (u0[:-1], dt),
+            ValueError,
+            (
+                rf"last axis of {n} for 'initial' \(the dofs that this rank owns.*found shape"
+                rf" \({n - 1},\)"
+            ),
+        ),
+        (
+            (u0, dt.expand(2)),
+            ValueError,
+            r"last axis of 1 for 'time step' \(the components of the Constant\)",
+        ),
         ((u0, torch.tensor(0.1)), ValueError, "last axis of 1"),
         ((u0.to(torch.int64), dt), TypeError, "float32 or float64"),
         ((u0.numpy(), dt), TypeError, "expected a tensor"),
@@ -257,6 +345,7 @@ def test_bad_tensors_are_refused_before_any_work():
 
 
 # Conversion
+
 
 def test_conversion_shares_memory_where_it_can():
     V = FunctionSpace(UnitSquareMesh(5, 5), "CG", 1)
@@ -276,8 +365,12 @@ def test_conversion_shares_memory_where_it_can():
     assert isinstance(g, Function) and np.array_equal(g.dat.data_ro, f.dat.data_ro)
     assert isinstance(from_torch(tensor, V.dual()), Cofunction)
     c = Constant([1.0, 2.0])
-    assert from_torch(torch.tensor([3.0, 4.0]), c) is c and list(c.values()) == [3.0, 4.0] and to_torch(c).tolist() == [3.0, 4.0]
-    W = V*V
+    assert (
+        from_torch(torch.tensor([3.0, 4.0]), c) is c
+        and list(c.values()) == [3.0, 4.0]
+        and to_torch(c).tolist() == [3.0, 4.0]
+    )
+    W = V * V
     h = Function(W)
     h.sub(1).assign(f)
     assert torch.equal(to_torch(h)[n:], tensor)

@@ -1,4 +1,5 @@
-"""What users bring from loops of torch's: in train() it is a plain loop's, or refused before work."""
+"""What users bring from loops of torch's: in train() as in a plain loop, or refused before work."""
+
 import copy
 import inspect
 
@@ -12,8 +13,10 @@ from prdp_fem.torch import train
 
 torch.set_num_threads(1)
 
-X, Y = (torch.randn(10, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
-        for size in (3, 2))
+X, Y = (
+    torch.randn(10, size, dtype=torch.float64, generator=torch.Generator().manual_seed(size))
+    for size in (3, 2)
+)
 SEED, BATCH = 7, 5  # two members have three samples of a batch, and two
 KINDS = torch.optim.lr_scheduler
 
@@ -21,8 +24,9 @@ KINDS = torch.optim.lr_scheduler
 def dense_network():
     """Of matrices only, since Muon takes no vectors."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False), torch.nn.Tanh(),
-                               torch.nn.Linear(4, 2, bias=False)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4, bias=False), torch.nn.Tanh(), torch.nn.Linear(4, 2, bias=False)
+    ).double()
 
 
 def sparse_network():
@@ -31,18 +35,20 @@ def sparse_network():
 
 
 def squares(network, inputs=X):
-    return lambda samples: ((network(inputs[samples]) - Y[samples])**2).mean()
+    return lambda samples: ((network(inputs[samples]) - Y[samples]) ** 2).mean()
 
 
 def in_a_plain_loop(network, loss, optimiser, scheduler=None):
     order = torch.Generator().manual_seed(SEED)
     for _ in range(3):
         for samples in torch.randperm(10, generator=order).split(BATCH):
+
             def closure(samples=samples):
                 optimiser.zero_grad()
                 value = loss(samples)
                 value.backward()
                 return value
+
             if isinstance(optimiser, torch.optim.LBFGS):
                 optimiser.step(closure)
             else:
@@ -55,9 +61,21 @@ def in_a_plain_loop(network, loss, optimiser, scheduler=None):
 
 
 def in_train(network, loss, optimiser, scheduler=None, **options):
-    train(network, loss, lambda: 1.0, optimiser=optimiser, scheduler=scheduler, solvers=[],
-          refinement=FixedRefinement(Iterations(1)), samples=10, batch_size=BATCH, epochs=3,
-          seed=SEED, progress=False, **options)
+    train(
+        network,
+        loss,
+        lambda: 1.0,
+        optimiser=optimiser,
+        scheduler=scheduler,
+        solvers=[],
+        refinement=FixedRefinement(Iterations(1)),
+        samples=10,
+        batch_size=BATCH,
+        epochs=3,
+        seed=SEED,
+        progress=False,
+        **options,
+    )
 
 
 def on_members(*arguments):
@@ -79,7 +97,7 @@ def assert_refused(how, network, loss, *arguments, words=None):
 
 
 def compare(make, how, same):
-    """Train the network, by the loss and the steps, that ``make`` makes, here and in a plain loop."""
+    """Train the network by the loss and steps that ``make`` makes, here and in a plain loop."""
     network, loss, *steps = make()
     try:
         in_a_plain_loop(network, loss, *steps)
@@ -97,7 +115,7 @@ def same_bits(found, expected):
 
 
 def same_but_for_rounding(found, expected):
-    assert (found - expected).norm() <= 1e-9*expected.norm()
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
 
 
 WHERE = [
@@ -108,13 +126,18 @@ WHERE = [
 
 # Optimisers: all that torch has
 
+
 def is_optimiser(kind):
-    return (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
-            and kind is not torch.optim.Optimizer)
+    return (
+        isinstance(kind, type)
+        and issubclass(kind, torch.optim.Optimizer)
+        and kind is not torch.optim.Optimizer
+    )
 
 
-OPTIMISERS = [kind for kind in map(torch.optim.__dict__.get, torch.optim.__all__)
-              if is_optimiser(kind)]
+OPTIMISERS = [
+    kind for kind in map(torch.optim.__dict__.get, torch.optim.__all__) if is_optimiser(kind)
+]
 # Without a line search LBFGS is refused. With many iterations it makes much of rounding.
 WANTED = {torch.optim.LBFGS: {"line_search_fn": "strong_wolfe", "max_iter": 3}}
 FLAGS = ["foreach", "fused", "maximize", "capturable", "differentiable", "amsgrad"]
@@ -125,6 +148,7 @@ def optimiser_maker(kind, flags=()):
         network = dense_network()
         options = {**WANTED.get(kind, {}), **dict.fromkeys(flags, True)}
         return network, squares(network), kind(network.parameters(), **options)
+
     return make
 
 
@@ -134,9 +158,15 @@ def test_each_optimiser(kind, how, same):
     compare(optimiser_maker(kind), how, same)
 
 
-@pytest.mark.parametrize("kind, flag", [
-    (kind, flag) for kind in OPTIMISERS for flag in FLAGS
-    if flag in inspect.signature(kind).parameters])
+@pytest.mark.parametrize(
+    "kind, flag",
+    [
+        (kind, flag)
+        for kind in OPTIMISERS
+        for flag in FLAGS
+        if flag in inspect.signature(kind).parameters
+    ],
+)
 def test_each_optimiser_with_each_of_its_flags(kind, flag):
     compare(optimiser_maker(kind, [flag]), in_train, same_bits)
 
@@ -151,6 +181,7 @@ def test_flags_for_other_purposes_are_refused(flag):
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.SparseAdam])
 def test_sparse_gradients(kind, how, same):
     """On several ranks they are added up dense."""
+
     def make():
         network = sparse_network()
         return network, squares(network, torch.arange(10)), kind(network.parameters(), lr=0.1)
@@ -184,9 +215,11 @@ ARGUMENTS = {
 OF_SCHEDULERS = {
     "ChainedScheduler": lambda one: KINDS.ChainedScheduler([one, KINDS.StepLR(one.optimizer, 1)]),
     "SequentialLR": lambda one: KINDS.SequentialLR(
-        one.optimizer, [one, KINDS.StepLR(one.optimizer, 1)], [2]),
+        one.optimizer, [one, KINDS.StepLR(one.optimizer, 1)], [2]
+    ),
     "second": lambda one: KINDS.SequentialLR(
-        one.optimizer, [KINDS.ConstantLR(one.optimizer), one], [2]),
+        one.optimizer, [KINDS.ConstantLR(one.optimizer), one], [2]
+    ),
     "alone": lambda one: one,
 }
 SCHEDULERS = [*(name for name in KINDS.__all__ if name != "LRScheduler"), "SWALR"]
@@ -205,12 +238,19 @@ def scheduler_maker(name, place):
         optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.5)
         scheduler = OF_SCHEDULERS[place](make_scheduler(name, optimiser))
         return network, squares(network), optimiser, scheduler
+
     return make
 
 
-@pytest.mark.parametrize("name, place", [
-    (name, place) for name in SCHEDULERS for place in OF_SCHEDULERS
-    if name != "ReduceLROnPlateau" or place == "alone"])  # which torch takes alone only
+@pytest.mark.parametrize(
+    "name, place",
+    [
+        (name, place)
+        for name in SCHEDULERS
+        for place in OF_SCHEDULERS
+        if name != "ReduceLROnPlateau" or place == "alone"
+    ],
+)  # which torch takes alone only
 def test_each_scheduler(name, place):
     compare(scheduler_maker(name, place), in_train, same_bits)
 
@@ -221,11 +261,19 @@ def test_each_scheduler_on_members(name):
     compare(scheduler_maker(name, "alone"), on_members, same_but_for_rounding)
 
 
-@pytest.mark.parametrize("name, place, words", [
-    ("OneCycleLR", "alone", "made for 2 steps, .* make it with total_steps=3"),
-    ("OneCycleLR", "ChainedScheduler", "made for 2 steps, .* make it with total_steps=3"),
-    ("ChainedScheduler", "second", "come to a ChainedScheduler after 2 epochs, which torch cannot"),
-    ("SequentialLR", "second", "come to a SequentialLR after 2 epochs, which torch cannot")])
+@pytest.mark.parametrize(
+    "name, place, words",
+    [
+        ("OneCycleLR", "alone", "made for 2 steps, .* make it with total_steps=3"),
+        ("OneCycleLR", "ChainedScheduler", "made for 2 steps, .* make it with total_steps=3"),
+        (
+            "ChainedScheduler",
+            "second",
+            "come to a ChainedScheduler after 2 epochs, which torch cannot",
+        ),
+        ("SequentialLR", "second", "come to a SequentialLR after 2 epochs, which torch cannot"),
+    ],
+)
 def test_schedulers_that_end_before_the_epochs_are_refused(name, place, words):
     assert_refused(in_train, *scheduler_maker(name, place)(), words=words)
 
@@ -234,6 +282,7 @@ def test_schedulers_that_end_before_the_epochs_are_refused(name, place, words):
 @pytest.mark.parametrize("done", [0, 1])
 def test_a_cycle_is_as_long_as_its_turn(milestone, total, enough, done):
     """After a milestone, where it starts without a step, and when some epochs have been before."""
+
     def make():
         network = dense_network()
         optimiser = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.5)
@@ -252,11 +301,14 @@ def test_a_cycle_is_as_long_as_its_turn(milestone, total, enough, done):
 
 # What is put around the network, the loss and the steps
 
+
 def of_loss(change):
     """A loss that is another one of the network's outputs."""
+
     def make():
         network = dense_network()
         return network, change(network), torch.optim.Adam(network.parameters(), lr=0.01)
+
     return make
 
 
@@ -264,28 +316,33 @@ def of_network(change):
     def make():
         network = change(dense_network())
         return network, squares(network), torch.optim.Adam(network.parameters(), lr=0.01)
+
     return make
 
 
 def of_steps(change):
     """Hooks of an optimiser."""
+
     def make():
         network = dense_network()
         optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
         change(network, optimiser)
         return network, squares(network), optimiser
+
     return make
 
 
 def clipped_by_norm(network, optimiser):
     def clip(*_):
         torch.nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+
     optimiser.register_step_pre_hook(clip)
 
 
 def clipped_by_value(network, optimiser):
     optimiser.register_step_pre_hook(
-        lambda *_: torch.nn.utils.clip_grad_value_(network.parameters(), 0.05))
+        lambda *_: torch.nn.utils.clip_grad_value_(network.parameters(), 0.05)
+    )
 
 
 def averaged(network, optimiser):
@@ -296,6 +353,7 @@ def averaged(network, optimiser):
     def keep_close(*_):
         for mine, other in zip(network.parameters(), average.parameters()):
             mine.grad.add_((mine - other).detach())
+
     optimiser.register_step_pre_hook(keep_close)
 
 
@@ -315,7 +373,8 @@ def stepped_each_batch(network, optimiser):
 def two_terms(network):
     def loss(samples):
         output = network(X[samples])
-        return ((output - Y[samples])**2).mean() + 0.1*output.abs().mean()
+        return ((output - Y[samples]) ** 2).mean() + 0.1 * output.abs().mean()
+
     return loss
 
 
@@ -324,7 +383,8 @@ def with_penalty(network):
         inputs = X[samples].clone().requires_grad_()
         output = network(inputs)
         (slope,) = torch.autograd.grad(output.sum(), inputs, create_graph=True)
-        return ((output - Y[samples])**2).mean() + 0.1*(slope**2).mean()
+        return ((output - Y[samples]) ** 2).mean() + 0.1 * (slope**2).mean()
+
     return loss
 
 
@@ -335,13 +395,15 @@ def used_by_one_sample(network):
 
     def loss(samples):
         has = (samples == 3).sum()
-        return plain(samples) + (has/len(samples)*(network.extra**2).sum() if has else 0.0)
+        return plain(samples) + (has / len(samples) * (network.extra**2).sum() if has else 0.0)
+
     return loss
 
 
 def recomputed(network):
-    return squares(lambda inputs: torch.utils.checkpoint.checkpoint(network, inputs,
-                                                                    use_reentrant=False))
+    return squares(
+        lambda inputs: torch.utils.checkpoint.checkpoint(network, inputs, use_reentrant=False)
+    )
 
 
 def tied(network):
@@ -359,16 +421,22 @@ def reparametrised(name):
     def change(network):
         getattr(torch.nn.utils.parametrizations, name)(network[0])
         return network
+
     return change
 
 
 WAYS = {
-    "clipped by norm": of_steps(clipped_by_norm), "clipped by value": of_steps(clipped_by_value),
-    "averaged": of_steps(averaged), "several groups": of_steps(several_groups),
+    "clipped by norm": of_steps(clipped_by_norm),
+    "clipped by value": of_steps(clipped_by_value),
+    "averaged": of_steps(averaged),
+    "several groups": of_steps(several_groups),
     "stepped each batch": of_steps(stepped_each_batch),
-    "two terms": of_loss(two_terms), "penalty": of_loss(with_penalty),
-    "used by one sample": of_loss(used_by_one_sample), "recomputed": of_loss(recomputed),
-    "tied": of_network(tied), "compiled": of_network(compiled),
+    "two terms": of_loss(two_terms),
+    "penalty": of_loss(with_penalty),
+    "used by one sample": of_loss(used_by_one_sample),
+    "recomputed": of_loss(recomputed),
+    "tied": of_network(tied),
+    "compiled": of_network(compiled),
     "weight_norm": of_network(reparametrised("weight_norm")),
     "spectral_norm": of_network(reparametrised("spectral_norm")),
     "orthogonal": of_network(reparametrised("orthogonal")),

@@ -4,6 +4,7 @@ A row has what is called, the class of the error, and a part of its message. An 
 one as its cause, since one sentence says all; and what there was before, such as a solution, a
 level, an option or a weight, is there afterwards as it was.
 """
+
 import argparse
 import math
 import re
@@ -101,8 +102,9 @@ class Things:
     @cached_property
     def solver(self):
         with adjoint.stop_annotating():
-            solver = prdp_fem.LinearVariationalSolver(self.heat.problem, solver_parameters=CG,
-                                                      refinement=self.refinement)
+            solver = prdp_fem.LinearVariationalSolver(
+                self.heat.problem, solver_parameters=CG, refinement=self.refinement
+            )
             solver.solve()
         return solver
 
@@ -114,7 +116,7 @@ class Things:
     @cached_property
     def nonlinear(self):
         v, u = TestFunction(self.heat.V), Function(self.heat.V, name="u")
-        return NonlinearVariationalProblem(((1 + u**2)*u - 1)*v*dx, u)
+        return NonlinearVariationalProblem(((1 + u**2) * u - 1) * v * dx, u)
 
     @cached_property
     def layer(self):
@@ -162,8 +164,15 @@ class Things:
 
     @cached_property
     def arguments(self):
-        return argparse.Namespace(schedules=[], seeds=[1], output=Path("output"), resume=False, ensemble=None,
-                                  size="quick", solver_options="")
+        return argparse.Namespace(
+            schedules=[],
+            seeds=[1],
+            output=Path("output"),
+            resume=False,
+            ensemble=None,
+            size="quick",
+            solver_options="",
+        )
 
     def coordinates(self, value, node=3):
         changed = torch.tensor(self.gathering.coordinates)
@@ -183,23 +192,38 @@ class Things:
     def state(self):
         """All that a refused call could have changed, by name."""
         made = vars(self)
-        state = {"options": dict(PETSc.Options().getAll()),
-                 "tape": len(adjoint.get_working_tape().get_blocks())}
+        state = {
+            "options": dict(PETSc.Options().getAll()),
+            "tape": len(adjoint.get_working_tape().get_blocks()),
+        }
         if "heat" in made:
-            state["values"] = [part.dat.data_ro.tolist()
-                               for part in (self.heat.u, self.heat.u0, self.heat.kappa)]
+            state["values"] = [
+                part.dat.data_ro.tolist() for part in (self.heat.u, self.heat.u0, self.heat.kappa)
+            ]
         if "refinement" in made:
-            state["refinement"] = self.refinement.state_dict(), self.refinement.monitors.copy(), repr(self.refinement)
+            state["refinement"] = (
+                self.refinement.state_dict(),
+                self.refinement.monitors.copy(),
+                repr(self.refinement),
+            )
         if "solver" in made:
             solver = self.solver
-            state["solver"] = vars(solver.statistics).copy(), solver.refinement, solver.warm_start, solver.device
+            state["solver"] = (
+                vars(solver.statistics).copy(),
+                solver.refinement,
+                solver.warm_start,
+                solver.device,
+            )
         if "stock" in made:
             state["stock"] = type(self.stock), sorted(vars(self.stock))
         for name in ("network", "mlp", "resnet", "graph"):
             if name in made:
                 weights = [(key, value.tolist()) for key, value in made[name].state_dict().items()]
-                state[name] = made[name].training, weights, [parameter.grad
-                    for parameter in made[name].parameters()]
+                state[name] = (
+                    made[name].training,
+                    weights,
+                    [parameter.grad for parameter in made[name].parameters()],
+                )
         return state
 
 
@@ -220,14 +244,20 @@ def row(name, call, message, error=ValueError):
 def rows(name, call, values, message, error=ValueError):
     """One row for each value, which ``call`` takes behind the things."""
     for value in values:
-        text = re.sub(r" at 0x\w+", "", repr(value)) if not isinstance(value,
-            Unprintable) else "unprintable"
+        text = (
+            re.sub(r" at 0x\w+", "", repr(value))
+            if not isinstance(value, Unprintable)
+            else "unprintable"
+        )
         row(f"{name} {text}"[:80], lambda k, value=value: call(k, value), message, error)
 
 
 NO_COUNT = [0, -1, 2.5, "3", None, True, math.nan]
 NO_FRACTION = [0, 1, -0.5, 1.5, math.nan, math.inf, "0.1", None, True]
 NO_NUMBER = [None, "1", [1.0], {}, 1j]
+
+# A row reads best on one line.
+# fmt: off
 
 # Settings
 
@@ -614,7 +644,8 @@ rows("GraphNetwork edges", lambda k, v: graph_of(k, edges=v),
      [torch.tensor([[0], [16]]), torch.tensor([[-1], [0]]), torch.tensor([[99], [0]])],
      "edges must go (from|to) nodes 0 to 15")
 rows("GraphNetwork edges", lambda k, v: graph_of(k, edges=v),
-     [torch.full((2, 4), 0.5), torch.ones(2, 4, dtype=torch.bool)], "edges must be integers", TypeError)
+     [torch.full((2, 4), 0.5), torch.ones(2, 4, dtype=torch.bool)],
+      "edges must be integers", TypeError)
 row("GraphNetwork loop", lambda k: graph_of(k, edges=torch.tensor([[0, 3], [1, 3]])),
     "must lie at different points")
 PERIODS = [[1.0], [1, 1, 1], [0, 1], [-1, 1], [math.nan, 1], ["1", 1], [None, 1], [True, 1]]
@@ -881,10 +912,12 @@ row("train an optimiser of another network",
     lambda k: trained(k, optimiser=torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), 0.1)),
     "parameters that are not the network's")
 
+# fmt: on
+
 
 def test_there_are_many_rows():
     assert len(ROWS) > 300
-    assert len({parameters.id for parameters in ROWS}) > 0.9*len(ROWS)
+    assert len({parameters.id for parameters in ROWS}) > 0.9 * len(ROWS)
 
 
 @pytest.mark.parametrize("call, error, message", ROWS)

@@ -1,4 +1,5 @@
 """The heat step in JAX: as the paper's code does it, and as sparse as JAX can have it."""
+
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,16 +31,19 @@ Solver = Callable[[jax.Array, int], jax.Array]
 
 
 def dense_unrolled(precision: str) -> Solver:
-    """The paper's way: a scan over products with the dense matrix, without its diagonal, for one sample; vmap; JAX's own derivative.
+    """The paper's way: a scan over products with the dense matrix, without its diagonal, for one
+    sample; vmap; JAX's own derivative.
 
-    The matrix is a constant of what is compiled, and all iterates are stacked, of which the last is wanted.
+    The matrix is a constant of what is compiled, and all iterates are stacked, of which the last is
+    wanted.
     """
     A = jnp.asarray(matrix(), precision)
 
     def solve(b, iterations):
         def sweep(u, _):
-            u = (b - (jnp.tril(A, -1) + jnp.triu(A, 1)) @ u)/jnp.diag(A)
+            u = (b - (jnp.tril(A, -1) + jnp.triu(A, 1)) @ u) / jnp.diag(A)
             return u, u
+
         return jax.lax.scan(sweep, jnp.zeros_like(b), length=iterations)[1][-1]
 
     return jax.vmap(solve, in_axes=(0, None))
@@ -47,7 +51,9 @@ def dense_unrolled(precision: str) -> Solver:
 
 @dataclass
 class Operator:
-    """What the neighbours of each unknown have to do with it, on batches in the layout that is quickest."""
+    """What the neighbours of each unknown have to do with it, on batches in the layout that is
+    quickest.
+    """
 
     into: Callable[[jax.Array], jax.Array]
     out: Callable[[jax.Array], jax.Array]
@@ -56,7 +62,7 @@ class Operator:
     def iterate(self, sweeps: Callable, b: jax.Array) -> jax.Array:
         """Jacobi iterations; ``sweeps`` repeats a function of the iterate, from a start."""
         b = self.into(b)
-        return self.out(sweeps(lambda u: (b + self.neighbours(u))/DIAGONAL, jnp.zeros_like(b)))
+        return self.out(sweeps(lambda u: (b + self.neighbours(u)) / DIAGONAL, jnp.zeros_like(b)))
 
 
 def neighbours_matrix(precision: str) -> jax.Array:
@@ -71,7 +77,9 @@ def dense(precision: str) -> Operator:
 
 
 def bcoo(precision: str) -> Operator:
-    """A sparse matrix of jax.experimental.sparse, with the batch along the last axis. Its BCSR takes about as long."""
+    """A sparse matrix of jax.experimental.sparse, with the batch along the last axis. Its BCSR
+    takes about as long.
+    """
     N = BCOO.fromdense(neighbours_matrix(precision))
     return Operator(jnp.transpose, jnp.transpose, lambda u: N @ u)
 
@@ -79,33 +87,55 @@ def bcoo(precision: str) -> Operator:
 def stencil(precision: str) -> Operator:
     """Written by hand for this grid: fields shifted by one, with zeros coming in.
 
-    Of a dozen ways that were tried (padding and slicing, rolling, convolving, small matrices, the batch first or last, unrolling the
-    loop by two to twenty) none was clearly faster than this one in both precisions and with both derivatives.
+    Of a dozen ways that were tried (padding and slicing, rolling, convolving, small matrices, the
+    batch first or last, unrolling the loop by two to twenty) none was clearly faster than this one
+    in both precisions and with both derivatives.
     """
+
     def shifted(u, axis, by):
-        return jax.lax.pad(u, jnp.zeros((), u.dtype), [(by, -by, 0) if k == axis else (0, 0, 0) for k in range(3)])
+        return jax.lax.pad(
+            u, jnp.zeros((), u.dtype), [(by, -by, 0) if k == axis else (0, 0, 0) for k in range(3)]
+        )
 
     def neighbours(u):
-        return COUPLING*(shifted(u, 1, 1) + shifted(u, 1, -1) + shifted(u, 2, 1) + shifted(u, 2, -1))
+        return COUPLING * (
+            shifted(u, 1, 1) + shifted(u, 1, -1) + shifted(u, 2, 1) + shifted(u, 2, -1)
+        )
 
-    return Operator(lambda b: b.reshape(-1, NODES, NODES), lambda u: u.reshape(-1, UNKNOWNS), neighbours)
+    return Operator(
+        lambda b: b.reshape(-1, NODES, NODES), lambda u: u.reshape(-1, UNKNOWNS), neighbours
+    )
 
 
 def unrolled(operator: Operator) -> Solver:
     """JAX's derivative of a scan: the number of iterations must be known when it is compiled."""
+
     def solve(b, iterations):
-        return operator.iterate(lambda sweep, start: jax.lax.scan(lambda u, _: (sweep(u), None), start, length=iterations)[0], b)
+        return operator.iterate(
+            lambda sweep, start: jax.lax.scan(
+                lambda u, _: (sweep(u), None), start, length=iterations
+            )[0],
+            b,
+        )
+
     return solve
 
 
 def implicit(operator: Operator) -> Solver:
-    """The implicit derivative: the same iterations for the adjoint, whose operator is the same. Their number may be an argument."""
+    """The implicit derivative: the same iterations for the adjoint, whose operator is the same.
+    Their number may be an argument.
+    """
+
     @jax.custom_vjp
     def solve(b, iterations):
-        return operator.iterate(lambda sweep, start: jax.lax.fori_loop(0, iterations, lambda _, u: sweep(u), start), b)
+        return operator.iterate(
+            lambda sweep, start: jax.lax.fori_loop(0, iterations, lambda _, u: sweep(u), start), b
+        )
 
-    solve.defvjp(lambda b, iterations: (solve(b, iterations), iterations),
-                 lambda iterations, cotangent: (solve(cotangent, iterations), None))
+    solve.defvjp(
+        lambda b, iterations: (solve(b, iterations), iterations),
+        lambda iterations, cotangent: (solve(cotangent, iterations), None),
+    )
     return solve
 
 
@@ -135,48 +165,70 @@ def contestant(name: str, samples, precision: str) -> Callable:
 # Training
 # --------
 
+
 def train(name: str, precision: str, epochs_per_level: int) -> dict:
     """A training run, with the time that compiling takes.
 
-    Where the number of iterations may be an argument, everything is compiled once; else again at each level.
+    Where the number of iterations may be an argument, everything is compiled once; else again at
+    each level.
     """
     solve = SOLVERS[name](precision)
     compiled_once = name.endswith("implicit")
     initial, target = (jnp.asarray(array) for array in training_data(precision))
     weights = [jnp.asarray(array) for array in initial_weights(precision)]
-    state = weights, [jnp.zeros_like(w) for w in weights], [jnp.zeros_like(w) for w in weights], jnp.asarray(0, precision)
+    state = (
+        weights,
+        [jnp.zeros_like(w) for w in weights],
+        [jnp.zeros_like(w) for w in weights],
+        jnp.asarray(0, precision),
+    )
 
     def loss(weights, rows, iterations):
         W1, b1, W2, b2 = weights
         prediction = jax.nn.relu(initial[rows] @ W1 + b1) @ W2 + b2
-        return jnp.mean((solve(prediction, iterations) - target[rows])**2)
+        return jnp.mean((solve(prediction, iterations) - target[rows]) ** 2)
 
     def update(state, rows, iterations):
         weights, first, second, count = state
         value, gradients = jax.value_and_grad(loss)(weights, rows, iterations)
         count = count + 1
-        first = [BETAS[0]*m + (1 - BETAS[0])*g for m, g in zip(first, gradients)]
-        second = [BETAS[1]*v + (1 - BETAS[1])*g**2 for v, g in zip(second, gradients)]
-        weights = [w - LEARNING_RATE*(m/(1 - BETAS[0]**count))/(jnp.sqrt(v/(1 - BETAS[1]**count)) + EPSILON)
-                   for w, m, v in zip(weights, first, second)]
+        first = [BETAS[0] * m + (1 - BETAS[0]) * g for m, g in zip(first, gradients)]
+        second = [BETAS[1] * v + (1 - BETAS[1]) * g**2 for v, g in zip(second, gradients)]
+        weights = [
+            w
+            - LEARNING_RATE
+            * (m / (1 - BETAS[0] ** count))
+            / (jnp.sqrt(v / (1 - BETAS[1] ** count)) + EPSILON)
+            for w, m, v in zip(weights, first, second)
+        ]
         return (weights, first, second, count), value
 
     def compile_for(iterations):
         start = processor_time()
         argument = jnp.asarray(iterations) if compiled_once else iterations
-        step = jax.jit(update, static_argnums=() if compiled_once else 2).lower(state, jnp.asarray(order[0][0]), argument).compile()
+        step = (
+            jax.jit(update, static_argnums=() if compiled_once else 2)
+            .lower(state, jnp.asarray(order[0][0]), argument)
+            .compile()
+        )
         return step, processor_time() - start
 
-    order, compiling, losses, step = batches(LEVELS*epochs_per_level), 0.0, [], None
+    order, compiling, losses, step = batches(LEVELS * epochs_per_level), 0.0, [], None
     start = processor_time()
     for epoch, rows_of_batches in enumerate(order):
-        iterations = 1 + epoch//epochs_per_level
+        iterations = 1 + epoch // epochs_per_level
         if step is None or (epoch % epochs_per_level == 0 and not compiled_once):
             step, seconds = compile_for(iterations)
             compiling += seconds
         values = []
         for rows in rows_of_batches:
-            state, value = step(state, rows, jnp.asarray(iterations)) if compiled_once else step(state, rows)
+            state, value = (
+                step(state, rows, jnp.asarray(iterations)) if compiled_once else step(state, rows)
+            )
             values.append(value)
-        losses.append(sum(map(float, values))/len(values))
-    return {"compiling": compiling, "training": processor_time() - start - compiling, "losses": losses}
+        losses.append(sum(map(float, values)) / len(values))
+    return {
+        "compiling": compiling,
+        "training": processor_time() - start - compiling,
+        "losses": losses,
+    }

@@ -1,4 +1,5 @@
 """The heat step by finite elements, with this package, as a layer of a torch network."""
+
 from collections.abc import Callable
 
 import numpy as np
@@ -36,23 +37,36 @@ from heat_step import (
     training_data,
 )
 
-from prdp_fem import FixedRefinement, IterationLadder, Iterations, LinearVariationalSolver, ScheduledRefinement
+from prdp_fem import (
+    FixedRefinement,
+    IterationLadder,
+    Iterations,
+    LinearVariationalSolver,
+    ScheduledRefinement,
+)
 from prdp_fem.refinement import Refinement
 from prdp_fem.torch import SolverLayer
 
 torch.set_num_threads(1)
-PETSc.Options().setValue("options_left", False)  # PETSc reads the command line too, and need not complain of what it does not know
+# PETSc reads the command line too, and need not complain of what it does not know
+PETSc.Options().setValue("options_left", False)
 
 JACOBI = {"ksp_type": "richardson", "pc_type": "jacobi"}
-# How to differentiate, and options beside Jacobi's: by default PETSc computes the residual's norm in each iteration, and JAX does not.
-VARIANTS = {"implicit": ("implicit", {}), "unrolled": ("unrolled", {}), "implicit, no norms": ("implicit", {"ksp_norm_type": "none"})}
+# How to differentiate, and options beside Jacobi's: by default PETSc computes the residual's norm
+# in each iteration, and JAX does not.
+VARIANTS = {
+    "implicit": ("implicit", {}),
+    "unrolled": ("unrolled", {}),
+    "implicit, no norms": ("implicit", {"ksp_norm_type": "none"}),
+}
 
 
 class HeatStep(torch.nn.Module):
     """From a batch of fields on the interior nodes, row by row of the grid, to that after a step.
 
-    Linear finite elements on a square cut into right triangles have the stiffness of the five-point stencil; integrating the mass
-    by its values at the vertices makes it diagonal: together h² times the operator of finite differences.
+    Linear finite elements on a square cut into right triangles have the stiffness of the five-point
+    stencil; integrating the mass by its values at the vertices makes it diagonal: together h² times
+    the operator of finite differences.
     """
 
     def __init__(self, refinement: Refinement, variant: str):
@@ -61,15 +75,19 @@ class HeatStep(torch.nn.Module):
         w, v = TrialFunction(V), TestFunction(V)
         u0, u = Function(V, name="u0"), Function(V, name="u")
         vertices = dx(scheme="KMV", degree=1)
-        self.a = w*v*vertices + DIFFUSION*inner(grad(w), grad(v))*dx
+        self.a = w * v * vertices + DIFFUSION * inner(grad(w), grad(v)) * dx
         self.bcs = DirichletBC(V, 0, "on_boundary")
         self.size = V.dim()
         differentiation, options = VARIANTS[variant]
-        problem = LinearVariationalProblem(self.a, u0*v*vertices, u, bcs=self.bcs)
-        solver = LinearVariationalSolver(problem, refinement=refinement, differentiation=differentiation,
-                                         solver_parameters=JACOBI | options)
+        problem = LinearVariationalProblem(self.a, u0 * v * vertices, u, bcs=self.bcs)
+        solver = LinearVariationalSolver(
+            problem,
+            refinement=refinement,
+            differentiation=differentiation,
+            solver_parameters=JACOBI | options,
+        )
         self.physics = SolverLayer(solver, controls=[u0])
-        x, y = np.rint(V.mesh().coordinates.dat.data_ro/SPACING).astype(int).T
+        x, y = np.rint(V.mesh().coordinates.dat.data_ro / SPACING).astype(int).T
         order = np.lexsort((y, x))
         interior = ((x > 0) & (x <= NODES) & (y > 0) & (y <= NODES))[order]
         self.interior = torch.from_numpy(order[interior])
@@ -85,9 +103,14 @@ class HeatStep(torch.nn.Module):
 
 
 def check_matrix() -> float:
-    """How far the assembled operator is from that of finite differences, relative to its largest entry."""
-    expected = SPACING**2*matrix()
-    return np.abs(HeatStep(FixedRefinement(Iterations(1)), "implicit").matrix() - expected).max()/expected.max()
+    """How far the assembled operator is from that of finite differences, relative to its largest
+    entry.
+    """
+    expected = SPACING**2 * matrix()
+    return (
+        np.abs(HeatStep(FixedRefinement(Iterations(1)), "implicit").matrix() - expected).max()
+        / expected.max()
+    )
 
 
 def contestant(variant: str, samples, precision: str) -> Callable:
@@ -105,18 +128,22 @@ def contestant(variant: str, samples, precision: str) -> Callable:
 
 
 def train(variant: str, precision: str, epochs_per_level: int) -> dict:
-    """A training run, with the time that it takes to set up the solver and have everything compiled that is not in a cache."""
-    epochs = LEVELS*epochs_per_level
+    """A training run, with the time that it takes to set up the solver and have everything compiled
+    that is not in a cache.
+    """
+    epochs = LEVELS * epochs_per_level
     initial, target = (torch.from_numpy(array) for array in training_data(precision))
 
     start = processor_time()
-    schedule = {epoch: epoch//epochs_per_level for epoch in range(0, epochs, epochs_per_level)}
+    schedule = {epoch: epoch // epochs_per_level for epoch in range(0, epochs, epochs_per_level)}
     refinement = ScheduledRefinement(IterationLadder(start=1, step=1, stop=LEVELS), schedule)
     step = HeatStep(refinement, variant)
     step(torch.ones(BATCH, UNKNOWNS, dtype=initial.dtype, requires_grad=True)).sum().backward()
     setting_up = processor_time() - start
 
-    network = torch.nn.Sequential(torch.nn.Linear(UNKNOWNS, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, UNKNOWNS)).to(initial.dtype)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(UNKNOWNS, WIDTH), torch.nn.ReLU(), torch.nn.Linear(WIDTH, UNKNOWNS)
+    ).to(initial.dtype)
     with torch.no_grad():
         for parameter, array in zip(network.parameters(), initial_weights(precision)):
             parameter.copy_(torch.from_numpy(array.T))
@@ -127,10 +154,10 @@ def train(variant: str, precision: str, epochs_per_level: int) -> dict:
         values = []
         for rows in rows_of_batches:
             optimiser.zero_grad()
-            loss = torch.mean((step(network(initial[rows])) - target[rows])**2)
+            loss = torch.mean((step(network(initial[rows])) - target[rows]) ** 2)
             loss.backward()
             optimiser.step()
             values.append(loss.item())
-        losses.append(sum(values)/len(values))
+        losses.append(sum(values) / len(values))
         refinement.step(losses[-1])
     return {"compiling": setting_up, "training": processor_time() - start, "losses": losses}

@@ -1,4 +1,5 @@
 """What ranks have alike before they solve: settings, and the values of Constants."""
+
 from __future__ import annotations
 
 import zlib
@@ -112,11 +113,18 @@ class Agreement:
 
     def _compare(self, words: str) -> None:
         """Raise, on all ranks, where they are asked for different settings. Collective."""
-        agree(self._comm, lambda: words, f"settings of the solve for '{self._name}'",
-              "give the refinement comm=, and have all ranks step and set it alike")
+        agree(
+            self._comm,
+            lambda: words,
+            f"settings of the solve for '{self._name}'",
+            "give the refinement comm=, and have all ranks step and set it alike",
+        )
 
     def _compare_constants(self, point: Point) -> None:
         """Raise, on all ranks, where their Constants have different values. Collective."""
-        agree(self._comm, lambda: [point.values[index].tolist() for index in self._constants],
-              f"values of the Constants that '{self._name}' depends on",
-              "broadcast those of one rank, as by comm.bcast")
+        agree(
+            self._comm,
+            lambda: [point.values[index].tolist() for index in self._constants],
+            f"values of the Constants that '{self._name}' depends on",
+            "broadcast those of one rank, as by comm.bcast",
+        )

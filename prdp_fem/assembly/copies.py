@@ -1,4 +1,5 @@
 """The copies that forms read, brought to where something is assembled."""
+
 from __future__ import annotations
 
 from collections.abc import Container
@@ -38,15 +39,16 @@ class Copies:
 
     def __init__(self, forms: Forms, clock: Clock, unwritten: Container[int] = ()):
         self._clock, self._comm = clock, forms.solution.function_space().mesh().comm
-        self._written = [(index, entry) for index, entry in enumerate(forms.inputs)
-                         if index not in unwritten]
+        self._written = [
+            (index, entry) for index, entry in enumerate(forms.inputs) if index not in unwritten
+        ]
         depends = forms.operator_depends_on_solution
         self.state = local_values(forms.solution) if depends else None
         written = [index for index, _ in self._written]
         self.agreement = Agreement(forms, written, reduces=depends or bool(written))
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
         self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
-        self._mesh_versions: list = [None]*len(coordinates)
+        self._mesh_versions: list = [None] * len(coordinates)
         self.mesh_stamp = 0
 
     def look_at_meshes(self) -> int:
@@ -54,8 +56,10 @@ class Copies:
         versions = [coordinates.dat_version for coordinates, _ in self._coordinates]
         if versions != self._mesh_versions:
             # pyadjoint writes the same coordinates again at each replay: only other values count.
-            moved = [not same_bits(coordinates.data_ro, before)
-                     for coordinates, before in self._coordinates]
+            moved = [
+                not same_bits(coordinates.data_ro, before)
+                for coordinates, before in self._coordinates
+            ]
             if on_any_rank(self._comm, any(moved)):
                 for coordinates, before in self._coordinates:
                     before[...] = coordinates.data_ro
@@ -70,8 +74,9 @@ class Copies:
         if not self._written and self.state is None:
             return
         changed = [entry.differs(point.values[index]) for index, entry in self._written]
-        is_another_state = (solution is not None and self.state is not None
-                            and not same_bits(solution, self.state))
+        is_another_state = (
+            solution is not None and self.state is not None and not same_bits(solution, self.state)
+        )
         changed.append(is_another_state)
         if self.agreement.reduces:
             changed = self.agreement.on_changes(changed, point)

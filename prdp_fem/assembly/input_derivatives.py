@@ -1,4 +1,5 @@
 """Derivatives of the residual by what solutions depend on: by a matrix, or else by forms."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
@@ -58,8 +59,11 @@ class InputDerivatives:
         if by_all:
             return read | self.by_forms.inputs
         for index in indices:
-            read |= (self._terms[index].parameters if index in self._terms
-                     else self.by_forms.values_read(index))
+            read |= (
+                self._terms[index].parameters
+                if index in self._terms
+                else self.by_forms.values_read(index)
+            )
         return read
 
     @cached_property
@@ -72,16 +76,20 @@ class InputDerivatives:
 
     def needs_forms(self, wanted: Wanted) -> bool:
         """Whether something that is wanted is assembled for each row, after :meth:`at`."""
-        return (wanted.boundary is not None or bool(wanted.meshes)
-                or not wanted.gradients.keys() <= self._terms.keys())
+        return (
+            wanted.boundary is not None
+            or bool(wanted.meshes)
+            or not wanted.gradients.keys() <= self._terms.keys()
+        )
 
     def at(self, point: Point, solution, multipliers: Batch | DeviceBatch) -> None:
         """Set where derivatives that are assembled are taken, for the only row of a batch."""
         memory = self._place.memory
         self.by_forms.at(point.on(memory), memory.on_host(solution), multipliers.values(0))
 
-    def write(self, wanted: Wanted, rows: slice, multipliers: Batch | DeviceBatch,
-              cotangents) -> None:
+    def write(
+        self, wanted: Wanted, rows: slice, multipliers: Batch | DeviceBatch, cotangents
+    ) -> None:
         """Write -(∂F/∂m)ᵀ λ for some rows.
 
         Parameters

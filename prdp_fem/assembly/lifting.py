@@ -1,4 +1,5 @@
 """Boundary values taken to the right-hand side."""
+
 from __future__ import annotations
 
 from functools import cached_property

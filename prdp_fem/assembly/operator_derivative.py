@@ -1,9 +1,11 @@
 """Derivatives of an assembled operator by what its form depends on.
 
-A cotangent Ā of an operator A gives Σ Āᵢⱼ ∂Aᵢⱼ/∂m. Columns of one colour have no row in common: for each colour, with r the sum of its
-basis functions and lᵢ = Āᵢⱼ at its only column j in row i, the form a(r, l; m) is the sum of Āᵢⱼ Aᵢⱼ, and is differentiated by m. So one
-linear form is assembled as often as there are colours, however many iterations have contributed to Ā.
+A cotangent Ā of an operator A gives Σ Āᵢⱼ ∂Aᵢⱼ/∂m. Columns of one colour have no row in common: for
+each colour, with r the sum of its basis functions and lᵢ = Āᵢⱼ at its only column j in row i, the
+form a(r, l; m) is the sum of Āᵢⱼ Aᵢⱼ, and is differentiated by m. So one linear form is assembled
+as often as there are colours, however many iterations have contributed to Ā.
 """
+
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
@@ -11,7 +13,15 @@ from functools import cached_property
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Function, SpatialCoordinate, TestFunction, action, assemble, derivative
+from firedrake import (
+    Cofunction,
+    Function,
+    SpatialCoordinate,
+    TestFunction,
+    action,
+    assemble,
+    derivative,
+)
 from firedrake.petsc import PETSc
 from mpi4py import MPI
 from ufl.algorithms import expand_derivatives
@@ -29,7 +39,8 @@ SOLUTION = "solution"
 
 
 class OperatorDerivative:
-    """The derivative of the matrix of a bilinear form; rows and columns at boundary dofs, which are constant, are left out.
+    """The derivative of the matrix of a bilinear form; rows and columns at boundary dofs, which are
+    constant, are left out.
 
     It is taken where the inputs' copies and the forms' solution are.
 
@@ -60,8 +71,11 @@ class OperatorDerivative:
         """Raise a ValueError where the matrix has no entries to differentiate."""
         kind = self._matrix.getType()
         if kind not in ("seqaij", "mpiaij"):
-            raise ValueError(f"unrolled iterations are differentiated by the operator's entries, and a matrix of type {kind} has none at "
-                             "hand: assemble it with mat_type aij, or use implicit differentiation")
+            raise ValueError(
+                "unrolled iterations are differentiated by the operator's entries, and a matrix of"
+                f" type {kind} has none at hand: assemble it with mat_type aij, or use implicit"
+                " differentiation"
+            )
 
     @cached_property
     def cotangent(self) -> OperatorCotangent:
@@ -77,15 +91,22 @@ class OperatorDerivative:
 
     @cached_property
     def _entries(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """For each colour the entries in its columns, and their rows; those in rows at boundary dofs left out."""
+        """For each colour the entries in its columns, and their rows; those in rows at boundary
+        dofs left out.
+        """
         pattern, colours = self.cotangent.pattern, self._matrix.createVecRight()
         colours.setArray(self._colours.astype(float))
         of_entries = pattern.at_columns(colours, np.empty(len(pattern.columns))).astype(int)
         of_entries[np.isin(pattern.rows, self._forms.boundary_dofs)] = -1
-        count = self._matrix.comm.tompi4py().allreduce(int(self._colours.max(initial=-1)) + 1, MPI.MAX)
+        count = self._matrix.comm.tompi4py().allreduce(
+            int(self._colours.max(initial=-1)) + 1, MPI.MAX
+        )
         order = np.argsort(of_entries, kind="stable")
         bounds = np.searchsorted(of_entries[order], np.arange(count + 1))
-        return [(entries := order[start:stop], pattern.rows[entries]) for start, stop in zip(bounds, bounds[1:])]
+        return [
+            (entries := order[start:stop], pattern.rows[entries])
+            for start, stop in zip(bounds, bounds[1:])
+        ]
 
     @cached_property
     def _contraction(self) -> ufl.Form:
@@ -114,10 +135,20 @@ class OperatorDerivative:
         dict of MeshGeometry to Cofunction
         """
         assemblers = {m: self._assemblers_by(m) for m in what}
-        by_mesh = {mesh: expand_derivatives(derivative(self._contraction, SpatialCoordinate(mesh),
-                                                       TestFunction(mesh.coordinates.function_space()))) for mesh in meshes}
+        by_mesh = {
+            mesh: expand_derivatives(
+                derivative(
+                    self._contraction,
+                    SpatialCoordinate(mesh),
+                    TestFunction(mesh.coordinates.function_space()),
+                )
+            )
+            for mesh in meshes
+        }
         values: dict = {m: 0.0 for m in assemblers}
-        cofunctions = {mesh: Cofunction(mesh.coordinates.function_space().dual()) for mesh in by_mesh}
+        cofunctions = {
+            mesh: Cofunction(mesh.coordinates.function_space().dual()) for mesh in by_mesh
+        }
         left = np.empty(self._matrix.getLocalSize()[0])
         for colour, (entries, rows) in enumerate(self._entries):
             left[:] = 0.0
@@ -126,7 +157,9 @@ class OperatorDerivative:
             set_local_values(self._right, (self._colours == colour).astype(float))
             for m, pairs in assemblers.items():
                 part = assembled_values(pairs)
-                values[m] = values[m] + (part if m == SOLUTION else self._forms.inputs[m].summed(part))
+                values[m] = values[m] + (
+                    part if m == SOLUTION else self._forms.inputs[m].summed(part)
+                )
             for mesh, form in by_mesh.items():
                 if not form.empty():
                     cofunctions[mesh] += assemble(form)
@@ -135,14 +168,17 @@ class OperatorDerivative:
     def _assemblers_by(self, m) -> list[tuple]:
         if m not in self._assemblers:
             variables = [self._forms.solution] if m == SOLUTION else self._forms.inputs[m].variables
-            self._assemblers[m] = [self._forms.dual_assembler(derivative_of(self._contraction, variable), variable)
-                                   for variable in variables]
+            self._assemblers[m] = [
+                self._forms.dual_assembler(derivative_of(self._contraction, variable), variable)
+                for variable in variables
+            ]
         return self._assemblers[m]
 
     # Forward
 
     def tangent(self, direction: Direction, solution: np.ndarray | None = None) -> PETSc.Mat | None:
-        """The derivative of the matrix in a direction, with its pattern, until the next call; None where it is zero.
+        """The derivative of the matrix in a direction, with its pattern, until the next call; None
+        where it is zero.
 
         Parameters
         ----------
@@ -161,13 +197,21 @@ class OperatorDerivative:
             form = self._form_in(indices, direction, solution is not None)
             if form is None:
                 return None
-            assembler = MatrixAssembler(form, self._forms.homogeneous_conditions(), self._forms.problem.form_compiler_parameters)
-            if direction.meshes:  # directions of meshes come as Functions that differ from call to call: nothing is kept
+            assembler = MatrixAssembler(
+                form,
+                self._forms.homogeneous_conditions(),
+                self._forms.problem.form_compiler_parameters,
+            )
+            if direction.meshes:
+                # directions of meshes come as Functions that differ from call to call: nothing is
+                # kept
                 return self._with_pattern(assembler())
             self._matrix_assemblers[key] = assembler
         return self._with_pattern(self._matrix_assemblers[key]())
 
-    def _form_in(self, indices: list[int], direction: Direction, has_solution: bool) -> ufl.Form | None:
+    def _form_in(
+        self, indices: list[int], direction: Direction, has_solution: bool
+    ) -> ufl.Form | None:
         form = self._form
         for entry in self._forms.inputs:
             form = entry.in_variables(form)

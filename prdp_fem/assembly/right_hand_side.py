@@ -4,6 +4,7 @@ b = Σ B m + c - a(g, ·): for each input m that b is affine in, the matrix B is
 the rest, when what it depends on has changed; the last term lifts boundary values g. Rows at
 boundary dofs are zero.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -84,8 +85,9 @@ class RightHandSide:
                 continue
             if not _is_affine(self._rest, copy):
                 continue
-            part = expand_derivatives(derivative(self._rest, copy,
-                                                 TrialFunction(copy.function_space())))
+            part = expand_derivatives(
+                derivative(self._rest, copy, TrialFunction(copy.function_space()))
+            )
             if part.empty() or part.coefficients() or len(part.arguments()) != 2:
                 continue
             parameters = forms.indices(coefficients_of(part))
@@ -139,8 +141,11 @@ class RightHandSide:
             if point.boundary is not None:
                 self._note_boundary(point.boundary)
                 base.add(self._lifted())
-        self._shared = {index: term.kept_product(point.values[index])
-                        for index, term in self.terms.items() if index not in varying}
+        self._shared = {
+            index: term.kept_product(point.values[index])
+            for index, term in self.terms.items()
+            if index not in varying
+        }
 
     def _note_boundary(self, boundary: np.ndarray) -> None:
         """Have boundary values lifted, unless they are those of the last time on all ranks."""
@@ -191,8 +196,9 @@ class AffineTerm:
         Where matrix and vectors are.
     """
 
-    def __init__(self, form: ufl.Form, parameters: set[int], entry: Input, forms: Forms,
-                 place: Place):
+    def __init__(
+        self, form: ufl.Form, parameters: set[int], entry: Input, forms: Forms, place: Place
+    ):
         self.parameters = parameters
         self._place, self._boundary_dofs = place, forms.boundary_dofs
         self._assemble = MatrixAssembler(form, [], parameters=None)
@@ -225,8 +231,12 @@ class AffineTerm:
         # A product is collective, and in parallel the values may have changed on some ranks only.
         # To compare values on a device would take as long as the product.
         is_comparable = isinstance(values, np.ndarray)
-        is_kept = (last.values is not None and is_comparable and self._matrix().comm.size == 1
-                   and same_bits(values, last.values))
+        is_kept = (
+            last.values is not None
+            and is_comparable
+            and self._matrix().comm.size == 1
+            and same_bits(values, last.values)
+        )
         if not is_kept:
             self.products(values[None], last.product)
             last.values = values.copy() if is_comparable else None
@@ -307,9 +317,28 @@ def _is_affine(form: ufl.Form, coefficient: Function) -> bool:
 
 
 _LINEAR_OPERATORS = (
-    classes.Sum, classes.Product, classes.Division, classes.Indexed, classes.IndexSum,
-    classes.ComponentTensor, classes.ListTensor, classes.Inner, classes.Dot, classes.Outer,
-    classes.Cross, classes.Perp, classes.Trace, classes.Transposed, classes.Sym, classes.Skew,
-    classes.Deviatoric, classes.Derivative, classes.Restricted, classes.CellAvg, classes.FacetAvg,
-    classes.Conj, classes.Real, classes.Variable,
+    classes.Sum,
+    classes.Product,
+    classes.Division,
+    classes.Indexed,
+    classes.IndexSum,
+    classes.ComponentTensor,
+    classes.ListTensor,
+    classes.Inner,
+    classes.Dot,
+    classes.Outer,
+    classes.Cross,
+    classes.Perp,
+    classes.Trace,
+    classes.Transposed,
+    classes.Sym,
+    classes.Skew,
+    classes.Deviatoric,
+    classes.Derivative,
+    classes.Restricted,
+    classes.CellAvg,
+    classes.FacetAvg,
+    classes.Conj,
+    classes.Real,
+    classes.Variable,
 )

@@ -5,6 +5,7 @@ what is no solution, and has another derivative: those with the null space of an
 that of its transpose, take what is in the former out of the residual that they look at; methods of
 least squares look at Aᵀ (b - A u).
 """
+
 from __future__ import annotations
 
 import warnings
@@ -33,8 +34,10 @@ _REDUCED = 0.5
 
 def solves_least_squares(ksp: PETSc.KSP) -> bool:
     """Whether a KSP minimises the residual of a system that has no solution."""
-    return (ksp_facts(ksp.getType()).solves_least_squares
-            or pc_facts(ksp.getPC().getType()).is_pseudo_inverse)
+    return (
+        ksp_facts(ksp.getType()).solves_least_squares
+        or pc_facts(ksp.getPC().getType()).is_pseudo_inverse
+    )
 
 
 class ConsistencyCheck:
@@ -77,11 +80,13 @@ class ConsistencyCheck:
         size, product = residual.norm(), b.duplicate()
         A.mult(x, product)
         residual.axpy(-1.0, product)
-        share = residual.norm()/size if size > 0 else 0.0
+        share = residual.norm() / size if size > 0 else 0.0
         if share > SUSPICIOUS and (finding := self._finding(refined, residual, product)):
-            message = (f"the solve for '{self._name}' is to be differentiated by what its operator "
-                       f"depends on, and gave no solution: its residual is {share:.1e} times the "
-                       f"right-hand side, and {finding}, or a right-hand side that has a solution")
+            message = (
+                f"the solve for '{self._name}' is to be differentiated by what its operator "
+                f"depends on, and gave no solution: its residual is {share:.1e} times the "
+                f"right-hand side, and {finding}, or a right-hand side that has a solution"
+            )
             if share > FEW:
                 raise ConvergenceError(message)
             self._warn(message, refined.ksp.comm)
@@ -93,13 +98,17 @@ class ConsistencyCheck:
         space, left = null_space(A), null_space(A, transposed=True)
         if solves_least_squares(ksp):
             if self._is_least(refined, residual, work):
-                return (f"the least that ksp_type {ksp.getType()} with pc_type "
-                        f"{ksp.getPC().getType()} can make of it: give nullspace= and "
-                        "transpose_nullspace=")
+                return (
+                    f"the least that ksp_type {ksp.getType()} with pc_type "
+                    f"{ksp.getPC().getType()} can make of it: give nullspace= and "
+                    "transpose_nullspace="
+                )
         elif space is not None and left is None and ksp.getPCSide() == PETSc.PC.Side.LEFT:
             if _is_hidden(ksp.getPC(), space, residual, work):
-                return ("nullspace= has the KSP look at less of it: give the solver "
-                        "transpose_nullspace=, too")
+                return (
+                    "nullspace= has the KSP look at less of it: give the solver "
+                    "transpose_nullspace=, too"
+                )
         return None
 
     @staticmethod
@@ -115,7 +124,7 @@ class ConsistencyCheck:
         before = residual.norm()
         ksp.getOperators()[0].mult(correction, work)
         work.axpy(-1.0, residual)
-        return work.norm() > _REDUCED*before
+        return work.norm() > _REDUCED * before
 
     def _warn(self, message: str, comm: PETSc.Comm) -> None:
         if not self._has_warned:
@@ -127,15 +136,16 @@ class ConsistencyCheck:
 def _is_hidden(pc: PETSc.PC, space: PETSc.NullSpace, residual: PETSc.Vec, work: PETSc.Vec) -> bool:
     """Whether a null space holds nearly all of a preconditioned residual."""
     hidden, visible = _parts(pc, space, residual, work)
-    if not hidden > _HIDDEN*visible:
+    if not hidden > _HIDDEN * visible:
         return False
     other = Probe(pc.getOperators()[0]).y
     of_other, _ = _parts(pc, space, other, work)
-    return hidden/residual.norm() > _ROUNDING*of_other/other.norm()
+    return hidden / residual.norm() > _ROUNDING * of_other / other.norm()
 
 
-def _parts(pc: PETSc.PC, space: PETSc.NullSpace, vector: PETSc.Vec,
-           work: PETSc.Vec) -> tuple[float, float]:
+def _parts(
+    pc: PETSc.PC, space: PETSc.NullSpace, vector: PETSc.Vec, work: PETSc.Vec
+) -> tuple[float, float]:
     """The sizes of the parts of a preconditioned vector in a null space, and orthogonal to it."""
     pc.apply(vector, work)
     outside = work.duplicate()

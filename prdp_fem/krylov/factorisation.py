@@ -6,6 +6,7 @@ may be small all the same. What shows it is to solve again: with x solved for, A
 another solution. The relative difference is an estimate of the relative error of x, whatever the
 operator.
 """
+
 from __future__ import annotations
 
 import math
@@ -121,16 +122,18 @@ class FactorisationCheck:
         size = right.norm()
         right.axpy(-1.0, product)
         residual = right.norm()
-        if residual > FEW*size and is_direct(ksp) and space is not None and left is None:
+        if residual > FEW * size and is_direct(ksp) and space is not None and left is None:
             # A right-hand side without a solution, of which no trace is left in x.
-            raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
-                                         "right-hand side")
-        if not self._is_determined or residual > SUSPICIOUS*size:
+            raise self._error(
+                ksp, kind, f"its residual is {residual / size:.1e} times the right-hand side"
+            )
+        if not self._is_determined or residual > SUSPICIOUS * size:
             self._solve_again(ksp, product, x, kind, transposed)
-        if residual > FEW*size and is_direct(ksp) and residual > _rounding(A, x):
+        if residual > FEW * size and is_direct(ksp) and residual > _rounding(A, x):
             # Null pivots that are looked for are left out, with what the right-hand side has there.
-            raise self._error(ksp, kind, f"its residual is {residual/size:.1e} times the "
-                                         "right-hand side")
+            raise self._error(
+                ksp, kind, f"its residual is {residual / size:.1e} times the right-hand side"
+            )
         return True
 
     def look_at_step(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
@@ -141,7 +144,7 @@ class FactorisationCheck:
             A.mult(x, product)
             product.axpy(-1.0, b)
             # Not again here, which is inside the KSP's solve.
-            self._is_determined = not product.norm() > SUSPICIOUS*b.norm()
+            self._is_determined = not product.norm() > SUSPICIOUS * b.norm()
 
     def look_at_state(self, ksp: PETSc.KSP, x: PETSc.Vec) -> None:
         """Look, where nobody has yet, at the steps of a SNES, with its state; collective."""
@@ -160,8 +163,9 @@ class FactorisationCheck:
             self._work = A.createVecLeft(), A.createVecLeft()
         return self._work
 
-    def _solve_again(self, ksp: PETSc.KSP, product: PETSc.Vec, x: PETSc.Vec, kind: str,
-                     transposed: bool) -> None:
+    def _solve_again(
+        self, ksp: PETSc.KSP, product: PETSc.Vec, x: PETSc.Vec, kind: str, transposed: bool
+    ) -> None:
         """Compare x with the solution for A x, which is a product that is not needed any more."""
         size = x.norm()
         if size == 0:
@@ -173,14 +177,15 @@ class FactorisationCheck:
             self._apply(ksp, product, again, transposed)
         again.axpy(-1.0, x)
         difference = again.norm()
-        if not difference <= _WORST*size:
+        if not difference <= _WORST * size:
             if not is_direct(ksp) and "diagonally scaled" in described(ksp):
                 return  # and so is what was factorised
-            raise self._error(ksp, kind, "solved again, it is another one by "
-                                         f"{difference/size:.1e} of its size")
+            raise self._error(
+                ksp, kind, f"solved again, it is another one by {difference / size:.1e} of its size"
+            )
         self._is_determined = True
-        if difference > FEW*size:
-            self._warn(ksp, kind, difference/size)
+        if difference > FEW * size:
+            self._warn(ksp, kind, difference / size)
 
     def _apply(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, transposed: bool) -> None:
         """What an iteration would do first, whatever it is told."""
@@ -198,7 +203,8 @@ class FactorisationCheck:
             f"the {kind} solve for '{self._name}' with pc_type {ksp.getPC().getType()} determines "
             f"no more than {int(-math.log10(difference))} digits (solved again, the solution is "
             f"another one by {difference:.1e} of its size): the operator is nearly singular, or "
-            "has numbers of too many sizes, as with a large penalty")
+            "has numbers of too many sizes, as with a large penalty"
+        )
         if ksp.comm.rank == 0:
             warnings.warn(self._warnings[0], RuntimeWarning, stacklevel=2)
 
@@ -207,11 +213,12 @@ class FactorisationCheck:
             f"the {kind} solve for '{self._name}' with pc_type {ksp.getPC().getType()} gave no "
             f"solution that is determined: {finding}, so that the operator is singular, or nearly "
             "so: give nullspace= and transpose_nullspace= where solutions are determined up to "
-            "something, such as a constant pressure, or a condition that fixes it")
+            "something, such as a constant pressure, or a condition that fixes it"
+        )
 
 
 def _rounding(A: PETSc.Mat, x: PETSc.Vec) -> float:
     """What rounding errors may leave of a residual, whatever the right-hand side."""
     probe = Probe(A)
     A.mult(probe.x, probe.Ax)
-    return _MANY*_EPSILON*probe.Ax.norm()/probe.x.norm()*x.norm()
+    return _MANY * _EPSILON * probe.Ax.norm() / probe.x.norm() * x.norm()

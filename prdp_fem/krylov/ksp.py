@@ -2,6 +2,7 @@
 
 And what counts as failure of its solves, and how many iterations they have spent.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -21,9 +22,18 @@ from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.post_solve import PostSolve
 from prdp_fem.refinement.ladders import Setting, is_frozen
 
-__all__ = ["RefinedKSP", "SetByHand", "abandon_preconditioner", "forget_zero_pivots",
-           "in_a_sentence", "reason_names", "renew_preconditioner", "reset",
-           "set_inside_by_hand", "set_up"]
+__all__ = [
+    "RefinedKSP",
+    "SetByHand",
+    "abandon_preconditioner",
+    "forget_zero_pivots",
+    "in_a_sentence",
+    "reason_names",
+    "renew_preconditioner",
+    "reset",
+    "set_inside_by_hand",
+    "set_up",
+]
 
 _NEVER = 1e300
 # Another one than any, None included.
@@ -43,34 +53,45 @@ _LIBRARY = ctypes.CDLL(PETSc.__file__)
 
 def reason_names(reasons: type) -> dict[int, str]:
     """The names of the converged reasons of a PETSc class, by their values."""
-    return {value: name for name, value in vars(reasons).items()
-            if not name.startswith("_") and isinstance(value, int)}
+    return {
+        value: name
+        for name, value in vars(reasons).items()
+        if not name.startswith("_") and isinstance(value, int)
+    }
 
 
 _REASONS = reason_names(PETSc.KSP.ConvergedReason)
 _USED_UP = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
 _REMEDIES = {
-    "DIVERGED_MAX_IT":
+    "DIVERGED_MAX_IT": (
         "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance "
-        "or a stronger pc_type",
-    "DIVERGED_DTOL":
+        "or a stronger pc_type"
+    ),
+    "DIVERGED_DTOL": (
         "the iteration does not converge for this operator: try another ksp_type or pc_type, or "
-        "damp it (ksp_richardson_scale)",
-    "DIVERGED_NANORINF":
+        "damp it (ksp_richardson_scale)"
+    ),
+    "DIVERGED_NANORINF": (
         "look for NaN or infinity in the controls and coefficients, or for an operator that is "
-        "singular",
-    "DIVERGED_INDEFINITE_MAT":
-        "the operator is not positive definite: use ksp_type minres or gmres",
-    "DIVERGED_INDEFINITE_PC":
-        "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres",
-    "DIVERGED_PCSETUP_FAILED":
+        "singular"
+    ),
+    "DIVERGED_INDEFINITE_MAT": (
+        "the operator is not positive definite: use ksp_type minres or gmres"
+    ),
+    "DIVERGED_INDEFINITE_PC": (
+        "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres"
+    ),
+    "DIVERGED_PCSETUP_FAILED": (
         "the preconditioner could not be set up: the operator may be singular, or need another "
-        "pc_type",
+        "pc_type"
+    ),
 }
 
 # What a preconditioner that could not be set up may have noted, which is another matter.
-_NO_ROOM = ("the factorisation needs more room than was estimated: allow for more "
-            "(mat_mumps_icntl_14 200, of MUMPS), or use another pc_type")
+_NO_ROOM = (
+    "the factorisation needs more room than was estimated: allow for more "
+    "(mat_mumps_icntl_14 200, of MUMPS), or use another pc_type"
+)
 
 
 def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
@@ -207,8 +228,10 @@ class SetByHand:
 
     def __init__(self, ksp: PETSc.KSP, by_options: PETSc.KSP):
         pcs = ksp.getPC(), by_options.getPC()
-        self._type, self._pc_type = (None if one.getType() == other.getType() else one.getType()
-                                     for one, other in ((ksp, by_options), pcs))
+        self._type, self._pc_type = (
+            None if one.getType() == other.getType() else one.getType()
+            for one, other in ((ksp, by_options), pcs)
+        )
         if self._pc_type == PETSc.PC.Type.PYTHON:
             self._pc_type = None  # the object of Python that it is belongs to one KSP
         tolerances = ksp.getTolerances(), by_options.getTolerances()
@@ -255,8 +278,11 @@ def set_up(ksp: PETSc.KSP, A: PETSc.Mat, P: PETSc.Mat, name: str) -> None:
         ksp.setUpOnBlocks()
     except PETSc.Error as error:
         abandon_preconditioner(ksp)
-        said = in_a_sentence(error, f"the preconditioner for '{name}' (pc_type "
-                                    f"{ksp.getPC().getType()}) could not be set up")
+        said = in_a_sentence(
+            error,
+            f"the preconditioner for '{name}' (pc_type "
+            f"{ksp.getPC().getType()}) could not be set up",
+        )
         raise said from said.__cause__
 
 
@@ -286,7 +312,8 @@ class _Overrides:
             return
         if ksp.handle not in self._said:
             self._said[ksp.handle] = _AsOptionsSay(
-                ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType())
+                ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType()
+            )
         _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._said[ksp.handle]
         if setting is not None:
             rtol = setting.rtol
@@ -454,8 +481,7 @@ class RefinedKSP:
         # Tolerances of another KSP, inside, are looked at below.
         types = ksp.getType(), ksp.getPC().getType()
         asked = types, guess, self._ignores_absolute or is_absolute
-        if (setting is self._setting and asked == self._asked
-                and ksp.getTolerances() == self._left):
+        if setting is self._setting and asked == self._asked and ksp.getTolerances() == self._left:
             return False
         if types != self._types:
             self._forget_types(types)
@@ -489,7 +515,8 @@ class RefinedKSP:
                 raise ValueError(
                     f"the solver for '{self.name}' was made to be differentiated as the iterations "
                     f"of ksp_type {before} with pc_type {pc_before}, and has ksp_type {ksp_type} "
-                    f"with pc_type {pc_type} now: make another one")
+                    f"with pc_type {pc_type} now: make another one"
+                )
             if self._is_budget and ksp_facts(self._types[0]).has_free_natural_norm:
                 # The natural norm may have been asked for, which other methods do not have.
                 self.ksp.setNormType(PETSc.KSP.NormType.DEFAULT)
@@ -507,8 +534,11 @@ class RefinedKSP:
                 everywhere = {ksp.handle: ksp for ksp in [*inside, self.ksp]}
                 self._overrides.keep(everywhere)
                 everywhere.pop(refined.handle, None)
-                self._others = [ksp for ksp in everywhere.values()
-                                if ksp is self.ksp or self._overrides.atol(ksp) > _NO_ATOL]
+                self._others = [
+                    ksp
+                    for ksp in everywhere.values()
+                    if ksp is self.ksp or self._overrides.atol(ksp) > _NO_ATOL
+                ]
         return self._others
 
     def checked_iterations(self, kind: str) -> int:
@@ -557,8 +587,11 @@ def _failure(ksp: PETSc.KSP) -> str:
     name = _REASONS.get(reason, str(reason))
     A, _ = ksp.getOperators()
     arguments = ("nullspace", False), ("transpose_nullspace", True)
-    missing = [argument for argument, transposed in arguments
-               if null_space(A, transposed=transposed) is None]
+    missing = [
+        argument
+        for argument, transposed in arguments
+        if null_space(A, transposed=transposed) is None
+    ]
     remedies = [f"give the solver {missing[0]}=, too"] if len(missing) == 1 else []
     has_no_room = ksp.getPC().getFailedReason() == PETSc.PC.FailedReason.FACTOR_OUTMEMORY
     if name == "DIVERGED_PCSETUP_FAILED" and has_no_room:
@@ -566,6 +599,8 @@ def _failure(ksp: PETSc.KSP) -> str:
     elif name in _REMEDIES:
         remedies.append(_REMEDIES[name])
     said = f"; {', or '.join(remedies)}" if remedies else ""
-    return (f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} "
-            f"after {ksp.getIterationNumber()} iterations, residual norm "
-            f"{ksp.getResidualNorm():.3e}{said}")
+    return (
+        f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} "
+        f"after {ksp.getIterationNumber()} iterations, residual norm "
+        f"{ksp.getResidualNorm():.3e}{said}"
+    )

@@ -1,4 +1,5 @@
 """The KSPs inside a KSP: in the preconditioner, in what that is made of, and so on."""
+
 from __future__ import annotations
 
 import ctypes
@@ -10,10 +11,22 @@ from firedrake.petsc import PETSc
 from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.view import described
 
-__all__ = ["all_inside", "all_preconditioners", "applies_factorisation", "find_iterative",
-           "has_factorisation", "has_failed_inside", "has_memory_inside", "has_truncated_inside",
-           "has_untransposable_inside", "is_direct", "is_self_contained", "krylov_method_inside",
-           "needs_set_up", "parts"]
+__all__ = [
+    "all_inside",
+    "all_preconditioners",
+    "applies_factorisation",
+    "find_iterative",
+    "has_factorisation",
+    "has_failed_inside",
+    "has_memory_inside",
+    "has_truncated_inside",
+    "has_untransposable_inside",
+    "is_direct",
+    "is_self_contained",
+    "krylov_method_inside",
+    "needs_set_up",
+    "parts",
+]
 
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
 
@@ -54,23 +67,29 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
         Where there is none, or more than one.
     """
     outer = ksp.getOptionsPrefix() or ""
-    iterative = [(nested, smooths) for nested, smooths in _walk(ksp, False)
-                 if not is_direct(nested)]
-    listing = ", ".join(f"'{_shortened(nested, outer)}' (ksp_type {nested.getType()})"
-                        for nested, _ in iterative)
+    iterative = [
+        (nested, smooths) for nested, smooths in _walk(ksp, False) if not is_direct(nested)
+    ]
+    listing = ", ".join(
+        f"'{_shortened(nested, outer)}' (ksp_type {nested.getType()})" for nested, _ in iterative
+    )
     if prefix is not None:
         return _named(prefix, outer, [nested for nested, _ in iterative], listing)
     candidates = [nested for nested, smooths in iterative if not smooths]
     if len(candidates) > 1:
-        raise ValueError("more than one KSP iterates, so say which of them follows the refinement: "
-                         f"ksp_prefix=… is one of {listing}")
+        raise ValueError(
+            "more than one KSP iterates, so say which of them follows the refinement: "
+            f"ksp_prefix=… is one of {listing}"
+        )
     if not candidates:
         raise ValueError(_no_iterations(ksp, listing))
-    found, = candidates
+    (found,) = candidates
     if ksp_facts(found.getType()).remembers_solves:
-        raise ValueError(f"ksp_type {found.getType()} keeps vectors of earlier solves, so that a "
-                         "truncated solve would not be a function of its inputs: use gmres, fgmres "
-                         "or bcgs")
+        raise ValueError(
+            f"ksp_type {found.getType()} keeps vectors of earlier solves, so that a "
+            "truncated solve would not be a function of its inputs: use gmres, fgmres "
+            "or bcgs"
+        )
     return found
 
 
@@ -86,11 +105,13 @@ def _named(prefix: str, outer: str, iterative: list[PETSc.KSP], listing: str) ->
 def _no_iterations(ksp: PETSc.KSP, smoothers: str) -> str:
     """What to say of a direct solver that is to be refined."""
     others = f"; smoothers can be refined by ksp_prefix=…: {smoothers}" if smoothers else ""
-    return (f"the solver is direct (ksp_type {ksp.getType()} with pc_type "
-            f"{ksp.getPC().getType()}), so there are no iterations to refine: choose an iterative "
-            'method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a '
-            'symmetric problem or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or '
-            f"leave refinement away{others}")
+    return (
+        f"the solver is direct (ksp_type {ksp.getType()} with pc_type "
+        f"{ksp.getPC().getType()}), so there are no iterations to refine: choose an iterative "
+        'method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a '
+        'symmetric problem or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or '
+        f"leave refinement away{others}"
+    )
 
 
 def applies_factorisation(ksp: PETSc.KSP) -> bool:
@@ -114,14 +135,16 @@ def _is_factorisation(pc: PETSc.PC) -> bool:
     inside = parts(pc)
     if len(inside) != 1:
         return False
-    part, = inside
+    (part,) = inside
     return _is_factorisation(part) if isinstance(part, PETSc.PC) else applies_factorisation(part)
 
 
 def has_truncated_inside(ksp: PETSc.KSP) -> bool:
     """Whether an iteration in the preconditioner makes it another one with each setting."""
-    return any(not smooths and not is_direct(nested)
-               for nested, smooths in _walk_preconditioner(ksp.getPC(), False))
+    return any(
+        not smooths and not is_direct(nested)
+        for nested, smooths in _walk_preconditioner(ksp.getPC(), False)
+    )
 
 
 def krylov_method_inside(ksp: PETSc.KSP) -> str | None:
@@ -145,9 +168,11 @@ def has_memory_inside(ksp: PETSc.KSP) -> bool:
 
 def has_untransposable_inside(ksp: PETSc.KSP) -> bool:
     """Whether there is a preconditioner in a KSP that PETSc refuses to apply transposed."""
-    return any(pc_facts(pc.getType()).needs_symmetry_to_transpose
-               and pc.getOperators()[1].isSymmetricKnown() != (True, True)
-               for pc in all_preconditioners(ksp))
+    return any(
+        pc_facts(pc.getType()).needs_symmetry_to_transpose
+        and pc.getOperators()[1].isSymmetricKnown() != (True, True)
+        for pc in all_preconditioners(ksp)
+    )
 
 
 def has_failed_inside(ksp: PETSc.KSP) -> bool:

@@ -3,6 +3,7 @@
 PETSc takes what is in them out of right-hand sides and solutions, whatever it is. Of a space that
 is no null space it takes out what the operator determines, too, and says nothing.
 """
+
 from __future__ import annotations
 
 import math
@@ -94,37 +95,52 @@ class NullSpaceCheck:
                 are_seen &= self._look_at(left, "transpose_nullspace", "Aᵀ v = 0", multiply, probe)
         self._is_done = are_seen
 
-    def _look_at(self, space: PETSc.NullSpace, argument: str, condition: str, multiply: Callable,
-                 probe: Probe) -> bool:
+    def _look_at(
+        self,
+        space: PETSc.NullSpace,
+        argument: str,
+        condition: str,
+        multiply: Callable,
+        probe: Probe,
+    ) -> bool:
         """Whether there was something to be seen: an operator may have no values as yet."""
         multiply(probe.y, probe.Ay)
-        rounding = _ROUNDING*probe.Ay.norm()/probe.y.norm()
+        rounding = _ROUNDING * probe.Ay.norm() / probe.y.norm()
         scrambled, product, are_seen = probe.Ax, probe.Ay, True
         for vector in _vectors(space, probe.x):
             scrambled.pointwiseMult(vector, probe.x)
             size = scrambled.norm()
             multiply(scrambled, product)
-            expected = product.norm()/size if size > 0 else 0.0
+            expected = product.norm() / size if size > 0 else 0.0
             multiply(vector, product)
             found = product.norm()
             if not math.isfinite(found) or max(found, expected) == 0:
                 are_seen = False
-            elif found > _WRONG*expected + rounding:
-                raise ConvergenceError(self._message(
-                    argument, condition, "does not hold a null space", found, expected))
-            elif found > _INEXACT*expected + rounding:
-                self._warn(self._message(
-                    argument, condition, "does not quite hold a null space", found, expected),
-                    product.comm)
+            elif found > _WRONG * expected + rounding:
+                raise ConvergenceError(
+                    self._message(
+                        argument, condition, "does not hold a null space", found, expected
+                    )
+                )
+            elif found > _INEXACT * expected + rounding:
+                self._warn(
+                    self._message(
+                        argument, condition, "does not quite hold a null space", found, expected
+                    ),
+                    product.comm,
+                )
         return are_seen
 
-    def _message(self, argument: str, condition: str, finding: str, found: float,
-                 expected: float) -> str:
-        return (f"the {argument}= of the solver for '{self._name}' {finding}: the operator makes "
-                f"of a vector in it one of length {found:.1e}, and of one as large without a "
-                "pattern "
-                f"{expected:.1e}, so that what it determines is taken out of solutions: give the "
-                f"vectors v with {condition}, or leave {argument}= away")
+    def _message(
+        self, argument: str, condition: str, finding: str, found: float, expected: float
+    ) -> str:
+        return (
+            f"the {argument}= of the solver for '{self._name}' {finding}: the operator makes "
+            f"of a vector in it one of length {found:.1e}, and of one as large without a "
+            "pattern "
+            f"{expected:.1e}, so that what it determines is taken out of solutions: give the "
+            f"vectors v with {condition}, or leave {argument}= away"
+        )
 
     def _warn(self, message: str, comm: PETSc.Comm) -> None:
         if not self._has_warned:
@@ -137,7 +153,7 @@ def _vectors(space: PETSc.NullSpace, like: PETSc.Vec) -> Iterator[PETSc.Vec]:
     """The vectors of a basis, which are of length one."""
     if space.hasConstant():
         constant = like.duplicate()
-        constant.set(1/math.sqrt(like.getSize()))
+        constant.set(1 / math.sqrt(like.getSize()))
         yield constant
     yield from space.getVecs()
 

@@ -1,4 +1,5 @@
 """Options by which PETSc keeps something of one solve for the next, which is no function then."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -12,8 +13,9 @@ __all__ = ["options_of", "refuse_persistent"]
 
 _FLAGS = {
     "snes_lag_jacobian_persists": "has Newton steps made with the Jacobian of an earlier solve",
-    "snes_lag_preconditioner_persists": "has Newton steps made with the preconditioner of an "
-                                        "earlier solve",
+    "snes_lag_preconditioner_persists": (
+        "has Newton steps made with the preconditioner of an earlier solve"
+    ),
     "ksp_reuse_preconditioner": "keeps the preconditioner of an earlier operator",
     "ksp_initial_guess_nonzero": "starts an iteration from what is left of the last one",
 }
@@ -43,8 +45,11 @@ def options_of(parameters: Mapping | None, prefix: str | None) -> dict:
     if prefix is not None:
         # Firedrake adds the underscore where there is none.
         prefix = prefix if prefix.endswith("_") or not prefix else f"{prefix}_"
-        options |= {name.removeprefix(prefix): value
-                    for name, value in PETSc.Options().getAll().items() if name.startswith(prefix)}
+        options |= {
+            name.removeprefix(prefix): value
+            for name, value in PETSc.Options().getAll().items()
+            if name.startswith(prefix)
+        }
     return options
 
 
@@ -53,13 +58,17 @@ def refuse_persistent(options: Mapping) -> None:
     for name, value in options.items():
         found = _persistence(name, value)
         if found is not None:
-            raise ValueError(f"{name} {value} {found}, so that a solve would not be a function of "
-                             f"its inputs: {_remedy(name)}")
+            raise ValueError(
+                f"{name} {value} {found}, so that a solve would not be a function of "
+                f"its inputs: {_remedy(name)}"
+            )
     if options.get("snes_type") == "qn" and options.get("snes_qn_type", "lbfgs") == "lbfgs":
         # By matrices whose sums depend on where PETSc has put them.
-        raise ValueError("snes_qn_type lbfgs (that of snes_type qn where options name none) rounds "
-                         "differently from solve to solve, so that a solve would not be a function "
-                         "of its inputs: use snes_qn_type broyden, or snes_type newtonls or ngmres")
+        raise ValueError(
+            "snes_qn_type lbfgs (that of snes_type qn where options name none) rounds "
+            "differently from solve to solve, so that a solve would not be a function "
+            "of its inputs: use snes_qn_type broyden, or snes_type newtonls or ngmres"
+        )
 
 
 def _persistence(name: str, value) -> str | None:

@@ -1,4 +1,5 @@
 """What PETSc's errors say, in a few words."""
+
 from __future__ import annotations
 
 from petsc4py import PETSc
@@ -11,12 +12,16 @@ _NOT_SUPPORTED, _NO_MEMORY, _NOT_CONVERGED, _FROM_PYTHON = 56, 55, 91, 101
 _REMEDIES = {
     _NOT_SUPPORTED: "PETSc does not have it for this operator ({}): use another pc_type",
     _NO_MEMORY: "there is not enough memory ({}): use a pc_type that needs less",
-    _NOT_CONVERGED: "PETSc was told to take this for an error ({}): allow more iterations or a "
-                    "looser tolerance, or leave ksp_error_if_not_converged and "
-                    "snes_error_if_not_converged away",
+    _NOT_CONVERGED: (
+        "PETSc was told to take this for an error ({}): allow more iterations or a "
+        "looser tolerance, or leave ksp_error_if_not_converged and "
+        "snes_error_if_not_converged away"
+    ),
 }
-_OTHERWISE = ("look for NaN or infinity in the controls and coefficients, or for an operator that "
-              "is singular (PETSc says: {})")
+_OTHERWISE = (
+    "look for NaN or infinity in the controls and coefficients, or for an operator that "
+    "is singular (PETSc says: {})"
+)
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -30,8 +35,11 @@ def cause_of(error: BaseException) -> BaseException:
 
 def what_went_wrong(error: Exception) -> str:
     """What PETSc says is wrong: the last line that is no place in its source."""
-    lines = [line.partition("] ")[2] for line in str(error).splitlines()
-             if line.startswith("[") and "() at " not in line]
+    lines = [
+        line.partition("] ")[2]
+        for line in str(error).splitlines()
+        if line.startswith("[") and "() at " not in line
+    ]
     return lines[-1].partition(". ")[0] if lines else str(error).partition("\n")[0]
 
 

@@ -10,13 +10,25 @@ cautiously: see :func:`ksp_facts`, :func:`pc_facts` and :func:`snes_facts`.
 
 This module is pure Python: it knows names of types, and none of PETSc's objects.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["KSP_TYPES", "PC_TYPES", "SNES_TYPES", "KSPFacts", "PCFacts", "SNESFacts", "ksp_facts",
-           "listed", "pc_facts", "snes_facts", "types_with"]
+__all__ = [
+    "KSP_TYPES",
+    "PC_TYPES",
+    "SNES_TYPES",
+    "KSPFacts",
+    "PCFacts",
+    "SNESFacts",
+    "ksp_facts",
+    "listed",
+    "pc_facts",
+    "snes_facts",
+    "types_with",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +227,9 @@ _OF_HYPRE = PCFacts(remembers_values=True, does_own_richardson=True)
 PC_TYPES: Mapping[str, PCFacts] = {
     "none": _SELF_CONTAINED,
     "jacobi": _SELF_CONTAINED,
-    "sor": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True,
-                   does_own_richardson=True),
+    "sor": PCFacts(
+        is_self_contained=True, needs_symmetry_to_transpose=True, does_own_richardson=True
+    ),
     "lu": _FACTORISATION,
     "qr": _PSEUDO_INVERSE,
     "shell": PCFacts(works_on_host=True, does_own_richardson=True),
@@ -225,8 +238,9 @@ PC_TYPES: Mapping[str, PCFacts] = {
     "vpbjacobi": _SELF_CONTAINED,
     "mg": PCFacts(is_multigrid=True, works_on_host=True, does_own_richardson=True),
     # It preconditions from both sides for the time of a solve (Eisenstat, 1981).
-    "eisenstat": PCFacts(is_self_contained=True, needs_symmetry_to_transpose=True,
-                         changes_system=True),
+    "eisenstat": PCFacts(
+        is_self_contained=True, needs_symmetry_to_transpose=True, changes_system=True
+    ),
     "ilu": _SELF_CONTAINED,
     "icc": _SELF_CONTAINED,
     "asm": _NESTING,
@@ -304,8 +318,12 @@ SNES_TYPES: Mapping[str, SNESFacts] = {
 }
 
 _UNKNOWN_KSP = KSPFacts(is_transposable=False, has_thresholds=True)
-_UNKNOWN_PC = PCFacts(needs_symmetry_to_transpose=True, remembers_values=True, works_on_host=True,
-                      does_own_richardson=True)
+_UNKNOWN_PC = PCFacts(
+    needs_symmetry_to_transpose=True,
+    remembers_values=True,
+    works_on_host=True,
+    does_own_richardson=True,
+)
 _UNKNOWN_SNES = SNESFacts(remembers_solves=True, works_on_host=True)
 
 

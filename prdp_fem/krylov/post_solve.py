@@ -1,4 +1,5 @@
 """What is called after each solve of a KSP, where PETSc has room for a single function."""
+
 from __future__ import annotations
 
 from collections.abc import Callable

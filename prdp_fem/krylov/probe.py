@@ -1,4 +1,5 @@
 """What products tell of an operator that is known by nothing else."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -32,8 +33,8 @@ class Probe:
     def __init__(self, A: PETSc.Mat):
         self.x, self.y = A.createVecs()
         index = np.arange(*self.x.getOwnershipRange())
-        self.x.setArray(np.sin(1 + 1.3*index))
-        self.y.setArray(np.cos(2 + 0.7*index))
+        self.x.setArray(np.sin(1 + 1.3 * index))
+        self.y.setArray(np.cos(2 + 0.7 * index))
         self.Ax, self.Ay = self.x.duplicate(), self.x.duplicate()
 
     def keep_for_ever(self) -> None:
@@ -48,20 +49,20 @@ class Probe:
         """Compare (A x, y) with (x, A y): two products, where PETSc's own test takes matrices."""
         multiply(self.x, self.Ax)
         multiply(self.y, self.Ay)
-        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
-        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12*size
+        size = self.Ax.norm() * self.y.norm() + self.x.norm() * self.Ay.norm()
+        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-12 * size
 
     def finds_transposed_operator(self, A: PETSc.Mat) -> bool:
         """Compare (A x, y) with (x, Aᵀ y)."""
         A.mult(self.x, self.Ax)
         A.multTranspose(self.y, self.Ay)
-        size = self.Ax.norm()*self.y.norm() + self.x.norm()*self.Ay.norm()
-        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-10*size
+        size = self.Ax.norm() * self.y.norm() + self.x.norm() * self.Ay.norm()
+        return abs(self.Ax.dot(self.y) - self.x.dot(self.Ay)) <= 1e-10 * size
 
     def finds_transposed(self, pc: PETSc.PC) -> bool:
         """Compare (P x, y) with (x, Pᵀ y)."""
         pc.apply(self.x, self.Ax)
         forward = self.Ax.dot(self.y)
         pc.applyTranspose(self.y, self.Ay)
-        agrees = bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6*abs(forward))
+        agrees = bool(abs(forward - self.Ay.dot(self.x)) <= 1e-6 * abs(forward))
         return agrees and pc.getFailedReason() == 0

@@ -1,4 +1,5 @@
 """A setting put on a PETSc SNES and its KSP."""
+
 from __future__ import annotations
 
 from firedrake.exceptions import ConvergenceError
@@ -17,20 +18,25 @@ __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
 _MANY = 2**30
 _REASONS = reason_names(PETSc.SNES.ConvergedReason)
 _REMEDIES = {
-    "DIVERGED_MAX_IT":
+    "DIVERGED_MAX_IT": (
         "allow more steps (snes_max_it), looser tolerances (snes_rtol, snes_atol), or a number of "
         "steps that is meant to be used up (a NewtonLadder); with truncated linear solves Newton's "
-        "method needs more steps",
-    "DIVERGED_LINE_SEARCH":
+        "method needs more steps"
+    ),
+    "DIVERGED_LINE_SEARCH": (
         "truncated linear solves may give no direction of descent: use snes_linesearch_type basic, "
-        "or more iterations",
-    "DIVERGED_LINEAR_SOLVE":
-        "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type",
-    "DIVERGED_FUNCTION_NANORINF":
-        "look for NaN or infinity in the controls, coefficients and the guess",
-    "DIVERGED_DTOL":
+        "or more iterations"
+    ),
+    "DIVERGED_LINEAR_SOLVE": (
+        "the Jacobian may be singular at this state: try another guess, ksp_type or pc_type"
+    ),
+    "DIVERGED_FUNCTION_NANORINF": (
+        "look for NaN or infinity in the controls, coefficients and the guess"
+    ),
+    "DIVERGED_DTOL": (
         "the steps lead away from a solution: try a better guess or a line search "
-        "(snes_linesearch_type bt)",
+        "(snes_linesearch_type bt)"
+    ),
 }
 
 
@@ -172,4 +178,5 @@ class Newton:
         raise ConvergenceError(
             f"the nonlinear solve for '{self._name}' with snes_type {self.snes.getType()} failed: "
             f"{name} after {self.snes.getIterationNumber()} steps, residual norm "
-            f"{self.snes.getFunctionNorm():.3e}{inside}{remedy}")
+            f"{self.snes.getFunctionNorm():.3e}{inside}{remedy}"
+        )

@@ -1,4 +1,5 @@
 """Whether a KSP's operator, preconditioner and method are symmetric, or have a transpose."""
+
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
@@ -63,8 +64,9 @@ class Symmetry:
         before = self._found_at
         changed = self._clock.since(0 if before is None else before, self._operator)
         is_taken = before is not None and changed in self._symmetric_after()
-        found = is_taken or (ksp_facts(self._ksp.getType()).asks_for_symmetry
-                             and self.has_symmetric_operator())
+        found = is_taken or (
+            ksp_facts(self._ksp.getType()).asks_for_symmetry and self.has_symmetric_operator()
+        )
         if found:
             self._symmetric_after().add(changed)
         self._found_at = now if found else None
@@ -86,10 +88,12 @@ class Symmetry:
         A, _ = self._ksp.getOperators()
         # With a coarse setting the transpose of what is inside may be none, whatever it is with the
         # setting of the moment.
-        return (not ksp_facts(self._ksp.getType()).is_transposable
-                or nested.has_truncated_inside(self._ksp)
-                or nested.has_untransposable_inside(self._ksp)
-                or has_python_blocks(A))
+        return (
+            not ksp_facts(self._ksp.getType()).is_transposable
+            or nested.has_truncated_inside(self._ksp)
+            or nested.has_untransposable_inside(self._ksp)
+            or has_python_blocks(A)
+        )
 
     def _is_found_by_trying(self) -> bool:
         """Whether it is there: of a preconditioner PETSc does not tell otherwise."""

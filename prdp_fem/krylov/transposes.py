@@ -1,4 +1,5 @@
 """The solves of a linear system and its transpose."""
+
 from __future__ import annotations
 
 import math
@@ -79,9 +80,16 @@ class Krylov:
         Whether solves give PETSc's iterates as they are, with what these have of a null space.
     """
 
-    def __init__(self, ksp: PETSc.KSP, transposed: Callable[[], AbstractContextManager[PETSc.KSP]],
-                 name: str, prefix: str | None,
-                 clock: Clock, operator: Sequence[Hashable], newton: Newton | None = None):
+    def __init__(
+        self,
+        ksp: PETSc.KSP,
+        transposed: Callable[[], AbstractContextManager[PETSc.KSP]],
+        name: str,
+        prefix: str | None,
+        clock: Clock,
+        operator: Sequence[Hashable],
+        newton: Newton | None = None,
+    ):
         self.refined = RefinedKSP(ksp, name, prefix)
         self.ksp = ksp
         self._transposed = transposed
@@ -99,11 +107,14 @@ class Krylov:
         self._factorisation = Kept(factorisation.anew, clock, [MEMORY])
         null_spaces = NullSpaceCheck(name) if newton is None else newton.null_spaces
         self._null_spaces = Kept(null_spaces.anew, clock, [MEMORY])
-        self._one_sided_null_space = Kept(lambda: one_sided_null_space(ksp.getOperators()[0]),
-                                          clock, [MEMORY])
-        self.may_hide_residuals = Kept(lambda: (self._one_sided_null_space() is not None
-                                                or solves_least_squares(ksp)),
-                                       clock, [MEMORY, METHOD])
+        self._one_sided_null_space = Kept(
+            lambda: one_sided_null_space(ksp.getOperators()[0]), clock, [MEMORY]
+        )
+        self.may_hide_residuals = Kept(
+            lambda: self._one_sided_null_space() is not None or solves_least_squares(ksp),
+            clock,
+            [MEMORY, METHOD],
+        )
         # How to solve with the operator as it is now.
         self._transposed_solver = Kept(self._find_transposed_solver, clock, by_values)
         # The functions that solve, by the kind of solve, while nothing that they were made for
@@ -124,8 +135,9 @@ class Krylov:
         self.refined.set_up()
         self._null_spaces().look(self.ksp.getOperators()[0])
 
-    def solver(self, setting: Setting | None, *, guess: bool = False,
-               kind: str = "forward") -> Solve:
+    def solver(
+        self, setting: Setting | None, *, guess: bool = False, kind: str = "forward"
+    ) -> Solve:
         """A function that solves A x = b for b and x, and returns the iterations spent.
 
         It holds until another is asked for.
@@ -153,8 +165,14 @@ class Krylov:
         self._prepare(self.refined, setting)
         return self._projected(self._scaled(self.refined, self.ksp.solve, kind))
 
-    def _prepare(self, refined: RefinedKSP, setting: Setting | None, guess: bool = False, *,
-                 is_absolute: bool = False) -> None:
+    def _prepare(
+        self,
+        refined: RefinedKSP,
+        setting: Setting | None,
+        guess: bool = False,
+        *,
+        is_absolute: bool = False,
+    ) -> None:
         """Put a setting on a KSP, and tell the clock of types that were set by hand."""
         if refined.apply(setting, guess, is_absolute=is_absolute):
             self._solves().clear()
@@ -209,6 +227,7 @@ class Krylov:
                 self._refined_transposed.set_up()
                 self._prepare(self._refined_transposed, setting)
                 return self._scaled(self._refined_transposed, ksp.solve, "adjoint")(b, x)
+
         return solve
 
     def _projected(self, solve: Solve) -> Solve:
@@ -222,6 +241,7 @@ class Krylov:
             iterations = solve(b, x)
             space.remove(x)
             return iterations
+
         return solve_projected
 
     def _scaled(self, refined: RefinedKSP, solve: Callable, kind: str) -> Solve:
@@ -254,7 +274,7 @@ class Krylov:
                     if is_sized(b):
                         raise
                 else:
-                    if _FAINT < ksp.getResidualNorm() < 1/_FAINT or is_sized(b):
+                    if _FAINT < ksp.getResidualNorm() < 1 / _FAINT or is_sized(b):
                         return iterations
             elif is_sized(b):
                 return solve_and_check(b, x)
@@ -265,10 +285,12 @@ class Krylov:
             iterations = solve_and_check(b, x)
             x.scale(math.ldexp(1.0, exponent))
             return iterations
+
         return solve_scaled
 
-    def _checked(self, refined: RefinedKSP, solve: Callable, kind: str, *,
-                 is_relative: bool = False) -> Callable:
+    def _checked(
+        self, refined: RefinedKSP, solve: Callable, kind: str, *, is_relative: bool = False
+    ) -> Callable:
         """A solve that raises where it failed, and returns its iterations.
 
         Where it is relative nothing absolute stops it: not PETSc's own tolerance either, which
@@ -295,4 +317,5 @@ class Krylov:
                 if is_transposed not in looked_at and check.look(ksp, b, x, kind, is_transposed):
                     looked_at.add(is_transposed)  # unless it has raised, and will again
             return iterations
+
         return solve_and_check

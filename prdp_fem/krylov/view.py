@@ -1,4 +1,5 @@
 """What a PETSc object is set to, where there is no other way to ask than to read what it says."""
+
 from __future__ import annotations
 
 import os
@@ -30,8 +31,9 @@ def described(thing: PETSc.Object) -> str:
         return comm.bcast(text)
 
 
-def settings(thing: PETSc.Object, text: str, pattern: str, option: str,
-             options: Mapping | None) -> list[float]:
+def settings(
+    thing: PETSc.Object, text: str, pattern: str, option: str, options: Mapping | None
+) -> list[float]:
     """Numbers that it is set to, to their last digit.
 
     Parameters
@@ -62,13 +64,16 @@ def settings(thing: PETSc.Object, text: str, pattern: str, option: str,
     digits = (re.sub(r"e.*|[.\-+]", "", shown).lstrip("0") for shown in printed)
     if any(len(those) >= _PRINTED_DIGITS for those in digits):
         name = f"{thing.getOptionsPrefix() or ''}{option}"
-        raise ValueError(f"unrolled differentiation must know {option} to its last digit, and "
-                         f"PETSc tells six ({', '.join(printed)}): leave {name} in PETSc's "
-                         "options, give it by options=…, or round it to five digits")
+        raise ValueError(
+            f"unrolled differentiation must know {option} to its last digit, and "
+            f"PETSc tells six ({', '.join(printed)}): leave {name} in PETSc's "
+            "options, give it by options=…, or round it to five digits"
+        )
     return [float(shown) for shown in printed]
 
 
-def setting(thing: PETSc.Object, text: str, pattern: str, option: str,
-            options: Mapping | None) -> float:
+def setting(
+    thing: PETSc.Object, text: str, pattern: str, option: str, options: Mapping | None
+) -> float:
     """One number: see :func:`settings`."""
     return settings(thing, text, pattern, option, options)[0]

@@ -1,4 +1,5 @@
 """The vectors of a batch in one piece of memory."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from prdp_fem.freshness import MEMORY, Clock
 
 __all__ = ["Batch", "BatchStore", "Entries", "chunks"]
 
-# Rows are worked through in chunks that fit into a processor's cache, so that they stay small whatever the batch.
+# Rows are worked through in chunks that fit into a processor's cache, so that they stay small
+# whatever the batch.
 _CHUNK_SIZE = 2**18
 # Batches that are kept: training, validation and the last, smaller batch of each come in turns.
 _KEPT = 6
@@ -24,20 +26,20 @@ _ALIGNMENT = 64
 
 def chunks(rows: int, size: int) -> list[slice]:
     """A batch of rows cut into parts."""
-    if 0 < rows*size <= _CHUNK_SIZE:
+    if 0 < rows * size <= _CHUNK_SIZE:
         return [slice(0, rows)]
-    step = max(1, _CHUNK_SIZE//max(size, 1))
+    step = max(1, _CHUNK_SIZE // max(size, 1))
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _aligned(rows: int, size: int) -> np.ndarray:
     """Zeros of shape (rows, size) whose rows start at multiples of :data:`_ALIGNMENT` bytes."""
     itemsize = np.dtype(PETSc.ScalarType).itemsize
-    line = _ALIGNMENT//itemsize
-    stride = -(-size//line)*line
-    room = np.zeros(rows*stride + line)
-    start = -room.ctypes.data % _ALIGNMENT//itemsize
-    return room[start:start + rows*stride].reshape(rows, stride)[:, :size]
+    line = _ALIGNMENT // itemsize
+    stride = -(-size // line) * line
+    room = np.zeros(rows * stride + line)
+    start = -room.ctypes.data % _ALIGNMENT // itemsize
+    return room[start : start + rows * stride].reshape(rows, stride)[:, :size]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Entries:
 
 
 class Batch:
-    """A batch of vectors: the rows of an array, which PETSc sees as vectors and as the columns of a dense matrix.
+    """A batch of vectors: the rows of an array, which PETSc sees as vectors and as the columns of a
+    dense matrix.
 
     Parameters
     ----------
@@ -84,10 +87,11 @@ class Batch:
     def matrix(self) -> PETSc.Mat:
         """The rows as columns; on one rank only."""
         rows, size = self.array.shape
-        stride = self.array.strides[0]//self.array.itemsize
+        stride = self.array.strides[0] // self.array.itemsize
         whole = np.lib.stride_tricks.as_strided(self.array, (rows, stride))
         matrix = PETSc.Mat().createDense(
-            (size, rows), array=whole.reshape(-1)[:size*rows], comm=self.vectors[0].comm)
+            (size, rows), array=whole.reshape(-1)[: size * rows], comm=self.vectors[0].comm
+        )
         matrix.setDenseLDA(stride)
         matrix.assemble()
         return matrix
@@ -117,7 +121,8 @@ class Batch:
         return self.array[row]
 
     def changed(self) -> None:
-        """To be called where the array was written to, and not through its vectors: they keep norms of their values.
+        """To be called where the array was written to, and not through its vectors: they keep norms
+        of their values.
 
         The methods that do arithmetic leave this to their caller.
         """

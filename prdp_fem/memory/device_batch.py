@@ -1,4 +1,5 @@
 """The vectors of a batch on a device."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -15,7 +16,8 @@ __all__ = ["DeviceBatch"]
 class DeviceBatch:
     """A batch of vectors on a device, with the methods of :class:`~prdp_fem.memory.batch.Batch`.
 
-    Its arithmetic is that of PETSc's vectors, so that nothing comes to the host unless it is asked for.
+    Its arithmetic is that of PETSc's vectors, so that nothing comes to the host unless it is asked
+    for.
 
     Parameters
     ----------
@@ -29,7 +31,9 @@ class DeviceBatch:
         self._memory = memory
 
     def fill(self, values) -> None:
-        """Copy values in, of shape (n,) for all rows or (rows, n): an array of NumPy, or a tensor on the device."""
+        """Copy values in, of shape (n,) for all rows or (rows, n): an array of NumPy, or a tensor
+        on the device.
+        """
         if values.ndim == 1:
             for vector in self.vectors[:1]:
                 self._memory.load(values, vector)
@@ -40,7 +44,9 @@ class DeviceBatch:
                 self._memory.load(row, vector)
 
     def fill_inside(self, values, entries: Entries | None) -> None:
-        """Copy values in, and zero, whatever the values there are, for some entries of each row; see :meth:`zero`."""
+        """Copy values in, and zero, whatever the values there are, for some entries of each row;
+        see :meth:`zero`.
+        """
         if entries is None:
             self.fill(values)
         elif isinstance(values, np.ndarray):
@@ -50,7 +56,8 @@ class DeviceBatch:
         else:
             self.fill(values)
             for one in self.vectors:
-                # PETSc has x/0 = 0 but for x = 0, and 0/0 = 1; a product alone would keep NaN and infinity.
+                # PETSc has x/0 = 0 but for x = 0, and 0/0 = 1; a product alone would keep NaN and
+                # infinity.
                 one.pointwiseDivide(one, entries.others)
                 one.pointwiseMult(one, entries.others)
 
@@ -60,7 +67,9 @@ class DeviceBatch:
         self.zero(entries)
 
     def read(self, out) -> None:
-        """Copy the values to rows, of shape (rows, n): an array of NumPy, or a tensor on the device."""
+        """Copy the values to rows, of shape (rows, n): an array of NumPy, or a tensor on the
+        device.
+        """
         for vector, row in zip(self.vectors, out, strict=True):
             self._memory.unload_into(vector, row)
 
@@ -87,7 +96,9 @@ class DeviceBatch:
             one.axpy(1.0, more)
 
     def _beside(self, other: DeviceBatch) -> Iterable[tuple[PETSc.Vec, PETSc.Vec]]:
-        return zip(self.vectors, repeat(other.vectors[0]) if len(other.vectors) == 1 else other.vectors)
+        return zip(
+            self.vectors, repeat(other.vectors[0]) if len(other.vectors) == 1 else other.vectors
+        )
 
     def scale(self, factor: float) -> None:
         """Multiply all rows by a number."""

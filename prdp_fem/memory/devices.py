@@ -1,4 +1,5 @@
 """The devices that PETSc can keep matrices and vectors on, beside the host."""
+
 from __future__ import annotations
 
 import ctypes
@@ -13,7 +14,17 @@ from prdp_fem.arguments import instance, shown
 from prdp_fem.krylov.petsc_errors import what_went_wrong
 from prdp_fem.ranks.agreement import agree
 
-__all__ = ["AUTO", "DEVICES", "HOST", "Device", "failure", "find_device", "is_built_for", "transfers", "usable_devices"]
+__all__ = [
+    "AUTO",
+    "DEVICES",
+    "HOST",
+    "Device",
+    "failure",
+    "find_device",
+    "is_built_for",
+    "transfers",
+    "usable_devices",
+]
 
 HOST, AUTO = "cpu", "auto"
 
@@ -31,8 +42,8 @@ class Device:
     package : str
         What PETSc calls the package that it needs for them.
     tensors : str
-        Where torch has the tensors that such a solver takes: "cuda" also for HIP, and "cpu" for devices that torch does not know, whose
-        solvers copy them.
+        Where torch has the tensors that such a solver takes: "cuda" also for HIP, and "cpu" for
+        devices that torch does not know, whose solvers copy them.
     """
 
     name: str
@@ -42,12 +53,15 @@ class Device:
     tensors: str
 
 
-DEVICES = {device.name: device for device in (
-    Device("cuda", "aijcusparse", "cuda", "cuda", "cuda"),
-    Device("hip", "aijhipsparse", "hip", "hip", "cuda"),
-    Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu"),
-    Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu"),
-)}
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("cuda", "aijcusparse", "cuda", "cuda", "cuda"),
+        Device("hip", "aijhipsparse", "hip", "hip", "cuda"),
+        Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu"),
+        Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu"),
+    )
+}
 
 
 def is_built_for(device: Device) -> bool:
@@ -61,27 +75,41 @@ def failure(device: Device) -> str | None:
     if not is_built_for(device):
         built = [other.name for other in filter(is_built_for, DEVICES.values())]
         built_for = f"for {', '.join(built)}" if built else "for no device"
-        return f"this PETSc was built without {device.package} ({built_for}): install one as docs/gpu.md says, or use device='cpu'"
+        return (
+            f"this PETSc was built without {device.package} ({built_for}): install one as"
+            " docs/gpu.md says, or use device='cpu'"
+        )
     try:
         if device.name == "opencl":
             _look_for_platforms()
         else:
             _leave_ghosts_to_the_host()
-            kind: Any = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(device.name, PETSc.Device.Type.DEFAULT)
+            kind: Any = {"cuda": PETSc.Device.Type.CUDA, "hip": PETSc.Device.Type.HIP}.get(
+                device.name, PETSc.Device.Type.DEFAULT
+            )
             PETSc.Device.create(kind).destroy()
     except (PETSc.Error, OSError) as error:
-        return f"PETSc was built for it, and finds none ({what_went_wrong(error)}): look at the driver, or use device='cpu'"
+        return (
+            f"PETSc was built for it, and finds none ({what_went_wrong(error)}): look at the"
+            " driver, or use device='cpu'"
+        )
     return None
 
 
 def _leave_ghosts_to_the_host() -> None:
-    """Have PETSc send no memory of a device, unless MPI knows of devices or an option says so: it would end the process otherwise."""
+    """Have PETSc send no memory of a device, unless MPI knows of devices or an option says so: it
+    would end the process otherwise.
+    """
     if PETSc.Options().hasName("use_gpu_aware_mpi"):
         return
     library = ctypes.CDLL(PETSc.__file__)
-    queries = (getattr(library, name, None) for name in ("MPIX_Query_cuda_support", "MPIX_Query_rocm_support"))
+    queries = (
+        getattr(library, name, None)
+        for name in ("MPIX_Query_cuda_support", "MPIX_Query_rocm_support")
+    )
     if not any(query is not None and query() for query in queries):
-        ctypes.c_ubyte.in_dll(library, "use_gpu_aware_mpi").value = 0  # a PetscBool, of one byte or, little end first, more
+        # a PetscBool, of one byte or, little end first, more
+        ctypes.c_ubyte.in_dll(library, "use_gpu_aware_mpi").value = 0
 
 
 def _look_for_platforms() -> None:
@@ -103,7 +131,8 @@ def find_device(name: str, comm: MPI.Comm) -> Device | None:
     Parameters
     ----------
     name : str
-        One of ``DEVICES``, ``"cpu"`` for the host, or ``"auto"`` for a device where there is one on each rank, or else the host.
+        One of ``DEVICES``, ``"cpu"`` for the host, or ``"auto"`` for a device where there is one on
+        each rank, or else the host.
     comm : mpi4py.MPI.Comm
         On which this is collective.
 
@@ -120,7 +149,9 @@ def find_device(name: str, comm: MPI.Comm) -> Device | None:
     instance("comm", comm, MPI.Comm, "a communicator of mpi4py's, such as mesh.comm")
     found = agree(comm, lambda: _find(name), "devices", "give one device's name on all ranks")
     if found == AUTO:
-        everywhere = set.intersection(*map(set, comm.allgather([device.name for device in usable_devices()])))
+        everywhere = set.intersection(
+            *map(set, comm.allgather([device.name for device in usable_devices()]))
+        )
         return next((device for device in DEVICES.values() if device.name in everywhere), None)
     return DEVICES.get(found)
 
@@ -129,8 +160,9 @@ def _find(name: str) -> str:
     if isinstance(name, str) and name in (HOST, AUTO):
         return name
     if not isinstance(name, str) or name not in DEVICES:
-        raise ValueError(f"device must be one of {AUTO}, {HOST}, {', '.join(DEVICES)}, found "
-                         f"{shown(name)}")
+        raise ValueError(
+            f"device must be one of {AUTO}, {HOST}, {', '.join(DEVICES)}, found {shown(name)}"
+        )
     why = failure(DEVICES[name])
     if why is not None:
         raise ValueError(f"device {name!r} is not there: {why}")
@@ -138,9 +170,11 @@ def _find(name: str) -> str:
 
 
 def transfers() -> tuple[float, ...]:
-    """What PETSc has moved in this process so far: copies to devices and to the host, and the bytes of each.
+    """What PETSc has moved in this process so far: copies to devices and to the host, and the bytes
+    of each.
 
-    PETSc counts, whether it logs or not, whatever the reason; ``-log_view`` shows by event what this gives the sums of.
+    PETSc counts, whether it logs or not, whatever the reason; ``-log_view`` shows by event what
+    this gives the sums of.
     """
     return tuple(counter.value for counter in _counters())
 
@@ -149,4 +183,7 @@ def transfers() -> tuple[float, ...]:
 def _counters() -> list[ctypes.c_double]:
     # petsc4py has no names for them; petsclog.h has.
     library = ctypes.CDLL(PETSc.__file__)
-    return [ctypes.c_double.in_dll(library, f"petsc_{name}") for name in ("ctog_ct", "gtoc_ct", "ctog_sz", "gtoc_sz")]
+    return [
+        ctypes.c_double.in_dll(library, f"petsc_{name}")
+        for name in ("ctog_ct", "gtoc_ct", "ctog_sz", "gtoc_sz")
+    ]

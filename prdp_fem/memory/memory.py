@@ -1,4 +1,5 @@
 """Where the vectors and matrices of solves lie: with Firedrake's, or on a device."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -48,15 +49,15 @@ class Memory:
         return vector.array_r.copy()
 
     def on_host(self, values):
-        """Rows of rank-local values as an array of NumPy; as they are where they are one, or None."""
+        """Rows of rank-local values as an array of NumPy; None, or such an array, as it is."""
         return values
 
     def from_host(self, vector: PETSc.Vec) -> PETSc.Vec:
-        """A vector with the values of one on the host, not to be written to; until the next call."""
+        """A vector with the values of one on the host, to be read until the next call."""
         return vector
 
     def to_host(self, vector: PETSc.Vec) -> PETSc.Vec:
-        """A vector on the host with the values of one, not to be written to; until the next call."""
+        """A vector on the host with the values of one, to be read until the next call."""
         return vector
 
     def matrix(self, matrix: PETSc.Mat) -> PETSc.Mat:
@@ -64,7 +65,9 @@ class Memory:
         return matrix
 
     def operators(self, A: PETSc.Mat, P: PETSc.Mat) -> tuple[PETSc.Mat, PETSc.Mat]:
-        """The operators of a KSP, which are on the host, with the values and null spaces that they have now."""
+        """The operators of a KSP, which are on the host, with the values and null spaces that they
+        have now.
+        """
         return A, P
 
     def places(self, A: PETSc.Mat, P: PETSc.Mat) -> tuple[PETSc.Mat, PETSc.Mat]:
@@ -90,8 +93,9 @@ class Memory:
 class DeviceMemory(Memory):
     """The memory of a device, of which the host's matrices and vectors have copies.
 
-    What stays the same is copied once. A product with a transpose is one with an explicit transpose: PETSc's transposed products are not
-    on all devices, or add up in an order that changes from call to call.
+    What stays the same is copied once. A product with a transpose is one with an explicit
+    transpose: PETSc's transposed products are not on all devices, or add up in an order that
+    changes from call to call.
 
     Parameters
     ----------
@@ -122,7 +126,11 @@ class DeviceMemory(Memory):
         return DeviceBatch([self.vector(like) for _ in range(rows)], self)
 
     def load(self, values, vector):
-        source = self._uploaded(values, vector) if isinstance(values, np.ndarray) else _shared(values, vector)
+        source = (
+            self._uploaded(values, vector)
+            if isinstance(values, np.ndarray)
+            else _shared(values, vector)
+        )
         source.copy(vector)
 
     def unload(self, vector):
@@ -132,7 +140,9 @@ class DeviceMemory(Memory):
         return values
 
     def unload_into(self, vector: PETSc.Vec, out) -> None:
-        """Copy the rank-local values of a vector to a row, which is an array of NumPy or a tensor on this device."""
+        """Copy the rank-local values of a vector to a row, which is an array of NumPy or a tensor
+        on this device.
+        """
         if isinstance(out, np.ndarray):
             with _TO_HOST:
                 out[...] = vector.array_r
@@ -145,26 +155,31 @@ class DeviceMemory(Memory):
             return values
         rows = values if values.ndim == 2 else values[None]
         with _TO_HOST:
-            copied = np.stack([_alone(row).array_r for row in rows]) if len(rows) else np.empty(tuple(rows.shape))
+            copied = (
+                np.stack([_alone(row).array_r for row in rows])
+                if len(rows)
+                else np.empty(tuple(rows.shape))
+            )
         for row in copied:
             self.statistics.note_to_host(row.nbytes)
         return copied.reshape(tuple(values.shape))
 
     def _uploaded(self, values: np.ndarray, like: PETSc.Vec) -> PETSc.Vec:
         """A vector of a layout with values from the host; until the next call."""
-        # Nothing else writes to it, least of all the device: PETSc would copy that to the host first.
+        # Nothing else writes to it, least of all the device: PETSc would copy that to the host
+        # first.
         _, staged = self._stage(like)
         with _TO_DEVICE:
             staged.setArray(values)
             self._update(staged)
-        self.statistics.note_to_device(staged.getLocalSize()*staged.array_r.itemsize)
+        self.statistics.note_to_device(staged.getLocalSize() * staged.array_r.itemsize)
         return staged
 
     def _update(self, vector: PETSc.Vec) -> None:
         """Have a vector's values copied to the device, and wait for it.
 
-        Not at its first use, which would count as that of another event, and may be a copy that is under way when the next values are
-        written over these.
+        Not at its first use, which would count as that of another event, and may be a copy that is
+        under way when the next values are written over these.
         """
         match self.device.vec_type:
             case "cuda":
@@ -194,7 +209,8 @@ class DeviceMemory(Memory):
 
     def matrix(self, matrix):
         with _TO_DEVICE:
-            # Not by one call: PETSc's conversion to a new ViennaCL matrix changes the operations of the old one.
+            # Not by one call: PETSc's conversion to a new ViennaCL matrix changes the operations of
+            # the old one.
             copy = matrix.duplicate(copy=True).convert(self.device.mat_type)
         self.statistics.note_to_device(_size(copy, whole=True))
         return copy
@@ -210,7 +226,11 @@ class DeviceMemory(Memory):
         if matrix.handle not in self._copies:
             # The original is kept, too, so that nothing else can have its handle.
             copy = self.matrix(matrix)
-            self._copies[matrix.handle] = matrix, copy, ExplicitTranspose(copy, lambda: self._transposed(matrix))
+            self._copies[matrix.handle] = (
+                matrix,
+                copy,
+                ExplicitTranspose(copy, lambda: self._transposed(matrix)),
+            )
         return self._copies[matrix.handle][1]
 
     def _transposed(self, matrix: PETSc.Mat) -> PETSc.Mat:
@@ -236,7 +256,9 @@ class DeviceMemory(Memory):
             for vector in space.getVecs():
                 vectors.append(self.vector(vector))
                 self.load(vector.array_r, vectors[-1])
-            copied = PETSc.NullSpace().create(constant=space.hasConstant(), vectors=vectors, comm=space.comm)
+            copied = PETSc.NullSpace().create(
+                constant=space.hasConstant(), vectors=vectors, comm=space.comm
+            )
             self._spaces[whose] = space, copied
         return copied
 
@@ -251,7 +273,8 @@ class DeviceMemory(Memory):
 
     def transpose(self, matrix):
         with _TO_DEVICE:
-            transposed = matrix.transpose(PETSc.Mat())  # made on the host, where such a matrix has its values, too
+            # made on the host, where such a matrix has its values, too
+            transposed = matrix.transpose(PETSc.Mat())
             if transposed.getType() != matrix.getType():
                 transposed.convert(self.device.mat_type)
         self.statistics.note_to_device(_size(transposed, whole=True))
@@ -266,8 +289,10 @@ def is_copied(matrix: PETSc.Mat) -> bool:
 def _size(matrix: PETSc.Mat, *, whole: bool = False) -> int:
     """Bytes of the values of the rows of this rank, and where they are in the matrix."""
     entries = int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["nz_used"])
-    places = (entries + matrix.getLocalSize()[0] + 1)*np.dtype(PETSc.IntType).itemsize if whole else 0
-    return entries*np.dtype(PETSc.ScalarType).itemsize + places
+    places = (
+        (entries + matrix.getLocalSize()[0] + 1) * np.dtype(PETSc.IntType).itemsize if whole else 0
+    )
+    return entries * np.dtype(PETSc.ScalarType).itemsize + places
 
 
 def _shared(row, like: PETSc.Vec) -> PETSc.Vec:

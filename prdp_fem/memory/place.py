@@ -1,4 +1,5 @@
 """Where solves are made for now: a memory, and what is kept there until it is exchanged."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable

@@ -3,6 +3,7 @@
 A solver of an assembled system differentiates the form that its matrix was assembled from. Since
 then coefficients may have changed, and the matrix may be assembled again between any two solves.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection
@@ -34,7 +35,8 @@ _ROUNDING = 1e-10
 
 
 class AssembledForm:
-    """A form over copies of its coefficients, which have the values that a matrix was assembled with.
+    """A form over copies of its coefficients, which have the values that a matrix was assembled
+    with.
 
     A matrix of ``mat_type`` matfree has the values of the moment: its form is the user's.
 
@@ -62,11 +64,14 @@ class AssembledForm:
         and as :meth:`follow`.
     """
 
-    def __init__(self, matrix: MatrixBase, conditions, parameters: dict,
-                 null_spaces: Collection[str]):
+    def __init__(
+        self, matrix: MatrixBase, conditions, parameters: dict, null_spaces: Collection[str]
+    ):
         if not isinstance(matrix.a, ufl.Form):
-            raise TypeError("the LinearSolver was made for a matrix without a form, which cannot be "
-                            "differentiated: assemble a form")
+            raise TypeError(
+                "the LinearSolver was made for a matrix without a form, which cannot be "
+                "differentiated: assemble a form"
+            )
         self._matrix, self._null_spaces = matrix, null_spaces
         self._is_assembled = not isinstance(matrix, ImplicitMatrix)
         self._copies = {}
@@ -75,12 +80,17 @@ class AssembledForm:
         self.form = ufl.replace(matrix.a, self._copies)
         self._coordinates = [mesh.coordinates.dat for mesh in extract_domains(matrix.a)]
         self._seen: tuple | None = None
-        # By its id, the tape that knows what the copies have their values from: it need not live on.
+        # By its id, the tape that knows what the copies have their values from: it need not live
+        # on.
         self._tape: int | None = None
         if self._is_assembled:
             with stop_annotating():
-                self._assembler = get_assembler(self.form, bcs=conditions, mat_type=matrix.mat_type,
-                                                form_compiler_parameters=parameters)
+                self._assembler = get_assembler(
+                    self.form,
+                    bcs=conditions,
+                    mat_type=matrix.mat_type,
+                    form_compiler_parameters=parameters,
+                )
                 self._again = self._assembler.allocate()
         self.follow()
 
@@ -91,8 +101,8 @@ class AssembledForm:
         ------
         ValueError
             Where the matrix is what its form gives neither with the present values of its
-            coefficients nor with those of before, or has a null space of its own. The copies are left
-            as they were.
+            coefficients nor with those of before, or has a null space of its own. The copies are
+            left as they were.
         """
         self._check_null_spaces()
         seen = self._matrix.petscmat.stateGet(), *(dat.dat_version for dat in self._coordinates)
@@ -103,10 +113,12 @@ class AssembledForm:
             present = [local_values(coefficient) for coefficient in self._copies]
             is_taken = self._gives_matrix(present)
             if not is_taken and not self._gives_matrix(last):
-                raise ValueError("the coefficients of the LinearSolver's matrix have changed since it "
-                                 "was assembled, or its mesh has, or it is not what its form and "
-                                 "boundary conditions give: assemble it again from the present "
-                                 "values, as in assemble(a, bcs=bcs, tensor=A)")
+                raise ValueError(
+                    "the coefficients of the LinearSolver's matrix have changed since it "
+                    "was assembled, or its mesh has, or it is not what its form and "
+                    "boundary conditions give: assemble it again from the present "
+                    "values, as in assemble(a, bcs=bcs, tensor=A)"
+                )
         self._seen = seen
         if is_taken:
             self._tape = None
@@ -119,8 +131,10 @@ class AssembledForm:
             own["transpose_nullspace"] = transposed
         for name, space in own.items():
             if space.handle and name not in self._null_spaces:
-                raise ValueError("the matrix of the LinearSolver has a null space that the solver knows "
-                                 f"nothing of: give it to the solver, as in LinearSolver(A, {name}=…)")
+                raise ValueError(
+                    "the matrix of the LinearSolver has a null space that the solver knows "
+                    f"nothing of: give it to the solver, as in LinearSolver(A, {name}=…)"
+                )
 
     def _gives_matrix(self, values: list[np.ndarray]) -> bool:
         """Write values to the copies, and say whether the form then gives the matrix."""
@@ -139,7 +153,7 @@ class AssembledForm:
             sizes = np.maximum(sizes, np.abs(product.array_r))
             difference = np.maximum(difference, np.abs(product.array_r - repeated.array_r))
         # Where there is NaN, whoever solves will say so.
-        return not self._agreed(bool(np.any(difference > _ROUNDING*sizes)))
+        return not self._agreed(bool(np.any(difference > _ROUNDING * sizes)))
 
     def record(self) -> None:
         """Have the working tape know what the copies have their values from. Collective."""
@@ -163,7 +177,7 @@ class AssembledForm:
 
 
 class _ConstantBlock(Block):
-    """A Constant is given the values of another one, which pyadjoint cannot replay for Firedrake's."""
+    """A Constant is given another one's values, which pyadjoint cannot replay for Firedrake's."""
 
     def __init__(self, constant: Constant, copy: Constant):
         super().__init__()
@@ -179,6 +193,14 @@ class _ConstantBlock(Block):
     def evaluate_tlm_component(self, inputs, tlm_inputs, block_variable, idx, prepared=None):
         return tlm_inputs[0]
 
-    def evaluate_hessian_component(self, inputs, hessian_inputs, adj_inputs, block_variable, idx,
-                                   relevant_dependencies, prepared=None):
+    def evaluate_hessian_component(
+        self,
+        inputs,
+        hessian_inputs,
+        adj_inputs,
+        block_variable,
+        idx,
+        relevant_dependencies,
+        prepared=None,
+    ):
         return hessian_inputs[0]

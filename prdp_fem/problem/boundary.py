@@ -1,4 +1,5 @@
 """Boundary values as a function of the coefficients that they are made from."""
+
 from __future__ import annotations
 
 import copy
@@ -24,24 +25,36 @@ from ufl.algorithms import expand_derivatives
 from ufl.corealg.traversal import unique_pre_traversal
 from ufl.domain import extract_domains
 
-from prdp_fem.problem.firedrake_internals import boundary_expression, extract_subfunction, has_taped_number
+from prdp_fem.problem.firedrake_internals import (
+    boundary_expression,
+    extract_subfunction,
+    has_taped_number,
+)
 from prdp_fem.problem.forms import Forms
-from prdp_fem.problem.inputs import Input, coefficients_of, is_real, local_values, name_of, set_local_values
+from prdp_fem.problem.inputs import (
+    Input,
+    coefficients_of,
+    is_real,
+    local_values,
+    name_of,
+    set_local_values,
+)
 
 __all__ = ["BoundaryData"]
 
 
 class BoundaryData:
-    """The values that the Dirichlet conditions of a problem give, and their derivatives, by some of the coefficients in them.
+    """The values that the Dirichlet conditions of a problem give, and their derivatives, by some of
+    the coefficients in them.
 
     Parameters
     ----------
     forms : Forms
         Of the problem.
     controls : sequence of Function or Constant, or None
-        The user's coefficients; those that give no boundary values are left out. None takes all that
-        do: then the values are a function of these and of the meshes alone, whatever becomes of the
-        user's conditions.
+        The user's coefficients; those that give no boundary values are left out. None takes all
+        that do: then the values are a function of these and of the meshes alone, whatever becomes
+        of the user's conditions.
 
     Attributes
     ----------
@@ -62,28 +75,48 @@ class BoundaryData:
         self.comm = space.mesh().comm
         self._expressions = [boundary_expression(condition) for condition in self._given]
         if controls is None and any(map(has_taped_number, self._given)):
-            raise ValueError(f"a DirichletBC for '{forms.solution.name()}' was given a number that was computed on "
-                             "the tape, of which a condition keeps the value only: assign it to a Constant, "
-                             "and make the condition from that")
+            raise ValueError(
+                f"a DirichletBC for '{forms.solution.name()}' was given a number that was computed"
+                " on the tape, of which a condition keeps the value only: assign it to a Constant,"
+                " and make the condition from that"
+            )
         in_conditions = coefficients_of(*self._expressions)
         wanted = in_conditions if controls is None else controls
         with stop_annotating():
             self._values = Function(space)
             self.size = local_values(self._values).size
-            self.inputs = {place: self._input(control) for place, control in enumerate(wanted)
-                           if any(control is coefficient for coefficient in in_conditions)}
+            self.inputs = {
+                place: self._input(control)
+                for place, control in enumerate(wanted)
+                if any(control is coefficient for coefficient in in_conditions)
+            }
             controlled = {entry.original for entry in self.inputs.values()}
-            self._depends = [bool(controlled & set(coefficients_of(expression)))
-                             for expression in self._expressions]
-            depending = [expression for expression, depends in zip(self._expressions, self._depends)
-                         if depends]
-            # What else is in the same expressions has the values of the forward pass in the backward pass, too.
-            self._others = [self._input(coefficient) for coefficient in coefficients_of(*depending)
-                            if coefficient not in controlled]
-            copies = {entry.original: entry.copy for entry in [*self.inputs.values(), *self._others]}
-            self._over_copies = [ufl.replace(expression, copies) for expression in self._expressions]
+            self._depends = [
+                bool(controlled & set(coefficients_of(expression)))
+                for expression in self._expressions
+            ]
+            depending = [
+                expression
+                for expression, depends in zip(self._expressions, self._depends)
+                if depends
+            ]
+            # What else is in the same expressions has the values of the forward pass in the
+            # backward pass, too.
+            self._others = [
+                self._input(coefficient)
+                for coefficient in coefficients_of(*depending)
+                if coefficient not in controlled
+            ]
+            copies = {
+                entry.original: entry.copy for entry in [*self.inputs.values(), *self._others]
+            }
+            self._over_copies = [
+                ufl.replace(expression, copies) for expression in self._expressions
+            ]
             self.conditions = []
-            for condition, expression, depends in zip(self._given, self._over_copies, self._depends):
+            for condition, expression, depends in zip(
+                self._given, self._over_copies, self._depends
+            ):
                 if depends:
                     condition = condition.reconstruct(g=expression)
                 elif controls is None:
@@ -91,9 +124,13 @@ class BoundaryData:
                     condition = copy.copy(condition)
                 # Others keep the user's values, whatever these are when they are asked for.
                 self.conditions.append(condition)
-        self.meshes = list(dict.fromkeys(
-            mesh for condition, expression in zip(self._given, self._expressions)
-            for mesh in _meshes_of_values(condition, expression)))
+        self.meshes = list(
+            dict.fromkeys(
+                mesh
+                for condition, expression in zip(self._given, self._expressions)
+                for mesh in _meshes_of_values(condition, expression)
+            )
+        )
         self._coordinates = {mesh: _Coordinates(mesh) for mesh in self.meshes}
         # The inputs, by their places, and the meshes that there is a direction of.
         self._direction: tuple = ()
@@ -104,19 +141,25 @@ class BoundaryData:
 
     def _input(self, coefficient) -> Input:
         """What stands for a coefficient, with variables on each mesh that it gives values on."""
-        meshes = [condition.function_space().mesh().unique()
-                  for condition, expression in zip(self._given, self._expressions)
-                  if any(coefficient is other for other in coefficients_of(expression))]
+        meshes = [
+            condition.function_space().mesh().unique()
+            for condition, expression in zip(self._given, self._expressions)
+            if any(coefficient is other for other in coefficients_of(expression))
+        ]
         return Input(coefficient, list(dict.fromkeys(meshes)))
 
     @property
     def is_current(self) -> bool:
         """Whether the problem's conditions still have the expressions that they had."""
-        return all(boundary_expression(condition) is expression
-                   for condition, expression in zip(self._given, self._expressions))
+        return all(
+            boundary_expression(condition) is expression
+            for condition, expression in zip(self._given, self._expressions)
+        )
 
     def others(self) -> list[np.ndarray]:
-        """The present values of the coefficients that are no controls, in expressions that have controls, too; not to be written to."""
+        """The present values of the coefficients that are no controls, in expressions that have
+        controls, too; not to be written to.
+        """
         return [entry.present_values() for entry in self._others]
 
     def write(self, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray] = ()) -> None:
@@ -135,7 +178,9 @@ class BoundaryData:
             entry.write(other)
 
     def values(self, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
-        """Rank-local boundary values, zero elsewhere, shape (n,), where :meth:`write` puts the inputs."""
+        """Rank-local boundary values, zero elsewhere, shape (n,), where :meth:`write` puts the
+        inputs.
+        """
         with stop_annotating():
             self.write(values, others)
             self._values.dat.zero()
@@ -145,7 +190,13 @@ class BoundaryData:
 
     # First derivatives
 
-    def gradient(self, place: int, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray], cotangent: np.ndarray) -> np.ndarray:
+    def gradient(
+        self,
+        place: int,
+        values: Mapping[int, np.ndarray],
+        others: Sequence[np.ndarray],
+        cotangent: np.ndarray,
+    ) -> np.ndarray:
         """The derivative by an input of a functional of the boundary values.
 
         Parameters
@@ -196,8 +247,10 @@ class BoundaryData:
         key = "tangent", *self._direction
         with stop_annotating():
             if key not in self._kept:
-                self._kept[key] = [_Tangent(*part, expression) for part, expression
-                                   in zip(self._parts, self._in_direction())]
+                self._kept[key] = [
+                    _Tangent(*part, expression)
+                    for part, expression in zip(self._parts, self._in_direction())
+                ]
             out = np.zeros(self.size)
             for part in self._kept[key]:
                 part.put(self._values, out)
@@ -206,11 +259,15 @@ class BoundaryData:
     # Second derivatives: the first ones in a direction
 
     def second_by_input(self, place: int, cotangent: np.ndarray) -> np.ndarray:
-        """The derivative of :meth:`by_input` in the direction of the last tangent, the cotangent fixed."""
+        """The derivative of :meth:`by_input` in the direction of the last tangent, the cotangent
+        fixed.
+        """
         return self._total(self.inputs[place], self._second(place), cotangent)
 
     def second_by_mesh(self, mesh, cotangent: np.ndarray) -> Cofunction:
-        """The derivative of :meth:`by_mesh` in the direction of the last tangent, the cotangent fixed."""
+        """The derivative of :meth:`by_mesh` in the direction of the last tangent, the cotangent
+        fixed.
+        """
         return self._by_mesh(mesh, self._second(mesh), cotangent)
 
     def needs_value(self, place: int) -> bool:
@@ -219,14 +276,21 @@ class BoundaryData:
 
     @cached_property
     def _bent(self) -> set[int]:
-        """The inputs that values are not affine in, or affine in with a factor that is another input."""
-        derivatives = [_derivative(expression, variable, TestFunction(variable.function_space()))
-                       for expression in self._in_variables
-                       for group in map(self._group, [*self.inputs, *self._coordinates])
-                       for variable in group.variables]
+        """The inputs that values are not affine in, or affine in with a factor that is another
+        input.
+        """
+        derivatives = [
+            _derivative(expression, variable, TestFunction(variable.function_space()))
+            for expression in self._in_variables
+            for group in map(self._group, [*self.inputs, *self._coordinates])
+            for variable in group.variables
+        ]
         found = coefficients_of(*derivatives)
-        return {place for place, entry in self.inputs.items()
-                if any(variable is other for variable in entry.variables for other in found)}
+        return {
+            place
+            for place, entry in self.inputs.items()
+            if any(variable is other for variable in entry.variables for other in found)
+        }
 
     # What they are made of
 
@@ -253,8 +317,9 @@ class BoundaryData:
     @cached_property
     def _in_variables(self) -> list:
         """The expressions over all that they can be differentiated by."""
-        coordinates = {SpatialCoordinate(mesh): group.variables[0]
-                       for mesh, group in self._coordinates.items()}
+        coordinates = {
+            SpatialCoordinate(mesh): group.variables[0] for mesh, group in self._coordinates.items()
+        }
         expressions = []
         for condition, expression in zip(self._given, self._over_copies):
             mesh = condition.function_space().mesh().unique()
@@ -275,10 +340,15 @@ class BoundaryData:
 
     def _in_direction(self) -> list:
         """The derivatives of the expressions in the direction that was set."""
-        pairs = [pair for group in map(self._group, self._direction)
-                 for pair in zip(group.variables, group.directions)]
-        return [sum((_derivative(expression, *pair) for pair in pairs), ufl.zero(expression.ufl_shape))
-                for expression in self._in_variables]
+        pairs = [
+            pair
+            for group in map(self._group, self._direction)
+            for pair in zip(group.variables, group.directions)
+        ]
+        return [
+            sum((_derivative(expression, *pair) for pair in pairs), ufl.zero(expression.ufl_shape))
+            for expression in self._in_variables
+        ]
 
     def _first(self, what) -> list[_Gradient]:
         if what not in self._kept:
@@ -296,35 +366,49 @@ class BoundaryData:
             self._check_mesh(what)
         group = self._group(what)
         with stop_annotating():
-            return [_Gradient(*part, expression, group) for part, expression in zip(self._parts, expressions)
-                    if any(variable in coefficients_of(expression) for variable in group.variables)]
+            return [
+                _Gradient(*part, expression, group)
+                for part, expression in zip(self._parts, expressions)
+                if any(variable in coefficients_of(expression) for variable in group.variables)
+            ]
 
     def _total(self, entry: Input, gradients: list[_Gradient], cotangent: np.ndarray) -> np.ndarray:
         with stop_annotating():
-            total = sum((gradient.weighted(self._values, cotangent) for gradient in gradients),
-                        np.zeros(entry.size*len(entry.meshes)))
+            total = sum(
+                (gradient.weighted(self._values, cotangent) for gradient in gradients),
+                np.zeros(entry.size * len(entry.meshes)),
+            )
         return self.comm.allreduce(entry.summed(total), MPI.SUM) if entry.is_real else total
 
     def _by_mesh(self, mesh, gradients: list[_Gradient], cotangent: np.ndarray) -> Cofunction:
         with stop_annotating():
             total = Cofunction(mesh.coordinates.function_space().dual())
-            set_local_values(total, sum((gradient.weighted(self._values, cotangent)
-                                         for gradient in gradients), np.zeros(local_values(total).size)))
+            set_local_values(
+                total,
+                sum(
+                    (gradient.weighted(self._values, cotangent) for gradient in gradients),
+                    np.zeros(local_values(total).size),
+                ),
+            )
         return total
 
     def _check_mesh(self, mesh) -> None:
-        """Refuse to differentiate by a mesh that values depend on by more than where its points are."""
+        """Refuse to differentiate by a mesh that values depend on by more than where its points
+        are.
+        """
         for condition, expression in zip(self._given, self._expressions):
             bound = _bound_to_mesh(condition, expand_derivatives(expression))
             if mesh in bound:
                 raise ValueError(
-                    f"the boundary values of {condition.function_space().ufl_element()} cannot be "
-                    f"differentiated by the coordinates of the mesh, since they depend on {bound[mesh]}: "
-                    "interpolate them into a Function of that space first")
+                    f"the boundary values of {condition.function_space().ufl_element()} cannot be"
+                    " differentiated by the coordinates of the mesh, since they depend on"
+                    f" {bound[mesh]}: interpolate them into a Function of that space first"
+                )
 
 
 class _Coordinates:
-    """The coordinates of a mesh as something that boundary values depend on, as on an :class:`Input`.
+    """The coordinates of a mesh as something that boundary values depend on, as on an
+    :class:`Input`.
 
     Parameters
     ----------
@@ -337,7 +421,8 @@ class _Coordinates:
     def __init__(self, mesh):
         space = mesh.coordinates.function_space()
         with stop_annotating():
-            # To UFL the mesh's own Function is the position in space, of which all else is one, too.
+            # To UFL the mesh's own Function is the position in space, of which all else is one,
+            # too.
             self.variables = [Function(space, val=mesh.coordinates.dat)]
             self.directions = [Function(space)]
 
@@ -361,7 +446,11 @@ class _Part:
 
     def _interpolator(self, expression, target):
         """What interpolates an expression; None where that is zero."""
-        return None if isinstance(expression, classes.Zero) else get_interpolator(interpolate(expression, target))
+        return (
+            None
+            if isinstance(expression, classes.Zero)
+            else get_interpolator(interpolate(expression, target))
+        )
 
 
 class _Tangent(_Part):
@@ -375,8 +464,9 @@ class _Tangent(_Part):
         """Write it to rank-local values."""
         if self._interpolated is not None:
             whole.dat.zero()
-            set_local_values(extract_subfunction(whole, self._space),
-                             local_values(self._interpolated.assemble()))
+            set_local_values(
+                extract_subfunction(whole, self._space), local_values(self._interpolated.assemble())
+            )
             out[self._dofs] = local_values(whole)[self._dofs]
 
 
@@ -405,25 +495,33 @@ class _Gradient(_Part):
                 ones = [Function(variable.function_space()) for variable in group.variables]
                 for one in ones:
                     one.dat.data_wo[...] = 1.0
-                self._tangents = [self._interpolator(_derivative(expression, *pair), self._own_space)
-                                  for pair in zip(group.variables, ones)]
+                self._tangents = [
+                    self._interpolator(_derivative(expression, *pair), self._own_space)
+                    for pair in zip(group.variables, ones)
+                ]
                 for tangent in filter(None, self._tangents):
                     tangent.assemble()
             else:
-                variable, = group.variables
+                (variable,) = group.variables
                 test = TestFunction(variable.function_space())
-                self._adjoint = self._interpolator(_derivative(expression, variable, test), self._cotangent)
+                self._adjoint = self._interpolator(
+                    _derivative(expression, variable, test), self._cotangent
+                )
                 self._zero = np.zeros(local_values(variable).size)
                 if self._adjoint is not None:
                     self._adjoint.assemble()
                     if _may_jump(self._own_space, expression):
                         self._make_probe(expression, variable)
         except Exception as error:  # whatever UFL, TSFC or the element raise
-            raise ValueError(f"the boundary values made from '{group.name}' cannot be differentiated by it, so it cannot be a control: "
-                             f"{error}") from error
+            raise ValueError(
+                f"the boundary values made from '{group.name}' cannot be differentiated by it, so"
+                f" it cannot be a control: {error}"
+            ) from error
 
     def weighted(self, whole: Function, cotangent: np.ndarray) -> np.ndarray:
-        """The derivative weighted by a cotangent of the boundary values; rank-local sums where the input is Real."""
+        """The derivative weighted by a cotangent of the boundary values; rank-local sums where the
+        input is Real.
+        """
         own = np.zeros_like(cotangent)
         own[self._dofs] = cotangent[self._dofs]
         set_local_values(whole, own)
@@ -431,8 +529,12 @@ class _Gradient(_Part):
         if self._is_identity:
             return own
         if self._is_real:
-            return np.array([0.0 if tangent is None else own @ local_values(tangent.assemble())
-                             for tangent in self._tangents])
+            return np.array(
+                [
+                    0.0 if tangent is None else own @ local_values(tangent.assemble())
+                    for tangent in self._tangents
+                ]
+            )
         if self._adjoint is None:
             return self._zero
         set_local_values(self._cotangent, own)
@@ -453,14 +555,15 @@ class _Gradient(_Part):
 
         At a node these are of one of its cells, and the gradient is of all.
         """
-        along = cotangent*local_values(self._along_probe.assemble())
+        along = cotangent * local_values(self._along_probe.assemble())
         sums = np.array([along.sum() - gradient @ local_values(self._probe), np.abs(along).sum()])
         difference, size = self._space.mesh().comm.allreduce(sums, MPI.SUM)
-        if abs(difference) > 1e-8*size:
+        if abs(difference) > 1e-8 * size:
             raise ValueError(
                 f"the boundary values made from '{self._name}' jump where cells meet, and a "
                 "DirichletBC takes those of one of the cells, which Firedrake's interpolation does "
-                "not differentiate: project them into a Function of the condition's space first")
+                "not differentiate: project them into a Function of the condition's space first"
+            )
 
 
 def _may_jump(space, expression) -> bool:
@@ -473,8 +576,10 @@ def _may_jump(space, expression) -> bool:
         if isinstance(node, Function):
             return node.function_space().ufl_element() not in ufl.H1
         is_geometric = isinstance(node, classes.GeometricQuantity)
-        return (isinstance(node, classes.Derivative)
-                or (is_geometric and not isinstance(node, classes.SpatialCoordinate)))
+        return isinstance(node, classes.Derivative) or (
+            is_geometric and not isinstance(node, classes.SpatialCoordinate)
+        )
+
     return any(map(may, unique_pre_traversal(expression)))
 
 
@@ -483,7 +588,8 @@ def _derivative(expression, variable: Function, direction):
 
 
 def _bound_to_mesh(condition, expression) -> dict:
-    """The meshes that values depend on by more than where the points of the mesh are, each with what by.
+    """The meshes that values depend on by more than where the points of the mesh are, each with
+    what by.
 
     Parameters
     ----------
@@ -511,13 +617,20 @@ def _bound_to_mesh(condition, expression) -> dict:
 
 def _holds_dofs(condition, expression) -> bool:
     """Whether values are those of a Function as they are, wherever the mesh is."""
-    return (isinstance(expression, Function) and not is_real(expression)
-            and expression.function_space() == condition.function_space())
+    return (
+        isinstance(expression, Function)
+        and not is_real(expression)
+        and expression.function_space() == condition.function_space()
+    )
 
 
 def _meshes_of_values(condition, expression) -> list:
     """The meshes on whose coordinates the values of a condition depend."""
     expression = expand_derivatives(expression)
-    own = [mesh for node in unique_pre_traversal(expression)
-           if isinstance(node, classes.SpatialCoordinate) for mesh in extract_domains(node)]
+    own = [
+        mesh
+        for node in unique_pre_traversal(expression)
+        if isinstance(node, classes.SpatialCoordinate)
+        for mesh in extract_domains(node)
+    ]
     return list(dict.fromkeys([*own, *_bound_to_mesh(condition, expression)]))

@@ -1,4 +1,7 @@
-"""What preconditioners depend on beside the forms of a problem: an application context, and what a user's own code names."""
+"""What preconditioners depend on beside the forms of a problem: an application context, and what a
+user's own code names.
+"""
+
 from __future__ import annotations
 
 import dis
@@ -17,9 +20,29 @@ from prdp_fem.problem.inputs import coefficients_of
 
 __all__ = ["coefficients_in", "condenses_locally", "over_copies", "users_code"]
 
-# Whose code names no coefficient of a user's: it is given them by forms and by the application context.
-_LIBRARIES = frozenset({"firedrake", "FIAT", "finat", "gem", "mpi4py", "numpy", "petsc4py", "petsctools", "prdp_fem", "pyadjoint",
-                        "pyop2", "scipy", "torch", "tsfc", "ufl", *sys.stdlib_module_names} - {"__main__"})
+# Whose code names no coefficient of a user's: it is given them by forms and by the application
+# context.
+_LIBRARIES = frozenset(
+    {
+        "firedrake",
+        "FIAT",
+        "finat",
+        "gem",
+        "mpi4py",
+        "numpy",
+        "petsc4py",
+        "petsctools",
+        "prdp_fem",
+        "pyadjoint",
+        "pyop2",
+        "scipy",
+        "torch",
+        "tsfc",
+        "ufl",
+        *sys.stdlib_module_names,
+    }
+    - {"__main__"}
+)
 _GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _SYMBOLIC = (ufl.core.expr.Expr, ufl.BaseForm)
 
@@ -30,7 +53,8 @@ def over_copies(value, copy_of: Callable):
     Parameters
     ----------
     value : object
-        An expression or form, a condition, a dictionary, list, tuple or namespace of such, or anything else.
+        An expression or form, a condition, a dictionary, list, tuple or namespace of such, or
+        anything else.
     copy_of : callable
         Gives what stands for an expression or a form.
 
@@ -75,7 +99,8 @@ def coefficients_in(values: Iterable) -> tuple[list, list]:
     list
         Those for which :func:`over_copies` puts in copies.
     list
-        Those that a user's code finds by itself: by a name of its module, in a closure, as an attribute.
+        Those that a user's code finds by itself: by a name of its module, in a closure, as an
+        attribute.
     """
     told: dict = {}
     named: dict = {}
@@ -99,8 +124,11 @@ class _Search:
         self._seen[id(value)] = value
         if isinstance(value, (Mapping, list, tuple, SimpleNamespace)):
             # Of these over_copies makes others; what is in a user's objects stays there.
-            parts = value if isinstance(value, (list, tuple)) else (
-                vars(value) if isinstance(value, SimpleNamespace) else value).values()
+            parts = (
+                value
+                if isinstance(value, (list, tuple))
+                else (vars(value) if isinstance(value, SimpleNamespace) else value).values()
+            )
             for part in parts:
                 self.look_at(part, found)
             return
@@ -129,7 +157,11 @@ def _parts(value) -> Iterator:
         for base in value.__mro__:
             if not _is_of_library(base):
                 yield from list(vars(base).values())
-    elif hasattr(value, "__dict__") and not isinstance(value, ModuleType) and not _is_of_library(type(value)):
+    elif (
+        hasattr(value, "__dict__")
+        and not isinstance(value, ModuleType)
+        and not _is_of_library(type(value))
+    ):
         yield from list(vars(value).values())
         yield type(value)
 
@@ -142,8 +174,14 @@ def _of_function(function: FunctionType) -> Iterator:
         except ValueError:  # nothing is in it yet
             pass
     for code in _codes(function.__code__):
-        names = {instruction.argval for instruction in dis.get_instructions(code) if instruction.opname in _GLOBALS}
-        for value in [function.__globals__[name] for name in sorted(names & function.__globals__.keys())]:
+        names = {
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            if instruction.opname in _GLOBALS
+        }
+        for value in [
+            function.__globals__[name] for name in sorted(names & function.__globals__.keys())
+        ]:
             if not isinstance(value, ModuleType):
                 yield value
             elif value.__name__.partition(".")[0] not in _LIBRARIES:
@@ -170,8 +208,8 @@ def users_code(options: Mapping) -> list[type]:
 def condenses_locally(options: Mapping) -> bool:
     """Whether options name a preconditioner that inverts the matrices of cells.
 
-    HybridizationPC does. Where one is singular, as with a coefficient that has no values yet, the code that Slate has
-    generated ends the process: no error can be caught.
+    HybridizationPC does. Where one is singular, as with a coefficient that has no values yet, the
+    code that Slate has generated ends the process: no error can be caught.
     """
     return any(issubclass(kind, SCBase) for kind in _classes_in(options))
 

@@ -1,4 +1,7 @@
-"""The one place that touches what Firedrake keeps private: names here may change with a Firedrake release."""
+"""The one place that touches what Firedrake keeps private: names here may change with a Firedrake
+release.
+"""
+
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
@@ -23,13 +26,35 @@ from tsfc.ufl_utils import compute_form_data
 from prdp_fem.krylov.nested import is_self_contained
 from prdp_fem.memory.memory import Memory
 
-__all__ = ["Callbacks", "ConstantDerivative", "CoordinateAssembler", "MatrixAssembler", "Predecessor", "SolverContext",
-           "applies_boundary_first", "assemble_directly", "assemble_into", "assemble_operators",
-           "assigned_from", "boundary_expression", "call_before_jacobian", "constructor_arguments",
-           "extract_subfunction", "has_block_variable", "has_schedule", "has_solved",
-           "has_taped_number", "is_lost",
-           "maybe_disk_checkpoint", "operators", "options_in_place", "pin_quadrature", "problem_of",
-           "share_transfers", "spaces_of_basis"]
+__all__ = [
+    "Callbacks",
+    "ConstantDerivative",
+    "CoordinateAssembler",
+    "MatrixAssembler",
+    "Predecessor",
+    "SolverContext",
+    "applies_boundary_first",
+    "assemble_directly",
+    "assemble_into",
+    "assemble_operators",
+    "assigned_from",
+    "boundary_expression",
+    "call_before_jacobian",
+    "constructor_arguments",
+    "extract_subfunction",
+    "has_block_variable",
+    "has_schedule",
+    "has_solved",
+    "has_taped_number",
+    "is_lost",
+    "maybe_disk_checkpoint",
+    "operators",
+    "options_in_place",
+    "pin_quadrature",
+    "problem_of",
+    "share_transfers",
+    "spaces_of_basis",
+]
 
 
 class ConstantDerivative(Constant):
@@ -53,9 +78,11 @@ _LOOKED_UP = ("view", "monitor", "reason", "error", "test")
 
 
 class SolverContext:
-    """What preconditioners that ask Firedrake for forms, and PETSc objects that ask for options, find in place.
+    """What preconditioners that ask Firedrake for forms, and PETSc objects that ask for options,
+    find in place.
 
-    Called, it is a context manager. Where neither is the case, :attr:`is_needed` is False once the KSP is set up.
+    Called, it is a context manager. Where neither is the case, :attr:`is_needed` is False once the
+    KSP is set up.
 
     Parameters
     ----------
@@ -69,19 +96,29 @@ class SolverContext:
         forms = [form for form in (problem.F, problem.J, problem.Jp, problem.E) if form is not None]
         spaces = [entry.function_space() for form in forms for entry in form.coefficients()]
         spaces += [condition.function_space() for condition in problem.dirichlet_bcs()]
-        dms = {dm.handle: dm for dm in (space.dm for space in spaces) if dm is not None and dm.handle != solution_dm.handle}
-        # Coefficients' DMs need a context the first time only; Firedrake remembers the hooks of the last one.
+        dms = {
+            dm.handle: dm
+            for dm in (space.dm for space in spaces)
+            if dm is not None and dm.handle != solution_dm.handle
+        }
+        # Coefficients' DMs need a context the first time only; Firedrake remembers the hooks of the
+        # last one.
         self._dms = [*dms.values(), solution_dm]
 
     @property
     def is_needed(self) -> bool:
-        """Whether solves with a KSP that is set up may look for it; entering it costs as much as a small solve."""
+        """Whether solves with a KSP that is set up may look for it; entering it costs as much as a
+        small solve.
+        """
         solver = self._solver
         ksp = solver.snes.getKSP()
-        return (ksp.getType() == "python" or not is_self_contained(ksp)
-                or bool(solver._transfer_operators)
-                or any(operator.getType() == "python" for operator in operators(solver))
-                or any(word in option for option in solver.parameters for word in _LOOKED_UP))
+        return (
+            ksp.getType() == "python"
+            or not is_self_contained(ksp)
+            or bool(solver._transfer_operators)
+            or any(operator.getType() == "python" for operator in operators(solver))
+            or any(word in option for option in solver.parameters for word in _LOOKED_UP)
+        )
 
     @contextmanager
     def __call__(self):
@@ -98,10 +135,14 @@ class SolverContext:
 
 @contextmanager
 def options_in_place(solver):
-    """What is there while a solver's constructor has PETSc objects read options; nothing of it is kept."""
-    # Once there are hooks, Firedrake takes no others; and those that are kept would be all of a solve's.
-    hooks = dmhooks.add_hooks(solver.snes.getDM(), solver, appctx=solver._ctx,
-                              save="setup_hooks" in vars(solver))
+    """What is there while a solver's constructor has PETSc objects read options; nothing of it is
+    kept.
+    """
+    # Once there are hooks, Firedrake takes no others; and those that are kept would be all of a
+    # solve's.
+    hooks = dmhooks.add_hooks(
+        solver.snes.getDM(), solver, appctx=solver._ctx, save="setup_hooks" in vars(solver)
+    )
     with solver.inserted_options(), hooks:
         yield
 
@@ -113,7 +154,9 @@ def has_solved(solver) -> bool:
 
 
 def applies_boundary_first(solver) -> bool:
-    """Whether a solver is to be given a guess with the boundary values; False for ``pre_apply_bcs=False``."""
+    """Whether a solver is to be given a guess with the boundary values; False for
+    ``pre_apply_bcs=False``.
+    """
     return solver._ctx.pre_apply_bcs
 
 
@@ -140,12 +183,16 @@ def constructor_arguments(solver) -> dict:
     That is the ``options_prefix``, by which all that is inside a preconditioner looks up its
     options, and the ``mat_type`` of a solver that was made for assembled matrices.
     """
-    arguments = {**solver._ad_kwargs, "ad_block_tag": solver.ad_block_tag,
-                 "options_prefix": solver.options_prefix}
+    arguments = {
+        **solver._ad_kwargs,
+        "ad_block_tag": solver.ad_block_tag,
+        "options_prefix": solver.options_prefix,
+    }
     problem = problem_of(solver)
     matrices = {"mat_type": problem.J, "pmat_type": problem.Jp}
-    mat_types = {name: matrix.mat_type for name, matrix in matrices.items()
-                 if isinstance(matrix, MatrixBase)}
+    mat_types = {
+        name: matrix.mat_type for name, matrix in matrices.items() if isinstance(matrix, MatrixBase)
+    }
     if mat_types:
         given = flatten_parameters(arguments.get("solver_parameters") or {})
         arguments["solver_parameters"] = {**given, **mat_types}
@@ -204,7 +251,8 @@ class Predecessor:
 
 
 class Callbacks:
-    """What a SNES calls for objective, residual and Jacobian: Firedrake, on the host, whatever memory the SNES works in.
+    """What a SNES calls for objective, residual and Jacobian: Firedrake, on the host, whatever
+    memory the SNES works in.
 
     Parameters
     ----------
@@ -219,12 +267,14 @@ class Callbacks:
         self._has_pattern = False
 
     def attach(self) -> None:
-        """Have the SNES call them: solvers of one function space share its DM, which holds the callbacks."""
+        """Have the SNES call them: solvers of one function space share its DM, which holds the
+        callbacks.
+        """
         context, snes = self._context, self._solver.snes
         if self._memory.device is None:
             context.set_objective(snes)
-            # Not Firedrake's own vector, which each evaluation writes to: a SNES that tries a step and refuses it still has the residual
-            # of where it stands.
+            # Not Firedrake's own vector, which each evaluation writes to: a SNES that tries a step
+            # and refuses it still has the residual of where it stands.
             snes.setFunction(context.form_function, self._residual)
             context.set_jacobian(snes)
         else:
@@ -250,15 +300,20 @@ class Callbacks:
 
 
 def assemble_operators(solver, state: PETSc.Vec) -> None:
-    """Assemble the operators anew from the present values of their coefficients, with nullspaces attached; inside its context."""
+    """Assemble the operators anew from the present values of their coefficients, with nullspaces
+    attached; inside its context.
+    """
     context = solver._ctx
-    # A user's promise that the Jacobian is constant makes Firedrake skip the assembly: whoever calls this knows better.
+    # A user's promise that the Jacobian is constant makes Firedrake skip the assembly: whoever
+    # calls this knows better.
     context._jacobian_assembled = False
     context.form_jacobian(solver.snes, state, *operators(solver))
 
 
 def assemble_directly(solver) -> None:
-    """Have a solver assemble its residual without needless questions, and its operators, where they allow it, in coordinate format."""
+    """Have a solver assemble its residual without needless questions, and its operators, where they
+    allow it, in coordinate format.
+    """
     context = solver._ctx
     context._assemble_residual = partial(assemble_into, context._assemble_residual.__self__)
     if context._post_jacobian_callback is not None:
@@ -269,11 +324,16 @@ def assemble_directly(solver) -> None:
 
 
 def _fastest(assembler, matrix):
-    return CoordinateAssembler(assembler, matrix) if CoordinateAssembler.serves(assembler, matrix) else assembler.assemble
+    return (
+        CoordinateAssembler(assembler, matrix)
+        if CoordinateAssembler.serves(assembler, matrix)
+        else assembler.assemble
+    )
 
 
 class MatrixAssembler:
-    """Assembles a bilinear form into a matrix of its own, with zero rows and columns where there are boundary conditions.
+    """Assembles a bilinear form into a matrix of its own, with zero rows and columns where there
+    are boundary conditions.
 
     Parameters
     ----------
@@ -284,7 +344,9 @@ class MatrixAssembler:
     """
 
     def __init__(self, form: ufl.Form, conditions: list, parameters: dict | None):
-        assembler = get_assembler(form, bcs=conditions, form_compiler_parameters=parameters, mat_type="aij", weight=0.0)
+        assembler = get_assembler(
+            form, bcs=conditions, form_compiler_parameters=parameters, mat_type="aij", weight=0.0
+        )
         self._matrix = assembler.allocate()
         self._assemble = _fastest(assembler, self._matrix)
 
@@ -297,7 +359,8 @@ class MatrixAssembler:
 def assemble_into(assembler, tensor, current_state=None) -> None:
     """Assemble a linear form into a tensor that was made for it.
 
-    Firedrake compares the two spaces at each call, which takes it longer than to assemble a small form.
+    Firedrake compares the two spaces at each call, which takes it longer than to assemble a small
+    form.
     """
     if not isinstance(assembler, OneFormAssembler):
         assembler.assemble(tensor=tensor, current_state=current_state)
@@ -309,11 +372,13 @@ def assemble_into(assembler, tensor, current_state=None) -> None:
 
 
 class CoordinateAssembler:
-    """Assembles a bilinear form into a matrix that Firedrake has allocated, by PETSc's coordinate format.
+    """Assembles a bilinear form into a matrix that Firedrake has allocated, by PETSc's coordinate
+    format.
 
-    Firedrake's kernels write the tensors of all cells (and facets) into one array, and PETSc adds its entries up by a plan made once.
-    Firedrake itself puts each tensor into the matrix as it is computed, which takes longer than to compute it, and takes those of
-    other ranks in the order in which they arrive; here assembling again gives the same bits, whatever the number of ranks.
+    Firedrake's kernels write the tensors of all cells (and facets) into one array, and PETSc adds
+    its entries up by a plan made once. Firedrake itself puts each tensor into the matrix as it is
+    computed, which takes longer than to compute it, and takes those of other ranks in the order in
+    which they arrive; here assembling again gives the same bits, whatever the number of ranks.
 
     Parameters
     ----------
@@ -324,26 +389,34 @@ class CoordinateAssembler:
 
     def __init__(self, assembler, matrix):
         self._assembler, self._matrix = assembler, matrix
-        # The entries of all tensors and the diagonal's, and how many those of the tensors are; None before the first call.
+        # The entries of all tensors and the diagonal's, and how many those of the tensors are; None
+        # before the first call.
         self._values: np.ndarray | None = None
         self._size = 0
         self._loops: list = []
 
     @staticmethod
     def serves(assembler, matrix) -> bool:
-        """Whether the matrix is a plain one, and each integral's tensors belong to entities of one plain set."""
-        return (isinstance(assembler, ExplicitMatrixAssembler)
-                and matrix.petscmat.getType() in ("seqaij", "mpiaij")
-                and all(isinstance(condition, DirichletBC) for condition in matrix.bcs)
-                and all(type(map_) is op2.Map and not map_.iterset._extruded
-                        for loop in assembler.parloops(matrix) for map_ in loop.arguments[0].maps))
+        """Whether the matrix is a plain one, and each integral's tensors belong to entities of one
+        plain set.
+        """
+        return (
+            isinstance(assembler, ExplicitMatrixAssembler)
+            and matrix.petscmat.getType() in ("seqaij", "mpiaij")
+            and all(isinstance(condition, DirichletBC) for condition in matrix.bcs)
+            and all(
+                type(map_) is op2.Map and not map_.iterset._extruded
+                for loop in assembler.parloops(matrix)
+                for map_ in loop.arguments[0].maps
+            )
+        )
 
     def __call__(self, tensor) -> None:
         """Assemble into the matrix, which Firedrake passes."""
         assert tensor is self._matrix
         if self._values is None:
             self._values = self._plan()
-        self._values[:self._size] = 0.0
+        self._values[: self._size] = 0.0
         for loop in self._loops:
             loop()
         self._matrix.petscmat.setValuesCOO(self._values)
@@ -359,12 +432,15 @@ class CoordinateAssembler:
         bounds = np.cumsum([0, *(part.size for part in parts)])
         self._size = bounds[-1]
         values = np.concatenate([np.zeros(self._size), diagonal_values])
-        self._loops = [part.loop_into(values[start:stop])
-                       for part, start, stop in zip(parts, bounds, bounds[1:])]
+        self._loops = [
+            part.loop_into(values[start:stop])
+            for part, start, stop in zip(parts, bounds, bounds[1:])
+        ]
         return values
 
     def _diagonal(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows that this rank owns, and their values: those of boundary rows; zero where there is only room for factorisations.
+        """The rows that this rank owns, and their values: those of boundary rows; zero where there
+        is only room for factorisations.
 
         A matrix between two spaces has none.
         """
@@ -391,34 +467,57 @@ class _ElementTensors:
     def __init__(self, loop):
         self._loop = loop
         self._output = loop.arguments[0]
-        # Dofs a node has, in rows and in columns: PyOP2 has a table of such pairs, of one entry where there is one block.
+        # Dofs a node has, in rows and in columns: PyOP2 has a table of such pairs, of one entry
+        # where there is one block.
         self._block_sizes = loop.global_kernel.arguments[0].dims[0][0]
         self._entities = self._output.maps[0].iterset
-        self._shape = tuple(map_.arity*size for map_, size in zip(self._output.maps, self._block_sizes))
+        self._shape = tuple(
+            map_.arity * size for map_, size in zip(self._output.maps, self._block_sizes)
+        )
 
     @property
     def size(self) -> int:
         """Number of entries, those of entities in the halo included."""
-        return self._entities.total_size*int(np.prod(self._shape))
+        return self._entities.total_size * int(np.prod(self._shape))
 
     def loop_into(self, values: np.ndarray):
         """The loop, writing to an array."""
         kernel, arguments = self._loop.global_kernel, self._loop.arguments
-        dat = op2.Dat(self._entities**self._shape, values.reshape(-1, *self._shape), dtype=values.dtype)
-        direct = op2.GlobalKernel(kernel.local_kernel, [op2.DatKernelArg(self._shape), *kernel.arguments[1:]], subset=kernel._subset)
+        dat = op2.Dat(
+            self._entities**self._shape, values.reshape(-1, *self._shape), dtype=values.dtype
+        )
+        direct = op2.GlobalKernel(
+            kernel.local_kernel,
+            [op2.DatKernelArg(self._shape), *kernel.arguments[1:]],
+            subset=kernel._subset,
+        )
         return op2.Parloop(direct, self._loop.iterset, [op2.DatParloopArg(dat), *arguments[1:]])
 
     def indices(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns in the order of the entries; negative where nothing belongs."""
-        lgmaps = self._output.data.handle.getLGMap() if self._output.lgmaps is None else self._output.lgmaps[0]
+        lgmaps = (
+            self._output.data.handle.getLGMap()
+            if self._output.lgmaps is None
+            else self._output.lgmaps[0]
+        )
         iterated = self._loop.iterset
         mask = np.zeros(self._entities.total_size, dtype=bool)
-        mask[iterated.indices[:iterated.size] if isinstance(iterated, op2.Subset) else slice(iterated.size)] = True
+        mask[
+            (
+                iterated.indices[: iterated.size]
+                if isinstance(iterated, op2.Subset)
+                else slice(iterated.size)
+            )
+        ] = True
         dofs = []
         for map_, size, lgmap in zip(self._output.maps, self._block_sizes, lgmaps):
-            local = (map_.values_with_halo[:, :, None]*size + np.arange(size)).reshape(len(mask), map_.arity*size)
+            local = (map_.values_with_halo[:, :, None] * size + np.arange(size)).reshape(
+                len(mask), map_.arity * size
+            )
             # The map of a block of a mixed matrix says that it has blocks, but counts dofs.
-            found = (lgmap.block_indices if isinstance(self._output.data, MatBlock) else lgmap.indices)[local]
+            found = (
+                lgmap.block_indices if isinstance(self._output.data, MatBlock) else lgmap.indices
+            )[local]
             found[~mask] = -1
             dofs.append(found)
         rows, columns = np.broadcast_arrays(dofs[0][:, :, None], dofs[1][:, None, :])
@@ -428,8 +527,8 @@ class _ElementTensors:
 def boundary_expression(condition):
     """The UFL expression that a Dirichlet condition has its values from, before it is interpolated.
 
-    That is the one which was set last, also by ``homogenize`` and ``restore``, and of a list or tuple the
-    tensor that it makes.
+    That is the one which was set last, also by ``homogenize`` and ``restore``, and of a list or
+    tuple the tensor that it makes.
     """
     update = vars(condition).get("_function_arg_update")
     if update is None:
@@ -440,54 +539,82 @@ def boundary_expression(condition):
 
 
 def has_taped_number(condition) -> bool:
-    """Whether a Dirichlet condition was given a float from pyadjoint's tape, which is a mere number to UFL."""
+    """Whether a Dirichlet condition was given a float from pyadjoint's tape, which is a mere number
+    to UFL.
+    """
+
     def is_one(value) -> bool:
-        return any(map(is_one, value)) if isinstance(value, (list, tuple)) else isinstance(value, AdjFloat)
-    return is_one(condition._original_arg) and not isinstance(condition._function_arg, ufl.classes.Zero)
+        return (
+            any(map(is_one, value))
+            if isinstance(value, (list, tuple))
+            else isinstance(value, AdjFloat)
+        )
+
+    return is_one(condition._original_arg) and not isinstance(
+        condition._function_arg, ufl.classes.Zero
+    )
 
 
 def pin_quadrature(form: ufl.Form, parameters: dict | None) -> ufl.Form:
     """State, on each integral, the quadrature degree that assembling this form would choose.
 
-    Forms derived from it, by taking terms out or by differentiation, then are integrated as it is: a sum of parts is the
-    whole, and a derivative is that of what is assembled.
+    Forms derived from it, by taking terms out or by differentiation, then are integrated as it is:
+    a sum of parts is the whole, and a derivative is that of what is assembled.
     """
     degree = (parameters or {}).get("quadrature_degree", "auto")
     degrees = {}
     if degree == "auto":
         for data in compute_form_data(form, complex_mode=False).integral_data:
-            ids = data.subdomain_id if isinstance(data.subdomain_id, tuple) else (data.subdomain_id,)
+            ids = (
+                data.subdomain_id if isinstance(data.subdomain_id, tuple) else (data.subdomain_id,)
+            )
             degrees[data.domain, data.integral_type, ids] = max(
                 entry.get("quadrature_degree", entry["estimated_polynomial_degree"])
-                for entry in (integral.metadata() for integral in data.integrals))
+                for entry in (integral.metadata() for integral in data.integrals)
+            )
     pinned = []
     for integral in form.integrals():
         metadata = dict(integral.metadata())
-        if metadata.get("quadrature_degree", "auto") == "auto" and "quadrature_rule" not in metadata:
-            metadata["quadrature_degree"] = _degree(degrees, integral) if degree == "auto" else degree
+        if (
+            metadata.get("quadrature_degree", "auto") == "auto"
+            and "quadrature_rule" not in metadata
+        ):
+            metadata["quadrature_degree"] = (
+                _degree(degrees, integral) if degree == "auto" else degree
+            )
         pinned.append(integral.reconstruct(metadata=metadata))
     return ufl.Form(pinned)
 
 
 def _degree(degrees: dict, integral):
-    """The degree of an integral; the largest, where UFL has grouped it with others on several parts of the mesh."""
+    """The degree of an integral; the largest, where UFL has grouped it with others on several parts
+    of the mesh.
+    """
     found, wanted = [], integral.subdomain_id()
     wanted = set(wanted) if isinstance(wanted, tuple) else {wanted}
     for (domain, integral_type, ids), degree in degrees.items():
-        if (domain, integral_type) == (integral.ufl_domain(), integral.integral_type()) and (wanted & set(ids) or "everywhere" in wanted):
+        if (domain, integral_type) == (integral.ufl_domain(), integral.integral_type()) and (
+            wanted & set(ids) or "everywhere" in wanted
+        ):
             found.append(degree)
     return max(found)
 
 
 def assigned_from(variable):
-    """The block variable that one was given the value of, by ``f.assign(g)``; None where it was not."""
+    """The block variable that one was given the value of, by ``f.assign(g)``; None where it was
+    not.
+    """
     checkpoint = variable.checkpoint
     return checkpoint.other if isinstance(checkpoint, DelegatedFunctionCheckpoint) else None
 
 
 def is_lost(variable) -> bool:
     """Whether the value of a block variable is neither saved nor what its object has now."""
-    return variable.checkpoint is None and variable.creation_timestep >= 0 and variable.output.block_variable is not variable
+    return (
+        variable.checkpoint is None
+        and variable.creation_timestep >= 0
+        and variable.output.block_variable is not variable
+    )
 
 
 def has_block_variable(original) -> bool:

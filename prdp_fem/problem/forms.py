@@ -1,4 +1,7 @@
-"""A variational problem taken apart: its forms, what they depend on, and where boundary values are prescribed."""
+"""A variational problem taken apart: its forms, what they depend on, and where boundary values are
+prescribed.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -7,7 +10,16 @@ from numbers import Real
 
 import numpy as np
 import ufl
-from firedrake import Cofunction, Constant, DirichletBC, Function, LinearVariationalProblem, action, adjoint, derivative
+from firedrake import (
+    Cofunction,
+    Constant,
+    DirichletBC,
+    Function,
+    LinearVariationalProblem,
+    action,
+    adjoint,
+    derivative,
+)
 from firedrake.assemble import get_assembler
 from firedrake.matrix import MatrixBase
 from firedrake.slate.slate import TensorBase
@@ -15,10 +27,22 @@ from firedrake.ufl_expr import extract_domains
 from pyadjoint.tape import stop_annotating
 from ufl.algorithms import expand_derivatives
 
-from prdp_fem.problem.firedrake_internals import assemble_into, boundary_expression, extract_subfunction, pin_quadrature
+from prdp_fem.problem.firedrake_internals import (
+    assemble_into,
+    boundary_expression,
+    extract_subfunction,
+    pin_quadrature,
+)
 from prdp_fem.problem.inputs import Input, coefficients_of, local_values, name_of
 
-__all__ = ["Forms", "LinearForms", "NonlinearForms", "assembled_values", "derivative_of", "integration_meshes"]
+__all__ = [
+    "Forms",
+    "LinearForms",
+    "NonlinearForms",
+    "assembled_values",
+    "derivative_of",
+    "integration_meshes",
+]
 
 
 class Forms:
@@ -64,12 +88,22 @@ class Forms:
     jacobian: ufl.Form
     operator_depends_on_solution: bool
 
-    def __init__(self, problem, form: ufl.Form | None, cofunctions: list, operators: list, *, unknown: Function | None = None,
-                 others: Sequence = ()):
+    def __init__(
+        self,
+        problem,
+        form: ufl.Form | None,
+        cofunctions: list,
+        operators: list,
+        *,
+        unknown: Function | None = None,
+        others: Sequence = (),
+    ):
         self.problem_conditions = list(problem.bcs)
         self._unknown = problem.u
         in_operator = [*coefficients_of(*operators), *others]
-        originals = [original for original in coefficients_of(form, *operators) if original is not unknown]
+        originals = [
+            original for original in coefficients_of(form, *operators) if original is not unknown
+        ]
         originals += [cofunction for cofunction, _ in cofunctions if cofunction not in originals]
         originals += [other for other in others if other is not unknown and other not in originals]
         meshes = integration_meshes(form, *operators)
@@ -77,17 +111,30 @@ class Forms:
         self._copies = {entry.original: entry.copy for entry in self.inputs}
         for entry in self.inputs:
             entry.in_operator = entry.original in in_operator
-        self.others = {index for index, entry in enumerate(self.inputs)
-                       if any(entry.original is other for other in others)}
-        self.cofunctions = {self.inputs[originals.index(cofunction)]: sum(weight for other, weight in cofunctions if other is cofunction)
-                            for cofunction, _ in cofunctions}
+        self.others = {
+            index
+            for index, entry in enumerate(self.inputs)
+            if any(entry.original is other for other in others)
+        }
+        self.cofunctions = {
+            self.inputs[originals.index(cofunction)]: sum(
+                weight for other, weight in cofunctions if other is cofunction
+            )
+            for cofunction, _ in cofunctions
+        }
         with stop_annotating():
             space = problem.u.function_space()
             self.solution = Function(space, name=problem.u.name())
             self.boundary = Function(space)
-            conditions = [condition.reconstruct(g=extract_subfunction(self.boundary, condition.function_space()))
-                          for condition in problem.bcs]
-            self.problem = problem.rediscretise(u=self.solution, bcs=conditions, coefficient_mapping=self._copies)
+            conditions = [
+                condition.reconstruct(
+                    g=extract_subfunction(self.boundary, condition.function_space())
+                )
+                for condition in problem.bcs
+            ]
+            self.problem = problem.rediscretise(
+                u=self.solution, bcs=conditions, coefficient_mapping=self._copies
+            )
 
     def depends_on(self, original) -> bool:
         """Whether a user's coefficient is among the inputs."""
@@ -105,20 +152,43 @@ class Forms:
         for index, entry in enumerate(self.inputs):
             if entry.original is original:
                 return index
-        for mesh in {*self.meshes, *(mesh for entry in self.inputs for mesh in meshes_of(entry.original))}:
-            if original is mesh.coordinates or getattr(original, "dat", None) is mesh.coordinates.dat:
-                raise ValueError(f"{name} holds the coordinates of a mesh of the problem, which cannot be controls of a layer: "
-                                 "differentiate by them on pyadjoint's tape")
-        in_boundary = [coefficient for coefficient in coefficients_of(*map(boundary_expression, self.problem_conditions))
-                       if not self.depends_on(coefficient)]
-        known = ", ".join(f"{type(coefficient).__name__} '{name_of(coefficient)}'"
-                          for coefficient in [*(entry.original for entry in self.inputs), *in_boundary]) or "no coefficient at all"
+        for mesh in {
+            *self.meshes,
+            *(mesh for entry in self.inputs for mesh in meshes_of(entry.original)),
+        }:
+            if (
+                original is mesh.coordinates
+                or getattr(original, "dat", None) is mesh.coordinates.dat
+            ):
+                raise ValueError(
+                    f"{name} holds the coordinates of a mesh of the problem, which cannot be"
+                    " controls of a layer: differentiate by them on pyadjoint's tape"
+                )
+        in_boundary = [
+            coefficient
+            for coefficient in coefficients_of(*map(boundary_expression, self.problem_conditions))
+            if not self.depends_on(coefficient)
+        ]
+        known = (
+            ", ".join(
+                f"{type(coefficient).__name__} '{name_of(coefficient)}'"
+                for coefficient in [*(entry.original for entry in self.inputs), *in_boundary]
+            )
+            or "no coefficient at all"
+        )
         raise ValueError(f"the problem does not depend on {name}; it depends on {known}")
 
     @cached_property
     def meshes(self) -> list:
         """The meshes that are integrated over."""
-        return list(dict.fromkeys(mesh for form in (self.jacobian, self.residual) if form is not None for mesh in extract_domains(form)))
+        return list(
+            dict.fromkeys(
+                mesh
+                for form in (self.jacobian, self.residual)
+                if form is not None
+                for mesh in extract_domains(form)
+            )
+        )
 
     @cached_property
     def boundary_dofs(self) -> np.ndarray:
@@ -132,26 +202,44 @@ class Forms:
         return np.flatnonzero(local_values(mask) == 0.0)
 
     def put_boundary(self, values: np.ndarray, boundary: np.ndarray | None) -> None:
-        """Have boundary values, None for zero, where rank-local values of the solution's are at boundary dofs."""
+        """Have boundary values, None for zero, where rank-local values of the solution's are at
+        boundary dofs.
+        """
         values[self.boundary_dofs] = 0.0
         if boundary is not None:
             values += boundary
 
     def indices(self, copies) -> set[int]:
         """The places of copies among the inputs."""
-        return {index for index, entry in enumerate(self.inputs) if any(entry.copy is copy for copy in copies)}
+        return {
+            index
+            for index, entry in enumerate(self.inputs)
+            if any(entry.copy is copy for copy in copies)
+        }
 
     def assembler(self, form: ufl.Form, *, tested_by_solution_space: bool = True):
-        """An assembler that is to be kept; entries at boundary dofs are zero where the form's test space is the solution's."""
+        """An assembler that is to be kept; entries at boundary dofs are zero where the form's test
+        space is the solution's.
+        """
         if not tested_by_solution_space:
-            return get_assembler(form, form_compiler_parameters=self.problem.form_compiler_parameters)
-        return get_assembler(form, bcs=self.homogeneous_conditions(), zero_bc_nodes=True,
-                             form_compiler_parameters=self.problem.form_compiler_parameters)
+            return get_assembler(
+                form, form_compiler_parameters=self.problem.form_compiler_parameters
+            )
+        return get_assembler(
+            form,
+            bcs=self.homogeneous_conditions(),
+            zero_bc_nodes=True,
+            form_compiler_parameters=self.problem.form_compiler_parameters,
+        )
 
     def dual_assembler(self, form: ufl.Form, variable: Function) -> tuple:
-        """For a linear form that is tested by a variable's space, what :func:`assembled_values` takes."""
+        """For a linear form that is tested by a variable's space, what :func:`assembled_values`
+        takes.
+        """
         tensor = Cofunction(variable.function_space().dual())
-        return (None if form.empty() else self.assembler(form, tested_by_solution_space=False)), tensor
+        return (
+            None if form.empty() else self.assembler(form, tested_by_solution_space=False)
+        ), tensor
 
     def linearised_problem(self) -> LinearVariationalProblem:
         """The problem of a step from the state, over the same copies."""
@@ -159,20 +247,32 @@ class Forms:
 
     def adjoint_problem(self) -> LinearVariationalProblem:
         """The problem of the adjoint operator, over the same copies."""
-        return self._linear_problem(adjoint(self.jacobian), None if self.problem.Jp is None else adjoint(self.problem.Jp))
+        return self._linear_problem(
+            adjoint(self.jacobian), None if self.problem.Jp is None else adjoint(self.problem.Jp)
+        )
 
     def _linear_problem(self, a, aP) -> LinearVariationalProblem:
         space = self.solution.function_space()
-        return LinearVariationalProblem(a, Cofunction(space.dual()), Function(space), bcs=self.homogeneous_conditions(), aP=aP,
-                                        form_compiler_parameters=self.problem.form_compiler_parameters)
+        return LinearVariationalProblem(
+            a,
+            Cofunction(space.dual()),
+            Function(space),
+            bcs=self.homogeneous_conditions(),
+            aP=aP,
+            form_compiler_parameters=self.problem.form_compiler_parameters,
+        )
 
     def homogeneous_conditions(self) -> list[DirichletBC]:
         """The problem's conditions with values of zero."""
         return [condition.reconstruct(g=0) for condition in self.problem.bcs]
 
     def over_copies(self, form: ufl.Form) -> ufl.Form:
-        """A form over the user's coefficients, with the quadrature that assembling it would choose, over the copies."""
-        return pin_quadrature(ufl.replace(form, self._copies), self.problem.form_compiler_parameters)
+        """A form over the user's coefficients, with the quadrature that assembling it would choose,
+        over the copies.
+        """
+        return pin_quadrature(
+            ufl.replace(form, self._copies), self.problem.form_compiler_parameters
+        )
 
     def copy_of(self, value):
         """What stands for a user's coefficient, or for an expression of some."""
@@ -197,22 +297,29 @@ class LinearForms(Forms):
     Attributes
     ----------
     a, L : ufl.Form
-        The two sides over the copies; ``L`` is None where it is empty. Neither contains the solution.
+        The two sides over the copies; ``L`` is None where it is empty. Neither contains the
+        solution.
     """
 
     operator_depends_on_solution = False
 
     def __init__(self, problem: LinearVariationalProblem, others: Sequence = ()):
         if not problem.is_linear:
-            raise TypeError("LinearVariationalSolver solves a LinearVariationalProblem (a == L), found a nonlinear one (F == 0): "
-                            "state it as LinearVariationalProblem(a, L, u, bcs), or use a NonlinearVariationalSolver")
+            raise TypeError(
+                "LinearVariationalSolver solves a LinearVariationalProblem (a == L), found a"
+                " nonlinear one (F == 0): state it as LinearVariationalProblem(a, L, u, bcs), or"
+                " use a NonlinearVariationalSolver"
+            )
         _refuse_what_is_no_form(problem.J)
         _check_conditions(problem)
         form, cofunctions = _split_residual(problem.F)
         right = _right_hand_side(form, problem)
         if problem.u in coefficients_of(problem.J, problem.Jp):
-            raise TypeError(f"the bilinear form depends on the solution '{problem.u.name()}', so the problem is not linear: keep a lagged "
-                            "value in a Function of its own, or state a NonlinearVariationalProblem")
+            raise TypeError(
+                f"the bilinear form depends on the solution '{problem.u.name()}', so the problem is"
+                " not linear: keep a lagged value in a Function of its own, or state a"
+                " NonlinearVariationalProblem"
+            )
         super().__init__(problem, right, cofunctions, [problem.J, problem.Jp], others=others)
         with stop_annotating():
             self.a = pin_quadrature(self.problem.J, problem.form_compiler_parameters)
@@ -252,8 +359,13 @@ class NonlinearForms(Forms):
         _check_conditions(problem)
         form, cofunctions = _split_residual(problem.F)
         if form is None:
-            raise TypeError("the residual of the problem has no form in it, only Cofunctions: there is nothing to solve")
-        super().__init__(problem, form, cofunctions, [problem.J, problem.Jp], unknown=problem.u, others=others)
+            raise TypeError(
+                "the residual of the problem has no form in it, only Cofunctions: there is nothing"
+                " to solve"
+            )
+        super().__init__(
+            problem, form, cofunctions, [problem.J, problem.Jp], unknown=problem.u, others=others
+        )
         with stop_annotating():
             self.residual = ufl.replace(self.over_copies(form), {problem.u: self.solution})
             self.jacobian = derivative_of(self.residual, self.solution)
@@ -273,7 +385,9 @@ def derivative_of(form: ufl.Form, coefficient, *direction, what: str = "problem"
     try:
         return expand_derivatives(derivative(form, coefficient, *direction))
     except Exception as error:  # UFL raises what it likes
-        raise TypeError(f"UFL cannot differentiate the {what} by '{name_of(coefficient)}': {error}") from error
+        raise TypeError(
+            f"UFL cannot differentiate the {what} by '{name_of(coefficient)}': {error}"
+        ) from error
 
 
 def assembled_values(pairs: list[tuple]) -> np.ndarray:
@@ -296,8 +410,14 @@ def assembled_values(pairs: list[tuple]) -> np.ndarray:
 
 def integration_meshes(*forms) -> list:
     """The meshes that are integrated over, each once, in a fixed order."""
-    return list(dict.fromkeys(integral.ufl_domain() for form in forms if isinstance(form, ufl.Form)
-                              for integral in form.integrals()))
+    return list(
+        dict.fromkeys(
+            integral.ufl_domain()
+            for form in forms
+            if isinstance(form, ufl.Form)
+            for integral in form.integrals()
+        )
+    )
 
 
 def meshes_of(coefficient) -> list:
@@ -307,18 +427,24 @@ def meshes_of(coefficient) -> list:
 
 def _check_conditions(problem) -> None:
     if problem.restrict:
-        raise ValueError("restrict=True is not needed here, and not supported: boundary rows are folded out of the system "
-                         "already; leave it away")
+        raise ValueError(
+            "restrict=True is not needed here, and not supported: boundary rows are folded out of"
+            " the system already; leave it away"
+        )
     for condition in problem.bcs:
         if not isinstance(condition, DirichletBC):
-            raise TypeError(f"boundary conditions must be DirichletBCs, found a {type(condition).__name__}: "
-                            "put other conditions into the forms")
+            raise TypeError(
+                f"boundary conditions must be DirichletBCs, found a {type(condition).__name__}: "
+                "put other conditions into the forms"
+            )
 
 
 def _refuse_what_is_no_form(form) -> None:
     if isinstance(form, (TensorBase, MatrixBase)) or not isinstance(form, ufl.BaseForm):
-        raise TypeError(f"a problem must be stated in UFL forms, found a {type(form).__name__}: prdp_fem differentiates "
-                        "forms, and cannot look into assembled matrices or Slate tensors")
+        raise TypeError(
+            f"a problem must be stated in UFL forms, found a {type(form).__name__}: prdp_fem"
+            " differentiates forms, and cannot look into assembled matrices or Slate tensors"
+        )
 
 
 def _split_residual(F) -> tuple[ufl.Form | None, list[tuple[Cofunction, float]]]:
@@ -329,31 +455,40 @@ def _split_residual(F) -> tuple[ufl.Form | None, list[tuple[Cofunction, float]]]
     components = zip(F.components(), F.weights()) if isinstance(F, ufl.FormSum) else [(F, 1)]
     for component, weight in components:
         if isinstance(component, ufl.Form):
-            component = component if weight == 1 else weight*component
+            component = component if weight == 1 else weight * component
             form = component if form is None else form + component
         elif isinstance(component, Cofunction):
             if not isinstance(weight, Real):
-                raise TypeError(f"the weight of Cofunction '{component.name()}' in the right-hand side must be a number, found {weight!r}: "
-                                "put it into the form that the Cofunction is assembled from")
+                raise TypeError(
+                    f"the weight of Cofunction '{component.name()}' in the right-hand side must be"
+                    f" a number, found {weight!r}: put it into the form that the Cofunction is"
+                    " assembled from"
+                )
             cofunctions.append((component, -float(weight)))
         else:
-            raise TypeError(f"the right-hand side must be made of UFL forms and Cofunctions, found a {type(component).__name__}: "
-                            "assemble it into a Cofunction first")
+            raise TypeError(
+                "the right-hand side must be made of UFL forms and Cofunctions, found a"
+                f" {type(component).__name__}: assemble it into a Cofunction first"
+            )
     return form, cofunctions
 
 
 def _right_hand_side(residual: ufl.Form | None, problem) -> ufl.Form | None:
-    """L of the residual a(u, ·) - L: what is left when the integrals of the action of a are taken away."""
+    """L of the residual a(u, ·) - L: what is left when the integrals of the action of a are taken
+    away.
+    """
     remaining = [] if residual is None else list(residual.integrals())
     identities = [_identity(integral) for integral in remaining]
     for integral in action(problem.J, problem.u).integrals():
         try:
             place = identities.index(_identity(integral))
         except ValueError:
-            raise TypeError("the residual of the problem is not a(u, v) - L(v) with its bilinear form a: state the problem as "
-                            "LinearVariationalProblem(a, L, u, bcs)") from None
+            raise TypeError(
+                "the residual of the problem is not a(u, v) - L(v) with its bilinear form a: state"
+                " the problem as LinearVariationalProblem(a, L, u, bcs)"
+            ) from None
         del identities[place], remaining[place]
-    return -1*ufl.Form(remaining) if remaining else None
+    return -1 * ufl.Form(remaining) if remaining else None
 
 
 def _identity(integral) -> tuple:

@@ -1,4 +1,5 @@
 """A functional of the solution and of coefficients, and its derivatives."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -42,11 +43,18 @@ class Functional:
 
     def __init__(self, form: ufl.Form, solution: Function):
         if form.arguments():
-            raise ValueError(f"a functional must be a form without test or trial functions, found one with {len(form.arguments())}")
+            raise ValueError(
+                "a functional must be a form without test or trial functions, found one with"
+                f" {len(form.arguments())}"
+            )
         with stop_annotating():
             self.comm = solution.function_space().mesh().comm
             self._solution = Function(solution.function_space(), name=solution.name())
-            self.inputs = [Input(original, integration_meshes(form)) for original in coefficients_of(form) if original is not solution]
+            self.inputs = [
+                Input(original, integration_meshes(form))
+                for original in coefficients_of(form)
+                if original is not solution
+            ]
             copies = {entry.original: entry.copy for entry in self.inputs}
             form = pin_quadrature(ufl.replace(form, {**copies, solution: self._solution}), None)
             for entry in self.inputs:
@@ -54,7 +62,8 @@ class Functional:
             self._form = form
             self._assembler = get_assembler(form)
             self._assemblers: dict[int | None, list[tuple]] = {
-                None: [self._derivative_assembler(self._solution)]}
+                None: [self._derivative_assembler(self._solution)]
+            }
 
     @property
     def name(self) -> str:
@@ -63,15 +72,23 @@ class Functional:
 
     def find(self, original) -> int | None:
         """The place of a user's coefficient among the inputs; None where it is none."""
-        return next((index for index, entry in enumerate(self.inputs) if entry.original is original), None)
+        return next(
+            (index for index, entry in enumerate(self.inputs) if entry.original is original), None
+        )
 
     def others(self, places: Sequence[int]) -> dict[int, np.ndarray]:
-        """The present values of the inputs, not to be written to, apart from those at some places."""
-        return {index: entry.present_values() for index, entry in enumerate(self.inputs) if index not in places}
+        """The present values of the inputs, to be read only, apart from those at some places."""
+        return {
+            index: entry.present_values()
+            for index, entry in enumerate(self.inputs)
+            if index not in places
+        }
 
     def _derivative_assembler(self, variable: Function) -> tuple:
         form = derivative_of(self._form, variable, what="functional")
-        return None if form.empty() else get_assembler(form), Cofunction(variable.function_space().dual())
+        return None if form.empty() else get_assembler(form), Cofunction(
+            variable.function_space().dual()
+        )
 
     def _at(self, solution: np.ndarray, values: Mapping[int, np.ndarray]) -> None:
         for index, entry in enumerate(self.inputs):
@@ -92,7 +109,9 @@ class Functional:
             self._at(solution, values)
             return float(self._assembler.assemble())
 
-    def gradients(self, solution: np.ndarray, values: Mapping[int, np.ndarray], by: list) -> list[np.ndarray]:
+    def gradients(
+        self, solution: np.ndarray, values: Mapping[int, np.ndarray], by: list
+    ) -> list[np.ndarray]:
         """Its derivatives, rank-local, by inputs (their places) and by the solution (None)."""
         with stop_annotating():
             self._at(solution, values)
@@ -104,6 +123,7 @@ class Functional:
 
     def _assemblers_by(self, index: int | None) -> list[tuple]:
         if index is not None and index not in self._assemblers:
-            self._assemblers[index] = [self._derivative_assembler(variable)
-                                       for variable in self.inputs[index].variables]
+            self._assemblers[index] = [
+                self._derivative_assembler(variable) for variable in self.inputs[index].variables
+            ]
         return self._assemblers[index]

@@ -1,7 +1,10 @@
-"""What a variational problem depends on: its coefficients, each with the copy that the assembled forms read.
+"""What a variational problem depends on: its coefficients, each with the copy that the assembled
+forms read.
 
-Solves at other values than the user's (a tensor's, a replayed tape's) write the copies and leave the user's objects alone.
+Solves at other values than the user's (a tensor's, a replayed tape's) write the copies and leave
+the user's objects alone.
 """
+
 from __future__ import annotations
 
 from functools import cached_property
@@ -16,12 +19,25 @@ from ufl.algorithms.analysis import extract_coefficients, extract_type
 
 from prdp_fem.problem.firedrake_internals import ConstantDerivative
 
-__all__ = ["Input", "coefficients_of", "deep_copy", "is_component", "is_real", "is_real_space",
-           "local_values", "name_of", "same_bits", "set_local_values", "vector_like"]
+__all__ = [
+    "Input",
+    "coefficients_of",
+    "deep_copy",
+    "is_component",
+    "is_real",
+    "is_real_space",
+    "local_values",
+    "name_of",
+    "same_bits",
+    "set_local_values",
+    "vector_like",
+]
 
 
 def is_real(coefficient) -> bool:
-    """Whether the values are few and the same on every rank: a Constant, or a Function of a Real space."""
+    """Whether the values are few and the same on every rank: a Constant, or a Function of a Real
+    space.
+    """
     return isinstance(coefficient, Constant) or is_real_space(coefficient.function_space())
 
 
@@ -31,7 +47,7 @@ def is_real_space(space) -> bool:
 
 
 def is_component(coefficient) -> bool:
-    """Whether a coefficient is f.sub(i) of a vector-valued f, of which it views every d-th value."""
+    """Whether a coefficient is f.sub(i) of a vector-valued f, a view of every d-th value."""
     if isinstance(coefficient, Constant):
         return False
     return coefficient.function_space().component is not None
@@ -65,7 +81,9 @@ def local_values(coefficient) -> np.ndarray:
 
 
 def _has_real_part(dat: MixedDat) -> bool:
-    """Whether values are mixed with those of a Real space, which stand on every rank but belong to the first in a PETSc vector."""
+    """Whether values are mixed with those of a Real space, which stand on every rank but belong to
+    the first in a PETSc vector.
+    """
     return any(isinstance(part, Global) for part in dat)
 
 
@@ -83,7 +101,7 @@ def set_local_values(coefficient, values: np.ndarray) -> None:
     start = 0
     for part in dat:
         data = part.data_wo
-        data[...] = values[start:start + data.size].reshape(data.shape)
+        data[...] = values[start : start + data.size].reshape(data.shape)
         start += data.size
 
 
@@ -91,7 +109,7 @@ _FEW = 500
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays of float64 are equal to the bit: NaN equals itself, and -0.0 is not 0.0."""
+    """Whether two arrays of float64 are equal to the bit: NaN is itself, and -0.0 is not 0.0."""
     if one is other:
         return True
     one, other = one.view(np.uint64), other.view(np.uint64)
@@ -116,7 +134,10 @@ def deep_copy(coefficient):
     """A coefficient of the same name and values, independent of the original and of the tape."""
     with stop_annotating():
         if isinstance(coefficient, Constant):
-            return Constant(np.array(coefficient.dat.data_ro).reshape(coefficient.ufl_shape), name=coefficient.name)
+            return Constant(
+                np.array(coefficient.dat.data_ro).reshape(coefficient.ufl_shape),
+                name=coefficient.name,
+            )
         if is_component(coefficient):
             # Its copy has a space of its own.
             copied = Function(coefficient.function_space().collapse())
@@ -146,7 +167,8 @@ class Input:
     meshes : list of MeshGeometry
         Of a Constant, those that it has variables on; else one, whose communicator is the input's.
     variables : list of Function
-        What forms are differentiated by: the copy or, for a Constant, Functions of the Real space, one for each component, mesh by mesh.
+        What forms are differentiated by: the copy or, for a Constant, Functions of the Real space,
+        one for each component, mesh by mesh.
     in_operator : bool
         Whether the operator depends on it.
     """
@@ -158,8 +180,11 @@ class Input:
         self.meshes = meshes if isinstance(original, Constant) else meshes[:1]
         with stop_annotating():
             if isinstance(original, Constant):
-                self.variables = [Function(FunctionSpace(mesh, "R", 0)) for mesh in meshes
-                                  for _ in range(self.copy.dat.data_ro.size)]
+                self.variables = [
+                    Function(FunctionSpace(mesh, "R", 0))
+                    for mesh in meshes
+                    for _ in range(self.copy.dat.data_ro.size)
+                ]
             else:
                 self.variables = [self.copy]
         self._values = local_values(self.copy)
@@ -169,13 +194,21 @@ class Input:
         # What the user's object had, while it follows the copy.
         self._users: np.ndarray | None = None
         self._has_followed = False
-        self._dual_space = None if isinstance(original, Constant) else original.function_space().dual()
+        self._dual_space = (
+            None if isinstance(original, Constant) else original.function_space().dual()
+        )
 
     def dual(self, values: np.ndarray):
-        """A derivative by the original, of the type that pyadjoint has for it, with rank-local values."""
+        """A derivative by the original, of the type that pyadjoint has for it, with rank-local
+        values.
+        """
         if isinstance(self.original, Constant):
             return ConstantDerivative(values.reshape(self.original.ufl_shape))
-        dual = Function(self._dual_space) if isinstance(self.original, Cofunction) else Cofunction(self._dual_space)
+        dual = (
+            Function(self._dual_space)
+            if isinstance(self.original, Cofunction)
+            else Cofunction(self._dual_space)
+        )
         set_local_values(dual, values)
         return dual
 
@@ -197,11 +230,14 @@ class Input:
     def present_values(self) -> np.ndarray:
         """The rank-local values of the original as they are now, not to be written to.
 
-        The same array as long as they do not change, so that calls which keep them share it. By their bits:
-        who writes to memory that is shared with the original, as by :func:`prdp_fem.torch.to_torch`, tells nobody.
+        The same array as long as they do not change, so that calls which keep them share it. By
+        their bits: who writes to memory that is shared with the original, as by
+        :func:`prdp_fem.torch.to_torch`, tells nobody.
         """
         dat = self.original.dat
-        values = local_values(self.original) if isinstance(dat, MixedDat) else dat.data_ro.reshape(-1)
+        values = (
+            local_values(self.original) if isinstance(dat, MixedDat) else dat.data_ro.reshape(-1)
+        )
         if self._present is None or not same_bits(values, self._present):
             self._present = values.copy()
         return self._present
@@ -211,7 +247,9 @@ class Input:
         return not same_bits(values, self._values)
 
     def write(self, values: np.ndarray) -> None:
-        """Set the copy. Collective: a write is what makes Firedrake exchange halos, so all ranks write or none does."""
+        """Set the copy. Collective: a write is what makes Firedrake exchange halos, so all ranks
+        write or none does.
+        """
         self._values[:] = values
         set_local_values(self.copy, self._values)
         self._set_variables()
@@ -219,7 +257,9 @@ class Input:
             self._follow()
 
     def lend(self) -> None:
-        """Have the user's object follow the copy, for a user's code that reads it, until :meth:`take_back`. Collective."""
+        """Have the user's object follow the copy, for a user's code that reads it, until
+        :meth:`take_back`. Collective.
+        """
         self._users, self._has_followed = local_values(self.original), False
         if self._comm.size > 1 or self.differs(self._users):
             self._follow()
@@ -235,7 +275,9 @@ class Input:
         self._users = None
 
     def write_where_needed(self, values: np.ndarray) -> None:
-        """Set the copy unless it has these values. Collective: without comparing where ranks could differ."""
+        """Set the copy unless it has these values. Collective: without comparing where ranks could
+        differ.
+        """
         if self._comm.size > 1 or self.differs(values):
             self.write(values)
 
@@ -244,16 +286,26 @@ class Input:
         if not isinstance(self.copy, Constant):
             return form
         if mesh is None and len(self.meshes) > 1:
-            return ufl.Form([self.in_variables(integral, integral.ufl_domain())
-                             for integral in form.integrals()])
-        place = 0 if len(self.meshes) == 1 else self.meshes.index(mesh)*self.size
-        components = np.array(self.variables[place:place + self.size], dtype=object)
+            return ufl.Form(
+                [
+                    self.in_variables(integral, integral.ufl_domain())
+                    for integral in form.integrals()
+                ]
+            )
+        place = 0 if len(self.meshes) == 1 else self.meshes.index(mesh) * self.size
+        components = np.array(self.variables[place : place + self.size], dtype=object)
         components = components.reshape(self.copy.ufl_shape).tolist()
-        return ufl.replace(form, {self.copy: ufl.as_tensor(components) if self.copy.ufl_shape else components})
+        return ufl.replace(
+            form, {self.copy: ufl.as_tensor(components) if self.copy.ufl_shape else components}
+        )
 
     def summed(self, values: np.ndarray) -> np.ndarray:
         """The derivative by the original from those by the variables, one after the other."""
-        return values if len(self.meshes) == 1 else values.reshape(len(self.meshes), self.size).sum(axis=0)
+        return (
+            values
+            if len(self.meshes) == 1
+            else values.reshape(len(self.meshes), self.size).sum(axis=0)
+        )
 
     @cached_property
     def directions(self) -> list[Function]:

@@ -1,4 +1,5 @@
 """A user's own code inside a solver, such as a preconditioner, finds what a solve is made with."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -46,8 +47,9 @@ class Lending:
             The user's.
         """
         self.serves = True
-        self._lent = [entry for entry in self._forms.inputs
-                      if any(entry.original is other for other in named)]
+        self._lent = [
+            entry for entry in self._forms.inputs if any(entry.original is other for other in named)
+        ]
         if self._forms.operator_depends_on_solution and any(solution is other for other in named):
             self._solution = solution
             for solver in self._solvers:
@@ -62,8 +64,10 @@ class Lending:
 
     def _have_state_followed(self, solver) -> None:
         """Have the user's solution be the state wherever operators are assembled."""
-        call_before_jacobian(solver, lambda state: set_local_values(
-            self._solution, local_values(self._forms.solution)))
+        call_before_jacobian(
+            solver,
+            lambda state: set_local_values(self._solution, local_values(self._forms.solution)),
+        )
 
     @contextmanager
     def inside(self, context: Callable | None):

@@ -1,4 +1,5 @@
 """Where a solve is made and linearised, and in which direction it is differentiated."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -21,8 +22,8 @@ class Point:
     values : list of numpy.ndarray
         Rank-local values of the inputs, in their order.
     boundary : numpy.ndarray or None
-        Rank-local boundary values, zero elsewhere, shape (n,) or, where they differ from row to row of a batch, (batch, n); None
-        where all are zero on all ranks.
+        Rank-local boundary values, zero elsewhere, shape (n,) or, where they differ from row to row
+        of a batch, (batch, n); None where all are zero on all ranks.
     guess : numpy.ndarray or None
         Where to start from, of such a shape; None for zero.
     """
@@ -35,7 +36,10 @@ class Point:
         """This point with one row of all that varies put in."""
         values = self.values
         if varying:
-            values = [varying[index][row] if index in varying else same for index, same in enumerate(values)]
+            values = [
+                varying[index][row] if index in varying else same
+                for index, same in enumerate(values)
+            ]
         return Point(values, _row(self.boundary, row), _row(self.guess, row))
 
     def on(self, memory) -> Point:

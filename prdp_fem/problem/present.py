@@ -1,4 +1,5 @@
 """What the user's coefficients and conditions say at the moment."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -35,8 +36,10 @@ class PresentValues:
 
     def inputs(self, without: Sequence[int] = ()) -> list[np.ndarray]:
         """Rank-local values of coefficients, not to be written to; empty for those left out."""
-        return [NO_VALUES if index in without else entry.present_values()
-                for index, entry in enumerate(self._forms.inputs)]
+        return [
+            NO_VALUES if index in without else entry.present_values()
+            for index, entry in enumerate(self._forms.inputs)
+        ]
 
     def boundary(self, conditions) -> np.ndarray | None:
         """Rank-local values of boundary conditions, zero elsewhere; None for zero on all ranks."""

@@ -1,4 +1,5 @@
 """What is wanted of a derivative, and what a derivative needs to be given."""
+
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence

@@ -1,8 +1,10 @@
 """What ranks agree on before they go on together.
 
-A collective call waits for all ranks. Where one of them has left, or has other sizes in mind, it waits for ever, or mixes numbers up.
-So what every rank must have alike is compared first, and what is wrong on one rank is raised on all.
+A collective call waits for all ranks. Where one of them has left, or has other sizes in mind, it
+waits for ever, or mixes numbers up. So what every rank must have alike is compared first, and what
+is wrong on one rank is raised on all.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -67,7 +69,8 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
         try:
             raise error
         finally:
-            # Its traceback would hold this frame, in which it is, and all that callers have, until Python looks for cycles.
+            # Its traceback would hold this frame, in which it is, and all that callers have, until
+            # Python looks for cycles.
             del error
     if largest[0] == -largest[1] and not largest[2]:
         return found
@@ -75,9 +78,13 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
     for rank, (message, is_error) in enumerate(everywhere):
         if is_error:
             raise ValueError(f"rank {rank} of {comm.size} has raised {message}")
-    other = next(rank for rank, (message, _) in enumerate(everywhere) if message != everywhere[0][0])
-    raise ValueError(f"{what} must be the same on all ranks, found {everywhere[0][0]} on rank 0 and {everywhere[other][0]} on rank {other}"
-                     + (f": {remedy}" if remedy else ""))
+    other = next(
+        rank for rank, (message, _) in enumerate(everywhere) if message != everywhere[0][0]
+    )
+    raise ValueError(
+        f"{what} must be the same on all ranks, found {everywhere[0][0]} on rank 0 and"
+        f" {everywhere[other][0]} on rank {other}" + (f": {remedy}" if remedy else "")
+    )
 
 
 def from_first_rank(comm: MPI.Comm, find: Callable[[], T]) -> T:

@@ -1,4 +1,5 @@
 """Numbers that are not finite: found at little cost, and told with the sample that has them."""
+
 from __future__ import annotations
 
 import sys
@@ -34,8 +35,14 @@ def is_finite(values, largest: float = LARGEST) -> bool:
     return bool(flat.dot(flat) <= largest or (np.abs(values) <= largest).all())
 
 
-def require_finite(comm: MPI.Comm, arrays: Sequence, describe: Callable[[int], str], *,
-                   largest: float = LARGEST, batch: Sequence[int] | None = None) -> None:
+def require_finite(
+    comm: MPI.Comm,
+    arrays: Sequence,
+    describe: Callable[[int], str],
+    *,
+    largest: float = LARGEST,
+    batch: Sequence[int] | None = None,
+) -> None:
     """Raise, on all ranks, where a number is not finite on one.
 
     Collective; one small reduction.
@@ -60,7 +67,7 @@ def require_finite(comm: MPI.Comm, arrays: Sequence, describe: Callable[[int], s
     found = _NONE
     for place, rows in enumerate(arrays):
         if not is_finite(rows, largest):
-            found = place*_ROWS + _first_row(rows, largest)
+            found = place * _ROWS + _first_row(rows, largest)
             break
     if comm.size > 1:
         least = np.array([found])

@@ -1,4 +1,5 @@
 """What any rank has found, told to all."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -1,19 +1,24 @@
-"""How a job of several ranks ends when a rank raises: with one message that names the rank, and never in a hang.
+"""How a job of several ranks ends when a rank raises: with one message that names the rank, and
+never in a hang.
 
-Where one rank raises, the others wait for it in the next collective call for ever. PyOP2 therefore puts a ``sys.excepthook`` in place
-that calls ``MPI_Abort`` on each rank that raises, at once: when all raise the same error, as for bad input, every rank's traceback
-appears, interleaved, and when one raises nothing says which it was. The hook here first lets ranks find out who else raises. They tell
-each other by messages on a communicator of their own, so that no receive of the program can take them, and wait for a short grace:
+Where one rank raises, the others wait for it in the next collective call for ever. PyOP2 therefore
+puts a ``sys.excepthook`` in place that calls ``MPI_Abort`` on each rank that raises, at once: when
+all raise the same error, as for bad input, every rank's traceback appears, interleaved, and when
+one raises nothing says which it was. The hook here first lets ranks find out who else raises. They
+tell each other by messages on a communicator of their own, so that no receive of the program can
+take them, and wait for a short grace:
 
-* Where all ranks raise, rank 0 prints its traceback, and Python ends on all as it does without MPI, with exit status 1.
-  Of an error that says all in its message, a :class:`Refused`, it prints that and no traceback.
+* Where all ranks raise, rank 0 prints its traceback, and Python ends on all as it does without MPI,
+  with exit status 1. Of an error that says all in its message, a :class:`Refused`, it prints that
+  and no traceback.
 * Where some raise, the lowest of them prints its traceback and ends the job by ``MPI_Abort``.
 
 The first import of prdp_fem's solvers puts the hook in PyOP2's place, on several ranks only. A
-``sys.excepthook`` of the program's own is left alone. ``sys.exit`` reaches no hook in Python: on one
-rank only it lets the job hang, and an exception is to be raised there instead. A rank that is killed
-cannot say so; ``mpiexec`` does, and ends the others.
+``sys.excepthook`` of the program's own is left alone. ``sys.exit`` reaches no hook in Python: on
+one rank only it lets the job hang, and an exception is to be raised there instead. A rank that is
+killed cannot say so; ``mpiexec`` does, and ends the others.
 """
+
 from __future__ import annotations
 
 import functools
@@ -27,12 +32,15 @@ from mpi4py import MPI
 
 __all__ = ["Refused", "end_together", "say_refusals"]
 
-# Seconds from a rank's exception until it ends the job, or leaves that to a lower rank which has raised later.
+# Seconds from a rank's exception until it ends the job, or leaves that to a lower rank which has
+# raised later.
 _GRACE = 2.0
-_LOWER_RANK_GRACE = 5*_GRACE
-# Seconds that the program's atexit functions, PETSc and MPI may take together where all ranks have raised.
+_LOWER_RANK_GRACE = 5 * _GRACE
+# Seconds that the program's atexit functions, PETSc and MPI may take together where all ranks have
+# raised.
 _FINALISATION = 10
-# Short messages are sent whether or not they are received: a rank that waits in a collective call receives none.
+# Short messages are sent whether or not they are received: a rank that waits in a collective call
+# receives none.
 _MESSAGE_LENGTH = 500
 
 
@@ -41,7 +49,8 @@ class Refused(OSError, ValueError):
 
 
 def say_refusals() -> None:
-    """Have a run end without a traceback where it refuses something, or a serial one is interrupted.
+    """Have a run end without a traceback where it refuses something, or a serial one is
+    interrupted.
 
     Collective on ``COMM_WORLD``.
     """
@@ -61,13 +70,17 @@ def _say(show: Callable, kind, value, trace) -> None:
 
 
 def end_together() -> None:
-    """Let a rank's exception end the job, with one message: put a ``sys.excepthook`` in the place of PyOP2's or of Python's own.
+    """Let a rank's exception end the job, with one message: put a ``sys.excepthook`` in the place
+    of PyOP2's or of Python's own.
 
-    Collective on ``COMM_WORLD``, as importing Firedrake is. Nothing is done in a serial run, and where Firedrake runs on a part of
-    ``COMM_WORLD`` only: the ranks of another program take no part in this.
+    Collective on ``COMM_WORLD``, as importing Firedrake is. Nothing is done in a serial run, and
+    where Firedrake runs on a part of ``COMM_WORLD`` only: the ranks of another program take no part
+    in this.
     """
-    # Not above: Firedrake initialises PETSc with the options on the command line, where nobody has done so before.
+    # Not above: Firedrake initialises PETSc with the options on the command line, where nobody has
+    # done so before.
     from petsc4py import PETSc
+
     if not 1 < PETSc.COMM_WORLD.size == MPI.COMM_WORLD.size:
         return
     # Before the look at the hook, which can be a different one on each rank.
@@ -92,8 +105,13 @@ def _end(comm: MPI.Comm, show: Callable, kind, value, trace) -> None:
     try:
         # What the program has printed comes before the message.
         sys.stdout.flush()
-        # One line: PETSc's errors go on with lines that begin with the rank, and are the same error all the same.
-        message = "".join(traceback.format_exception_only(kind, value)).strip().splitlines()[0][:_MESSAGE_LENGTH]
+        # One line: PETSc's errors go on with lines that begin with the rank, and are the same error
+        # all the same.
+        message = (
+            "".join(traceback.format_exception_only(kind, value))
+            .strip()
+            .splitlines()[0][:_MESSAGE_LENGTH]
+        )
         messages = _messages_of_raising_ranks(comm, message)
         all_raised = len(messages) == comm.size
         if comm.rank == min(messages):
@@ -115,7 +133,8 @@ def _end(comm: MPI.Comm, show: Callable, kind, value, trace) -> None:
         # Such as Ctrl-C during the grace, or a failure of ``show``.
         sys.__excepthook__(kind, value, trace)
     finally:
-        # Whatever has happened above: where this rank alone came to its end, the others would wait for it.
+        # Whatever has happened above: where this rank alone came to its end, the others would wait
+        # for it.
         if all_raised:
             _limit_finalisation()
         else:
@@ -123,7 +142,9 @@ def _end(comm: MPI.Comm, show: Callable, kind, value, trace) -> None:
 
 
 def _messages_of_raising_ranks(comm: MPI.Comm, message: str) -> dict[int, str]:
-    """What the ranks that have raised say, this one included, after the grace or as soon as all have."""
+    """What the ranks that have raised say, this one included, after the grace or as soon as all
+    have.
+    """
     messages = {comm.rank: message}
     sends = [comm.isend(message, dest=rank) for rank in range(comm.size) if rank != comm.rank]
     status = MPI.Status()
@@ -142,8 +163,8 @@ def _messages_of_raising_ranks(comm: MPI.Comm, message: str) -> dict[int, str]:
 def _limit_finalisation() -> None:
     """Let the operating system end this rank where its end takes long.
 
-    PETSc and PyOP2 free objects collectively at exit, and ranks that have raised in different places can have different objects.
-    By then no Python code runs that could call ``MPI_Abort``.
+    PETSc and PyOP2 free objects collectively at exit, and ranks that have raised in different
+    places can have different objects. By then no Python code runs that could call ``MPI_Abort``.
     """
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_FINALISATION)

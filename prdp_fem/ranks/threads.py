@@ -1,4 +1,7 @@
-"""One thread at a time: PETSc, Firedrake and what solvers keep between calls know nothing of others."""
+"""One thread at a time: PETSc, Firedrake and what solvers keep between calls know nothing of
+others.
+"""
+
 from __future__ import annotations
 
 import threading
@@ -18,8 +21,10 @@ class _Alone:
 
     def __enter__(self) -> None:
         if not _LOCK.acquire(blocking=False):
-            raise RuntimeError("two threads have come to solvers at the same time, on several ranks, which threads may reach in different "
-                               "orders: have one thread make all calls")
+            raise RuntimeError(
+                "two threads have come to solvers at the same time, on several ranks, which threads"
+                " may reach in different orders: have one thread make all calls"
+            )
 
     def __exit__(self, *_) -> None:
         _LOCK.release()
@@ -29,7 +34,8 @@ _ALONE = _Alone()
 
 
 def one_thread(comm: MPI.Comm) -> AbstractContextManager:
-    """A context manager that has other threads wait until this one leaves; on several ranks they are refused.
+    """A context manager that has other threads wait until this one leaves; on several ranks they
+    are refused.
 
     Parameters
     ----------
@@ -47,10 +53,13 @@ def by_one_thread(name: str) -> Callable:
     name : str
         Of the attribute that is the solution map, whose ranks call the method together.
     """
+
     def decorate(method: Callable) -> Callable:
         @wraps(method)
         def alone(self, *args, **kwargs):
             with one_thread(getattr(self, name).comm):
                 return method(self, *args, **kwargs)
+
         return alone
+
     return decorate

@@ -3,6 +3,7 @@
 Ladders and rules are registered as their modules are imported here; what is in ``__all__`` is what
 ``prdp_fem`` itself exports, too.
 """
+
 from prdp_fem.refinement.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.refinement.registry import LADDERS as LADDERS
 from prdp_fem.refinement.registry import RULES as RULES

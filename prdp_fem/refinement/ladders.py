@@ -4,6 +4,7 @@ A *ladder* is any sequence of settings (:mod:`prdp_fem.refinement.settings`), or
 mean so many iterations. Level 0 is the coarsest. This module is pure Python: it knows neither PETSc
 nor Firedrake.
 """
+
 from __future__ import annotations
 
 import math
@@ -53,8 +54,10 @@ def _counts(start: int, step: int, stop: int | None) -> range:
     end = sys.maxsize if stop is None else count("stop", stop) + 1
     counts = range(count("start", start), end, count("step", step))
     if not counts:
-        raise ValueError(f"start must not exceed stop, found start={start} and stop={stop}: the "
-                         "ladder would be empty")
+        raise ValueError(
+            f"start must not exceed stop, found start={start} and stop={stop}: the "
+            "ladder would be empty"
+        )
     return counts
 
 
@@ -82,15 +85,19 @@ def checked_ladder(ladder: Any, of: str = "a ladder") -> Sequence:
     if is_registered(ladder):
         return ladder
     if not isinstance(ladder, Sequence) or isinstance(ladder, (str, bytes, bytearray, memoryview)):
-        raise TypeError(f"{of} must be a sequence of settings, such as IterationLadder(start=1, "
-                        f"step=1), found {shown(ladder)}")
+        raise TypeError(
+            f"{of} must be a sequence of settings, such as IterationLadder(start=1, "
+            f"step=1), found {shown(ladder)}"
+        )
     if len(ladder) == 0:
         raise ValueError(f"{of} must have at least one level, found an empty one")
     settings = tuple(_entry(ladder, level, of) for level in range(min(len(ladder), _LOOKED_AT)))
     for level, (coarser, finer) in enumerate(zip(settings, settings[1:]), start=1):
         if _is_coarser(finer, coarser):
-            raise ValueError(f"{of} goes from coarse to fine, found {shown(finer)} at level "
-                             f"{level} after {shown(coarser)}: turn the order round")
+            raise ValueError(
+                f"{of} goes from coarse to fine, found {shown(finer)} at level "
+                f"{level} after {shown(coarser)}: turn the order round"
+            )
     is_whole = len(settings) == len(ladder)
     return settings if is_whole and isinstance(ladder, (list, tuple, range)) else ladder
 
@@ -99,8 +106,9 @@ def _entry(ladder: Sequence, level: int, of: str) -> Setting:
     try:
         return setting_of(ladder[level])
     except LookupError:
-        raise ValueError(f"level {level} of {of} is not there, though its length is "
-                         f"{len(ladder)}") from None
+        raise ValueError(
+            f"level {level} of {of} is not there, though its length is {len(ladder)}"
+        ) from None
     except (TypeError, ValueError) as error:
         raise type(error)(f"level {level} of {of}: {error}") from None
 
@@ -141,8 +149,9 @@ class IterationLadder(Sequence):
     [1, 3, 5, 7]
     """
 
-    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *,
-                 rtol_floor: float = 1e-12):
+    def __init__(
+        self, start: int = 1, step: int = 1, stop: int | None = None, *, rtol_floor: float = 1e-12
+    ):
         self._counts = _counts(start, step, stop)
         self.start = self._counts.start
         self.step = self._counts.step
@@ -195,18 +204,21 @@ class ToleranceLadder(Sequence):
         The most iterations that any level may spend; needing more is an error.
     """
 
-    def __init__(self, start: float = 1e-1, factor: float = 0.1, stop: float = 1e-10,
-                 max_it: int = 10_000):
+    def __init__(
+        self, start: float = 1e-1, factor: float = 0.1, stop: float = 1e-10, max_it: int = 10_000
+    ):
         self.start = fraction("start", start)
         self.factor = fraction("factor", factor)
         self.stop = fraction("stop", stop)
         self.max_it = count("max_it", max_it)
         if self.start < self.stop:
-            raise ValueError(f"start must not be below stop, found start={start} and stop={stop}: "
-                             "the ladder would be empty")
+            raise ValueError(
+                f"start must not be below stop, found start={start} and stop={stop}: "
+                "the ladder would be empty"
+            )
         # Powers of the factor reach `stop` up to rounding: count them on a logarithmic scale, with
         # room for it.
-        finer = math.log(self.stop/self.start)/math.log(self.factor)
+        finer = math.log(self.stop / self.start) / math.log(self.factor)
         self._levels = range(1 + math.floor(finer + 1e-9))
 
     def __len__(self) -> int:
@@ -216,11 +228,13 @@ class ToleranceLadder(Sequence):
         levels = self._levels[level]
         if isinstance(levels, range):
             return [self[index] for index in levels]
-        return Tolerance(max(self.start*self.factor**levels, self.stop), self.max_it)
+        return Tolerance(max(self.start * self.factor**levels, self.stop), self.max_it)
 
     def __repr__(self) -> str:
-        return (f"ToleranceLadder(start={self.start}, factor={self.factor}, stop={self.stop}, "
-                f"max_it={self.max_it})")
+        return (
+            f"ToleranceLadder(start={self.start}, factor={self.factor}, stop={self.stop}, "
+            f"max_it={self.max_it})"
+        )
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, ToleranceLadder):
@@ -263,8 +277,14 @@ class NewtonLadder(Sequence):
     2 Newton steps of 6 iterations
     """
 
-    def __init__(self, start: int = 1, step: int = 1, stop: int | None = None, *,
-                 linear: Setting | Sequence[Setting | int] | None = None):
+    def __init__(
+        self,
+        start: int = 1,
+        step: int = 1,
+        stop: int | None = None,
+        *,
+        linear: Setting | Sequence[Setting | int] | None = None,
+    ):
         self._counts = _counts(start, step, stop)
         self.start = self._counts.start
         self.step = self._counts.step
@@ -290,8 +310,9 @@ class NewtonLadder(Sequence):
             if level.stop is None and len(levels) > _ENDLESS:
                 raise ValueError(f"{self!r} has no end: give the slice one, as in ladder[:10]")
             return [self[index] for index in levels]
-        return self._steps(self._counts[min(levels, len(self._counts) - 1)],
-                           min(levels, len(self._linear) - 1))
+        return self._steps(
+            self._counts[min(levels, len(self._counts) - 1)], min(levels, len(self._linear) - 1)
+        )
 
     def _steps(self, steps: int, level: int) -> NewtonSteps:
         linear = self._linear[level]

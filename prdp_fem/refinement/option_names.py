@@ -2,6 +2,7 @@
 
 With them a misspelt one is found when options are first read.
 """
+
 from __future__ import annotations
 
 import re
@@ -54,13 +55,17 @@ def check_option_names() -> None:
         own = _OWN.fullmatch(option)
         if own is None:
             if alike := get_close_matches(option, [f"prdp_{name}" for name in known], 1, _ALIKE):
-                warnings.warn(f"the option {written} is not read by prdp_fem: is it meant to be "
-                              f"-{alike[0]}?", stacklevel=3)
+                warnings.warn(
+                    f"the option {written} is not read by prdp_fem: is it meant to be -{alike[0]}?",
+                    stacklevel=3,
+                )
         elif own["separator"] != "_" or own["name"].lower() not in known:
-            raise ValueError(f"there is no option "
-                             f"{written}{_nearest(own['name'], known, own['prefix'])}: known are "
-                             f"{', '.join(f'-prdp_{name}' for name in known)}, with or without a "
-                             f"prefix")
+            raise ValueError(
+                "there is no option "
+                f"{written}{_nearest(own['name'], known, own['prefix'])}: known are "
+                f"{', '.join(f'-prdp_{name}' for name in known)}, with or without a "
+                "prefix"
+            )
         elif not options.hasName(option):
             raise ValueError(f"the option -{written} is not read with two dashes: write {written}")
 
@@ -79,8 +84,9 @@ def check_solver_parameters(names: Iterable[str]) -> None:
             remedy = _nearest(own["name"], OF_SOLVERS, "", dash="")
             if own["name"] in OF_REFINEMENTS:
                 remedy = ": it is an option of refinement_from_options(), in PETSc's database"
-            raise ValueError(f"a solver reads no parameter "
-                             f"{name}{remedy or ': it reads prdp_device only'}")
+            raise ValueError(
+                f"a solver reads no parameter {name}{remedy or ': it reads prdp_device only'}"
+            )
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str, dash: str = "-") -> str:

@@ -1,4 +1,5 @@
 """Refinements from PETSc's options database."""
+
 from __future__ import annotations
 
 import re
@@ -21,12 +22,15 @@ _Function = TypeVar("_Function", bound=Callable)
 _INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
 _REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 # As PETSc reads them; an option without a value is one that is switched on.
-_SWITCHES = {**dict.fromkeys(("", "true", "yes", "on", "1"), True),
-             **dict.fromkeys(("false", "no", "off", "0"), False)}
+_SWITCHES = {
+    **dict.fromkeys(("", "true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
 
 
 def _documented(function: _Function) -> _Function:
     """Put the names of all ladders, and their defaults, into the documentation of the options."""
+
     def defaults(option: str) -> str:
         texts = []
         for entry in LADDERS.values():
@@ -34,16 +38,19 @@ def _documented(function: _Function) -> _Function:
             texts.append("no limit" if default is None else str(default))
         return ", or ".join(dict.fromkeys(texts))
 
-    texts = {"LADDERS": "|".join(LADDERS), **{option.upper(): defaults(option)
-                                              for option in OF_LADDERS}}
+    texts = {
+        "LADDERS": "|".join(LADDERS),
+        **{option.upper(): defaults(option) for option in OF_LADDERS},
+    }
     # Docstrings are taken away by python -OO.
     function.__doc__ = re.sub(r"\{(\w+)\}", lambda match: texts[match[1]], function.__doc__ or "")
     return function
 
 
 @_documented
-def refinement_from_options(prefix: str = "", *, ladder: str = "iterations",
-                            comm: MPI.Comm | None = None, **defaults) -> ProgressiveRefinement:
+def refinement_from_options(
+    prefix: str = "", *, ladder: str = "iterations", comm: MPI.Comm | None = None, **defaults
+) -> ProgressiveRefinement:
     """A :class:`ProgressiveRefinement` as PETSc's options say.
 
     They are given on the command line, or in the options database::
@@ -94,8 +101,10 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations",
     if prefix and not prefix.endswith("_"):
         prefix = f"{prefix}_"  # as solvers have it
     if not isinstance(comm, (MPI.Comm, type(None))):
-        raise TypeError(f"comm must be a communicator of mpi4py's, such as mesh.comm, or None, "
-                        f"found {shown(comm)}")
+        raise TypeError(
+            "comm must be a communicator of mpi4py's, such as mesh.comm, or None, "
+            f"found {shown(comm)}"
+        )
     comm = MPI.COMM_WORLD if comm is None else comm
     refinement: ProgressiveRefinement
 
@@ -105,33 +114,42 @@ def refinement_from_options(prefix: str = "", *, ladder: str = "iterations",
         refinement, switches = _read(prefix, ladder, defaults, comm)
         return repr(refinement), switches
 
-    _, switches = agree(comm, make, "options of a refinement",
-                        "mpiexec may hand the environment on to some ranks only")
+    _, switches = agree(
+        comm,
+        make,
+        "options of a refinement",
+        "mpiexec may hand the environment on to some ranks only",
+    )
     on: Any = comm  # PETSc takes mpi4py's communicators, too
     if "view" in switches:
         PETSc.Sys.Print(repr(refinement), comm=on)
     if "monitor" in switches:
+
         def print_line(record: Record) -> None:
             PETSc.Sys.Print(_line(refinement, record), comm=on)
+
         refinement.monitors.append(print_line)
     return refinement
 
 
-def _read(prefix: str, ladder: str, defaults: dict[str, Any],
-          comm: MPI.Comm) -> tuple[ProgressiveRefinement, list[str]]:
+def _read(
+    prefix: str, ladder: str, defaults: dict[str, Any], comm: MPI.Comm
+) -> tuple[ProgressiveRefinement, list[str]]:
     """The refinement that the options mean, and which switches are on."""
     options = PETSc.Options(f"{prefix}prdp_")
     known = [*OF_LADDERS, *RULES["prdp"].options]
     unknown = defaults.keys() - set(known)
     if unknown:
-        raise TypeError(f"no option has the default {', '.join(sorted(unknown))}: known are "
-                        f"{', '.join(known)}")
+        raise TypeError(
+            f"no option has the default {', '.join(sorted(unknown))}: known are {', '.join(known)}"
+        )
     entry = _ladder(prefix, options.getString("ladder") if options.hasName("ladder") else ladder)
 
     def read(numbers: Mapping[str, Number]) -> tuple[dict[str, Any], str]:
         """Values by argument, and how they were written where they are those of options."""
-        values = {number.argument: defaults[name] for name, number in numbers.items()
-                  if name in defaults}
+        values = {
+            number.argument: defaults[name] for name, number in numbers.items() if name in defaults
+        }
         written = {name: options.getString(name) for name in numbers if options.hasName(name)}
         for name, text in written.items():
             number = numbers[name]
@@ -142,20 +160,25 @@ def _read(prefix: str, ladder: str, defaults: dict[str, Any],
         try:
             return make(**values, **others)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (as the options {written} have it)"
-                              if written else str(error)) from None
+            raise type(error)(
+                f"{error} (as the options {written} have it)" if written else str(error)
+            ) from None
 
     levels = made(entry.make, *read(entry.numbers))
     refinement = made(ProgressiveRefinement, *read(RULES["prdp"].options), ladder=levels, comm=comm)
-    switches = [name for name in ("view", "monitor") if options.hasName(name)
-                and _switch(f"-{prefix}prdp_{name}", options.getString(name))]
+    switches = [
+        name
+        for name in ("view", "monitor")
+        if options.hasName(name) and _switch(f"-{prefix}prdp_{name}", options.getString(name))
+    ]
     return refinement, switches
 
 
 def _ladder(prefix: str, name: Any) -> LadderEntry:
     if not isinstance(name, str) or name not in LADDERS:
-        raise ValueError(f"-{prefix}prdp_ladder must be one of {', '.join(LADDERS)}, found "
-                         f"{shown(name)}")
+        raise ValueError(
+            f"-{prefix}prdp_ladder must be one of {', '.join(LADDERS)}, found {shown(name)}"
+        )
     return LADDERS[name]
 
 
@@ -164,8 +187,9 @@ def _number(option: str, text: str, *, is_real: bool) -> int | float:
     if not text.strip():
         raise ValueError(f"{option} needs a value")
     if (_REAL if is_real else _INTEGER).fullmatch(text) is None:
-        raise ValueError(f"{option} must be {'a number' if is_real else 'an integer'}, found "
-                         f"{shown(text)}")
+        raise ValueError(
+            f"{option} must be {'a number' if is_real else 'an integer'}, found {shown(text)}"
+        )
     return float(text) if is_real else int(text)
 
 
@@ -177,6 +201,8 @@ def _switch(option: str, text: str) -> bool:
 
 def _line(refinement: ProgressiveRefinement, record: Record) -> str:
     """One line of ``-prdp_monitor``."""
-    line = (f"{len(refinement.history) - 1:5d} PRDP metric {record.metric:.6e} "
-            f"smoothed {record.smoothed:.6e} level {record.level} ({record.setting})")
+    line = (
+        f"{len(refinement.history) - 1:5d} PRDP metric {record.metric:.6e} "
+        f"smoothed {record.smoothed:.6e} level {record.level} ({record.setting})"
+    )
     return line + (f", refined to {refinement.setting}" if record.refined else "")

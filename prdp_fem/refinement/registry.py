@@ -4,6 +4,7 @@ A ladder, or a rule, is registered by a decorator where it is written. PETSc's o
 and documentation, the schedules of studies and what tables and figures call them are all read from
 here. This module is pure Python.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -82,8 +83,9 @@ LADDERS: dict[str, LadderEntry] = {}
 RULES: dict[str, RuleEntry] = {}
 
 
-def ladder(name: str, *, start: type = int, step: tuple[str, type] = ("step", int),
-           stop: type = int) -> Callable[[_Class], _Class]:
+def ladder(
+    name: str, *, start: type = int, step: tuple[str, type] = ("step", int), stop: type = int
+) -> Callable[[_Class], _Class]:
     """Register a class of ladders, as a decorator.
 
     Its entries must be settings, from coarse to fine, by construction: nobody looks at them again.
@@ -117,8 +119,13 @@ def ladder(name: str, *, start: type = int, step: tuple[str, type] = ("step", in
     return register
 
 
-def rule(name: str, *, title: str, options: Mapping[str, type] | None = None,
-         varied: tuple[str, ...] = ()) -> Callable[[_Class], _Class]:
+def rule(
+    name: str,
+    *,
+    title: str,
+    options: Mapping[str, type] | None = None,
+    varied: tuple[str, ...] = (),
+) -> Callable[[_Class], _Class]:
     """Register a rule, as a decorator of a subclass of :class:`~prdp_fem.refinement.Refinement`.
 
     Its constructor takes a ladder, ``comm``, and numbers by their names.

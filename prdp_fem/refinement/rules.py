@@ -5,6 +5,7 @@ epoch, or an optimiser step) call ``step(metric)``. Solvers ask it for its ``set
 solve, so going up a level costs no more than an attribute: nothing is compiled, assembled or set up
 again. This module is pure Python.
 """
+
 from __future__ import annotations
 
 import math
@@ -27,8 +28,14 @@ from prdp_fem.refinement.states import (
     levels_in_numbers,
 )
 
-__all__ = ["Record", "Refinement", "ProgressiveRefinement", "FixedRefinement",
-           "ScheduledRefinement", "checked_metric"]
+__all__ = [
+    "Record",
+    "Refinement",
+    "ProgressiveRefinement",
+    "FixedRefinement",
+    "ScheduledRefinement",
+    "checked_metric",
+]
 
 _Value = TypeVar("_Value")
 
@@ -148,8 +155,9 @@ class Refinement:
     ema_window = _Checked[int](lambda refinement, window: count("ema_window", window))
     comm = _Checked[Any](lambda refinement, comm: _checked_communicator(comm))
 
-    def __init__(self, ladder: Sequence[Setting | int], *, ema_window: int = 6, level: int = 0,
-                 comm=None):
+    def __init__(
+        self, ladder: Sequence[Setting | int], *, ema_window: int = 6, level: int = 0, comm=None
+    ):
         self.ladder = ladder
         self.comm = comm
         self.level = level
@@ -165,16 +173,20 @@ class Refinement:
     def _checked_ladder(self, ladder) -> Sequence[Setting]:
         ladder = checked_ladder(ladder)
         if vars(self).get("level", 0) >= len(ladder):
-            raise ValueError(f"level {self.level} is not on the ladder {shown(ladder)}, which has "
-                             f"levels 0 to {len(ladder) - 1}: set the "
-                             "level first")
+            raise ValueError(
+                f"level {self.level} is not on the ladder {shown(ladder)}, which has "
+                f"levels 0 to {len(ladder) - 1}: set the "
+                "level first"
+            )
         return ladder
 
     def _checked_level(self, level) -> int:
         ladder = self.ladder
         if not is_level(level, ladder):
-            raise ValueError(f"level must be one of 0 to {len(ladder) - 1}, which are on the "
-                             f"ladder {shown(ladder)}, found {shown(level)}")
+            raise ValueError(
+                f"level must be one of 0 to {len(ladder) - 1}, which are on the "
+                f"ladder {shown(ladder)}, found {shown(level)}"
+            )
         # of a ladder of a user's own class perhaps the first time that it is looked at
         setting_of(ladder[level])
         return int(level)
@@ -203,8 +215,8 @@ class Refinement:
         if self.history:
             # Written so that the average of a constant is that constant, and that of a window of 1
             # is the metric, in every bit.
-            weight = 2/(self.ema_window + 1)
-            smoothed = metric + (1 - weight)*(self.history[-1].smoothed - metric)
+            weight = 2 / (self.ema_window + 1)
+            smoothed = metric + (1 - weight) * (self.history[-1].smoothed - metric)
         else:
             smoothed = metric
         level, setting = self.level, self.setting
@@ -253,15 +265,23 @@ class Refinement:
         int
             A level on the ladder.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no rule: write its method "
-                                  "next_level(smoothed), which returns the next level")
+        raise NotImplementedError(
+            f"{type(self).__name__} has no rule: write its method "
+            "next_level(smoothed), which returns the next level"
+        )
 
     def _rule(self) -> dict[str, Any]:
         """What an equal refinement has alike, beside its ladder, as plain numbers and lists."""
         values = {name: getattr(self, name) for name in self.parameters}
-        return {"refinement": type(self).__name__, **{
-            name: [list(pair) for pair in value.items()] if isinstance(value, Mapping) else value
-            for name, value in values.items()}}
+        return {
+            "refinement": type(self).__name__,
+            **{
+                name: (
+                    [list(pair) for pair in value.items()] if isinstance(value, Mapping) else value
+                )
+                for name, value in values.items()
+            },
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """All that changes, and what it holds for, as plain numbers and lists.
@@ -274,8 +294,10 @@ class Refinement:
             "ladder": levels_in_numbers(self.ladder, reached),
             "levels": len(self.ladder),
             "level": self.level,
-            "history": [[record.metric, record.smoothed, record.level, record.refined]
-                        for record in self.history],
+            "history": [
+                [record.metric, record.smoothed, record.level, record.refined]
+                for record in self.history
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -288,20 +310,27 @@ class Refinement:
             another kind, or levels are not on this ladder. Nothing is changed then.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"a state must be a dictionary, as state_dict() gives one, found "
-                            f"{shown(state)}")
+            raise TypeError(
+                f"a state must be a dictionary, as state_dict() gives one, found {shown(state)}"
+            )
         expected = self.state_dict().keys()
         if missing := expected - state.keys():
             if {"level", "history"} <= state.keys() <= {"level", "history", "checkpoint"}:
-                raise ValueError("the state was saved by an earlier version of prdp_fem, which did "
-                                 "not note the ladder and the rule that it holds for: where they "
-                                 "are those of this refinement, load "
-                                 "{**refinement.state_dict(), **state}")
-            raise ValueError(f"the state of a {type(self).__name__} lacks {sorted(missing)}; found "
-                             f"{sorted(map(str, state))}")
+                raise ValueError(
+                    "the state was saved by an earlier version of prdp_fem, which did "
+                    "not note the ladder and the rule that it holds for: where they "
+                    "are those of this refinement, load "
+                    "{**refinement.state_dict(), **state}"
+                )
+            raise ValueError(
+                f"the state of a {type(self).__name__} lacks {sorted(missing)}; found "
+                f"{sorted(map(str, state))}"
+            )
         if unknown := state.keys() - expected:
-            raise ValueError(f"the state of a {type(self).__name__} has no "
-                             f"{sorted(map(str, unknown))}; it has {sorted(expected)}")
+            raise ValueError(
+                f"the state of a {type(self).__name__} has no "
+                f"{sorted(map(str, unknown))}; it has {sorted(expected)}"
+            )
         for name, value in self.checked_state(state).items():
             setattr(self, name, value)
 
@@ -315,20 +344,32 @@ class Refinement:
         """
         for name, value in self._rule().items():
             if not is_equal(state[name], value):
-                raise ValueError(f"the state was saved with {name} {shown(state[name])}, and this "
-                                 f"refinement has {shown(value)}: load it "
-                                 "into one that was made as that which it was saved from")
+                raise ValueError(
+                    f"the state was saved with {name} {shown(state[name])}, and this "
+                    f"refinement has {shown(value)}: load it "
+                    "into one that was made as that which it was saved from"
+                )
         check_records(state["history"])
         check_levels(state, self.ladder)
-        history = [Record(float(metric), float(smoothed), int(level),
-                          setting_of(self.ladder[level]), bool(refined))
-                   for metric, smoothed, level, refined in state["history"]]
+        history = [
+            Record(
+                float(metric),
+                float(smoothed),
+                int(level),
+                setting_of(self.ladder[level]),
+                bool(refined),
+            )
+            for metric, smoothed, level, refined in state["history"]
+        ]
         return {"level": int(state["level"]), "history": history}
 
 
-@rule("prdp", title="PRDP",
-      options={"tau_step": float, "tau_stop": float, "ema_window": int, "error_window": int},
-      varied=("tau_step", "tau_stop"))
+@rule(
+    "prdp",
+    title="PRDP",
+    options={"tau_step": float, "tau_stop": float, "ema_window": int, "error_window": int},
+    varied=("tau_step", "tau_stop"),
+)
 class ProgressiveRefinement(Refinement):
     r"""Refine when the metric stops improving; stop refining when refining no longer helps (PRDP).
 
@@ -380,16 +421,25 @@ class ProgressiveRefinement(Refinement):
     tau_stop = _Checked[float](lambda refinement, ratio: _checked_threshold("tau_stop", ratio))
     error_window = _Checked[int](lambda refinement, window: count("error_window", window))
 
-    def __init__(self, ladder: Sequence[Setting | int], *, tau_step: float = 0.98,
-                 tau_stop: float = 0.9, ema_window: int = 6,
-                 error_window: int = 3, checkpoint: float = math.inf, comm=None):
+    def __init__(
+        self,
+        ladder: Sequence[Setting | int],
+        *,
+        tau_step: float = 0.98,
+        tau_stop: float = 0.9,
+        ema_window: int = 6,
+        error_window: int = 3,
+        checkpoint: float = math.inf,
+        comm=None,
+    ):
         super().__init__(ladder, ema_window=ema_window, comm=comm)
         self.tau_step = tau_step
         self.tau_stop = tau_stop
         self.error_window = error_window
         if not is_number(checkpoint) or not checkpoint > 0:
-            raise ValueError(f"checkpoint must be a positive number or inf, found "
-                             f"{shown(checkpoint)}")
+            raise ValueError(
+                f"checkpoint must be a positive number or inf, found {shown(checkpoint)}"
+            )
         self.checkpoint = float(checkpoint)
 
     def next_level(self, smoothed: float) -> int:
@@ -410,21 +460,27 @@ class ProgressiveRefinement(Refinement):
 
     def state_dict(self) -> dict[str, Any]:
         # JSON has no infinity.
-        return {**super().state_dict(),
-                "checkpoint": None if math.isinf(self.checkpoint) else self.checkpoint}
+        return {
+            **super().state_dict(),
+            "checkpoint": None if math.isinf(self.checkpoint) else self.checkpoint,
+        }
 
     def checked_state(self, state: Mapping[str, Any]) -> dict[str, Any]:
         checkpoint = math.inf if state["checkpoint"] is None else state["checkpoint"]
         if not is_number(checkpoint) or not checkpoint >= 0:
-            raise ValueError("checkpoint must be a number of at least 0 in a state, or None before "
-                             "the first plateau, found "
-                             f"{shown(checkpoint)}")
+            raise ValueError(
+                "checkpoint must be a number of at least 0 in a state, or None before "
+                "the first plateau, found "
+                f"{shown(checkpoint)}"
+            )
         return {**super().checked_state(state), "checkpoint": float(checkpoint)}
 
     def __repr__(self) -> str:
-        return (f"ProgressiveRefinement({self.ladder!r}, tau_step={self.tau_step:g}, "
-                f"tau_stop={self.tau_stop:g}, ema_window={self.ema_window}, "
-                f"error_window={self.error_window})")
+        return (
+            f"ProgressiveRefinement({self.ladder!r}, tau_step={self.tau_step:g}, "
+            f"tau_stop={self.tau_stop:g}, ema_window={self.ema_window}, "
+            f"error_window={self.error_window})"
+        )
 
 
 class FixedRefinement(Refinement):
@@ -468,23 +524,31 @@ class ScheduledRefinement(Refinement):
     def __init__(self, ladder: Sequence[Setting], schedule: Mapping[int, int], *, comm=None):
         ladder = checked_ladder(ladder)
         if not isinstance(schedule, Mapping):
-            raise TypeError(f"a schedule must be a dictionary from outer iterations to levels, "
-                            f"such as {{0: 0, 20: 3}}, found "
-                            f"{shown(schedule)}")
+            raise TypeError(
+                "a schedule must be a dictionary from outer iterations to levels, "
+                "such as {0: 0, 20: 3}, found "
+                f"{shown(schedule)}"
+            )
         for iteration, level in schedule.items():
             if not (is_natural(iteration) and is_natural(level)):
-                raise ValueError("a schedule maps outer iterations to levels, both integers from "
-                                 f"0, found {shown(iteration)}: {shown(level)}")
+                raise ValueError(
+                    "a schedule maps outer iterations to levels, both integers from "
+                    f"0, found {shown(iteration)}: {shown(level)}"
+                )
         schedule = {int(iteration): int(schedule[iteration]) for iteration in sorted(schedule)}
         previous = 0
         for iteration, level in schedule.items():
             if level >= len(ladder):
-                raise ValueError(f"level {level} at outer iteration {iteration} is not on the "
-                                 f"ladder {shown(ladder)}, "
-                                 f"which has levels 0 to {len(ladder) - 1}")
+                raise ValueError(
+                    f"level {level} at outer iteration {iteration} is not on the "
+                    f"ladder {shown(ladder)}, "
+                    f"which has levels 0 to {len(ladder) - 1}"
+                )
             if level < previous:
-                raise ValueError(f"levels must not decrease, found {level} after {previous} at "
-                                 f"outer iteration {iteration}")
+                raise ValueError(
+                    f"levels must not decrease, found {level} after {previous} at "
+                    f"outer iteration {iteration}"
+                )
             previous = level
         super().__init__(ladder, level=schedule.get(0, 0), comm=comm)
         self.schedule = schedule
@@ -500,7 +564,7 @@ def _ratio(value: float, reference: float) -> float:
     """``value/reference`` for non-negative numbers; zero that stays zero counts as unchanged."""
     if reference == 0:
         return 1.0 if value == 0 else math.inf
-    return value/reference
+    return value / reference
 
 
 def _checked_threshold(name: str, value) -> float:
@@ -512,6 +576,8 @@ def _checked_threshold(name: str, value) -> float:
 def _checked_communicator(comm):
     """None, or what metrics can be sent by."""
     if comm is not None and not (callable(getattr(comm, "bcast", None)) and hasattr(comm, "rank")):
-        raise TypeError(f"comm must be a communicator of mpi4py's, such as mesh.comm, or None, "
-                        f"found {shown(comm)}")
+        raise TypeError(
+            "comm must be a communicator of mpi4py's, such as mesh.comm, or None, "
+            f"found {shown(comm)}"
+        )
     return comm

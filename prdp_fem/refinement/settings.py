@@ -5,6 +5,7 @@ A setting is anything with the three attributes of :class:`Setting`, and those o
 read from these attributes alone, so a setting of one's own is a class that has them. This module is
 pure Python.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -193,8 +194,10 @@ class NewtonSteps:
             return
         is_linear = isinstance(self.linear, Setting) and newton_steps(self.linear) is None
         if isinstance(self.linear, type) or not is_linear:
-            raise TypeError(f"linear must be the setting of a linear solve, such as "
-                            f"Iterations(20), or None, found {shown(self.linear)}")
+            raise TypeError(
+                "linear must be the setting of a linear solve, such as "
+                f"Iterations(20), or None, found {shown(self.linear)}"
+            )
         checked_setting(self.linear)
 
     @property
@@ -214,8 +217,10 @@ class NewtonSteps:
         return text if self.linear is None else f"{text} of {self.linear}"
 
 
-_SETTING = ("a setting must have the attributes rtol, max_it and budget, as Iterations(20) and "
-            "Tolerance(1e-6) have")
+_SETTING = (
+    "a setting must have the attributes rtol, max_it and budget, as Iterations(20) and "
+    "Tolerance(1e-6) have"
+)
 
 
 def checked_setting(setting: Any) -> Setting:

@@ -3,6 +3,7 @@
 A state is made of plain numbers and lists, so that ``torch.save``, pickle and strict JSON take it.
 This module is pure Python.
 """
+
 from __future__ import annotations
 
 import math
@@ -31,20 +32,24 @@ def levels_in_numbers(ladder: Sequence, reached: set[int]) -> list[list]:
     They are the first hundred, and those that were reached.
     """
     first = range(min(len(ladder), 100))
-    return [[level, *in_numbers(setting_of(ladder[level]))]
-            for level in sorted(reached.union(first))]
+    return [
+        [level, *in_numbers(setting_of(ladder[level]))] for level in sorted(reached.union(first))
+    ]
 
 
 def check_records(history: Any) -> None:
     """Make sure that a history in a state is a list of records."""
     if not isinstance(history, (list, tuple)):
-        raise ValueError(f"the history of the state must be a list of records, found "
-                         f"{shown(history)}")
+        raise ValueError(
+            f"the history of the state must be a list of records, found {shown(history)}"
+        )
     for record in history:
         if not isinstance(record, (list, tuple)) or len(record) != 4:
-            raise ValueError("a record in the history of the state must have metric, smoothed, "
-                             "level and refined, found "
-                             f"{shown(record)}")
+            raise ValueError(
+                "a record in the history of the state must have metric, smoothed, "
+                "level and refined, found "
+                f"{shown(record)}"
+            )
         for value in record[:2]:
             checked_metric(value)
         try:
@@ -59,22 +64,28 @@ def check_levels(state: Mapping[str, Any], ladder: Sequence) -> None:
     levels = [state["level"], *(level for _, _, level, _ in state["history"])]
     for level in levels:
         if not is_level(level, ladder):
-            raise ValueError(f"level {shown(level)} of the state is not on the ladder "
-                             f"{shown(ladder)}, which has levels 0 to "
-                             f"{len(ladder) - 1}: {remedy}")
+            raise ValueError(
+                f"level {shown(level)} of the state is not on the ladder "
+                f"{shown(ladder)}, which has levels 0 to "
+                f"{len(ladder) - 1}: {remedy}"
+            )
     mine, theirs = levels_in_numbers(ladder, set(map(int, levels))), state["ladder"]
     if not is_equal(theirs, mine):
         if isinstance(theirs, (list, tuple)):
             # The first that differs, since there may be a hundred.
             different = [pair for pair in zip(theirs, mine) if not is_equal(*pair)]
             theirs, mine = different[0] if different else (theirs, mine)
-        raise ValueError("the state was saved with another ladder: of level, rtol, max_it, "
-                         "budget and Newton steps it has "
-                         f"{shown(theirs)}, and this one {shown(mine)}: {remedy}")
+        raise ValueError(
+            "the state was saved with another ladder: of level, rtol, max_it, "
+            "budget and Newton steps it has "
+            f"{shown(theirs)}, and this one {shown(mine)}: {remedy}"
+        )
     if not is_equal(state["levels"], len(ladder)):
-        raise ValueError(f"the state was saved with a ladder of {shown(state['levels'])} "
-                         f"levels, and this one, {shown(ladder)}, "
-                         f"has {len(ladder)}: {remedy}")
+        raise ValueError(
+            f"the state was saved with a ladder of {shown(state['levels'])} "
+            f"levels, and this one, {shown(ladder)}, "
+            f"has {len(ladder)}: {remedy}"
+        )
 
 
 def checked_metric(metric) -> float:
@@ -95,11 +106,14 @@ def checked_metric(metric) -> float:
     except Exception:  # of whatever class, since the number is looked for in an object of any
         raise ValueError(f"a metric must be a number, found {shown(metric)}") from None
     if not math.isfinite(value):
-        raise ValueError(f"a metric must be finite, found {value}: training has diverged, or the "
-                         "metric divides by zero")
+        raise ValueError(
+            f"a metric must be finite, found {value}: training has diverged, or the "
+            "metric divides by zero"
+        )
     if value < 0:
-        raise ValueError("a metric must not be negative (lower is better, zero is perfect), found "
-                         f"{value}")
+        raise ValueError(
+            f"a metric must not be negative (lower is better, zero is perfect), found {value}"
+        )
     return value
 
 

@@ -3,6 +3,7 @@
 J λ̂ = … with J the derivative of the residual by the solution, at the state that the solve has
 reached.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Set
@@ -55,16 +56,27 @@ class ImplicitDerivative:
         # Where all is a matrix product, neither the solution nor what is multiplied by matrices is
         # looked at.
         looks = by_forms or not is_linear or not terms.keys() >= set(indices)
-        return Needs(looks, () if looks else terms.keys(), device_rows=takes_device_rows,
-                     device_inputs=terms.keys() if takes_device_rows else ())
+        return Needs(
+            looks,
+            () if looks else terms.keys(),
+            device_rows=takes_device_rows,
+            device_inputs=terms.keys() if takes_device_rows else (),
+        )
 
     def values_read(self, indices: Iterable[int], by_all: bool) -> Set[int]:
         """The inputs whose values a derivative depends on; see :meth:`SolutionMap.values_read`."""
         return self._inputs.values_read(indices, by_all)
 
-    def adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
-                solutions: np.ndarray | None, records: list, wanted: Wanted,
-                varying: Mapping[int, np.ndarray]) -> None:
+    def adjoint(
+        self,
+        point: Point,
+        setting: Setting | None,
+        cotangents: np.ndarray,
+        solutions: np.ndarray | None,
+        records: list,
+        wanted: Wanted,
+        varying: Mapping[int, np.ndarray],
+    ) -> None:
         """Write what is wanted; see :meth:`SolutionMap.solve_adjoint`."""
         linearisation, inputs = self._linearisation, self._inputs
         if wanted.guess is not None:
@@ -80,8 +92,9 @@ class ImplicitDerivative:
                     linearisation.at(at, None if solutions is None else solutions[rows.start])
                     if needs_forms:
                         assert solutions is not None
-                        self._require_solution(at, setting, solutions[rows.start], wanted.gradients,
-                                               wanted.meshes)
+                        self._require_solution(
+                            at, setting, solutions[rows.start], wanted.gradients, wanted.meshes
+                        )
                     solve = linearisation.krylov.transposed_solver(setting)
                 multipliers = self._solve(solve, cotangents[rows])
                 if needs_forms:
@@ -90,8 +103,14 @@ class ImplicitDerivative:
                     inputs.at(at, solutions[rows.start], multipliers)
                 inputs.write(wanted, rows, multipliers, cotangents)
 
-    def _require_solution(self, point: Point, setting: Setting | None, solution: np.ndarray,
-                          indices: Iterable[int], meshes: Iterable) -> None:
+    def _require_solution(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        indices: Iterable[int],
+        meshes: Iterable,
+    ) -> None:
         """Raise where a derivative is to be one of a solution that is none; collective.
 
         Parameters
@@ -105,7 +124,8 @@ class ImplicitDerivative:
         linearisation = self._linearisation
         inputs, is_nonlinear = linearisation.forms.inputs, linearisation.copies.state is not None
         if linearisation.krylov.may_hide_residuals() and (
-                is_nonlinear or any(inputs[index].in_operator for index in indices) or meshes):
+            is_nonlinear or any(inputs[index].in_operator for index in indices) or meshes
+        ):
             b, w = self._forward.system_at(point, linearisation.place.memory.on_host(solution))
             linearisation.krylov.require_solution(setting, b, w)
 
@@ -119,8 +139,15 @@ class ImplicitDerivative:
             statistics.adjoint_solves += 1
         return multipliers
 
-    def tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: None,
-                direction: Direction, out: np.ndarray) -> None:
+    def tangent(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        record: None,
+        direction: Direction,
+        out: np.ndarray,
+    ) -> None:
         """Write the solution's derivative in a direction; see :meth:`SolutionMap.solve_tangent`."""
         linearisation = self._linearisation
         tangent = linearisation.states(1).vectors[0]
@@ -134,14 +161,26 @@ class ImplicitDerivative:
         linearisation.statistics.tangent_solves += 1
         linearisation.statistics.tangent_iterations += iterations
 
-    def second_adjoint(self, point: Point, setting: Setting | None, solution: np.ndarray,
-                       second: SecondCotangent, direction: Direction, wanted: Wanted) -> None:
+    def second_adjoint(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        second: SecondCotangent,
+        direction: Direction,
+        wanted: Wanted,
+    ) -> None:
         """Write that of the adjoint; see :meth:`SolutionMap.solve_second_adjoint`."""
         linearisation, inputs, by_forms = self._linearisation, self._inputs, self._inputs.by_forms
         with linearisation.work("adjoint"):
             linearisation.at(point, solution)
-            self._require_solution(point, setting, solution, [*wanted.gradients, *direction.inputs],
-                                   [*wanted.meshes, *direction.meshes])
+            self._require_solution(
+                point,
+                setting,
+                solution,
+                [*wanted.gradients, *direction.inputs],
+                [*wanted.meshes, *direction.meshes],
+            )
             solve = linearisation.krylov.transposed_solver(setting)
             multipliers = self._solve(solve, second.cotangent[None])
             by_forms.at(point, solution, multipliers.values(0))

@@ -7,6 +7,7 @@ What is constant is assembled once: the operator unless it depends on an input w
 and what the right-hand side is affine in as a matrix B. A solve then is B.mult, KSPSolve; its
 derivative is KSPSolveTranspose, B.multTranspose.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -57,8 +58,14 @@ class LinearSolve:
         """The KSP that settings are put on."""
         return self.linearisation.krylov.refined
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
-              varying: Mapping[int, np.ndarray], record: Callable | None) -> list:
+    def solve(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solutions: np.ndarray,
+        varying: Mapping[int, np.ndarray],
+        record: Callable | None,
+    ) -> list:
         """Solve for rows; see :meth:`SolutionMap.solve`, which checks what this gives.
 
         ``statistics.solves`` counts the rows that are done. ``record`` is called after each, for
@@ -91,13 +98,15 @@ class LinearSolve:
 
     def moves(self, point: Point, varying: Mapping[int, np.ndarray]) -> bool:
         """Whether something is assembled between rows of a batch."""
-        return (self.linearisation.moves_with(varying)
-                or (point.boundary is not None and point.boundary.ndim == 2))
+        return self.linearisation.moves_with(varying) or (
+            point.boundary is not None and point.boundary.ndim == 2
+        )
 
     def start(self, w: Batch | DeviceBatch, guess: np.ndarray, rows: slice) -> None:
         """Have rows start from a guess, shape (n,) or (batch, n), without its boundary values."""
-        w.fill_inside(guess if guess.ndim == 1 else guess[rows],
-                      self.linearisation.boundary_entries())
+        w.fill_inside(
+            guess if guess.ndim == 1 else guess[rows], self.linearisation.boundary_entries()
+        )
 
     def system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
         """b and w, whose residual b - A w is that of a solution, where the operator is."""

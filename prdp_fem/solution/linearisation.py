@@ -3,6 +3,7 @@
 With g the boundary values, continued by zero, a solution is u = g + w, where w is zero at boundary
 dofs; rows and columns of all operators there are those of the identity.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -81,8 +82,16 @@ class Linearisation:
         Those of vectors at boundary dofs.
     """
 
-    def __init__(self, forms: Forms, solver, make_adjoint_solver: Callable, ksp_prefix: str | None,
-                 place: Place, unassembled: Set[int] = frozenset(), newton: Newton | None = None):
+    def __init__(
+        self,
+        forms: Forms,
+        solver,
+        make_adjoint_solver: Callable,
+        ksp_prefix: str | None,
+        place: Place,
+        unassembled: Set[int] = frozenset(),
+        newton: Newton | None = None,
+    ):
         self.forms, self.solver, self.place = forms, solver, place
         self.name, self.statistics = forms.solution.name(), place.statistics
         self.comm = forms.solution.function_space().mesh().comm
@@ -103,8 +112,9 @@ class Linearisation:
         self.look_after(solver, self._reset)
         in_operator = [index for index, entry in enumerate(forms.inputs) if entry.in_operator]
         of_operator = [*in_operator, MESH, STATE, USERS_CODE, UNSEEN, MEMORY]
-        self.krylov = Krylov(ksp, self._transposed_ksp, self.name, ksp_prefix, place.clock,
-                             of_operator, newton)
+        self.krylov = Krylov(
+            ksp, self._transposed_ksp, self.name, ksp_prefix, place.clock, of_operator, newton
+        )
         self._operator = Kept(self._set_up_operator, place.clock, of_operator)
         self._adjoint_operator = Kept(self._set_up_adjoint, place.clock, of_operator)
         self.states, self.cotangents = place.batches(self.layout), place.batches(self.layout)
@@ -246,8 +256,9 @@ class Linearisation:
     def _set_up_at(self, point: Point) -> None:
         self.at(point, local_values(self.forms.solution))
 
-    def find_refined(self, refined: RefinedKSP, context: SolverContext,
-                     set_up_at: Callable[[Point], None]) -> None:
+    def find_refined(
+        self, refined: RefinedKSP, context: SolverContext, set_up_at: Callable[[Point], None]
+    ) -> None:
         """Find the KSP that settings are put on.
 
         Where that takes a KSP that is set up, it is at the user's present values. These may be none

@@ -1,4 +1,5 @@
 """The solution of a variational problem as a function of its inputs, and its derivatives."""
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Set
@@ -51,8 +52,11 @@ class SolutionMap:
         What the user's objects say at the moment.
     """
 
-    def __init__(self, forward: LinearSolve | NewtonSolve,
-                 derivative: ImplicitDerivative | UnrolledKrylov | UnrolledNewton):
+    def __init__(
+        self,
+        forward: LinearSolve | NewtonSolve,
+        derivative: ImplicitDerivative | UnrolledKrylov | UnrolledNewton,
+    ):
         self.forward, self.derivative = forward, derivative
         self.linearisation = forward.linearisation
         self.forms, self.inputs = self.linearisation.forms, self.linearisation.forms.inputs
@@ -129,8 +133,15 @@ class SolutionMap:
         """What a refinement asks of the next solve, the same on all ranks. Collective."""
         return self.linearisation.copies.agreement.setting_of(refinement)
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
-              varying: Mapping[int, np.ndarray] | None = None, *, largest: float = LARGEST) -> list:
+    def solve(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solutions: np.ndarray,
+        varying: Mapping[int, np.ndarray] | None = None,
+        *,
+        largest: float = LARGEST,
+    ) -> list:
         """Solve at a point, or at a batch of them.
 
         Parameters
@@ -162,23 +173,39 @@ class SolutionMap:
             self.linearisation.copies.agreement.note(setting)
         before = self.statistics.solves
         try:
-            records = self.forward.solve(point, setting, solutions,
-                                         {} if varying is None else varying,
-                                         self.derivative.record)
+            records = self.forward.solve(
+                point,
+                setting,
+                solutions,
+                {} if varying is None else varying,
+                self.derivative.record,
+            )
         except ConvergenceError as error:
             error.row = self.statistics.solves - before
             raise
         # Also where PETSc has computed no norm, or one before the last thing that it did.
         if not (self.is_serial and is_finite(solutions, largest)):
-            require_finite(self.comm, [solutions], lambda _: _of_solution(self.linearisation.name),
-                           largest=largest)
+            require_finite(
+                self.comm,
+                [solutions],
+                lambda _: _of_solution(self.linearisation.name),
+                largest=largest,
+            )
         return records
 
     # Its derivatives
 
-    def solve_adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
-                      solutions: np.ndarray | None, records: list, wanted: Wanted, *,
-                      varying: Mapping[int, np.ndarray] | None = None) -> None:
+    def solve_adjoint(
+        self,
+        point: Point,
+        setting: Setting | None,
+        cotangents: np.ndarray,
+        solutions: np.ndarray | None,
+        records: list,
+        wanted: Wanted,
+        *,
+        varying: Mapping[int, np.ndarray] | None = None,
+    ) -> None:
         """From the derivatives of numbers E by solutions those by what these depend on.
 
         Parameters
@@ -207,8 +234,15 @@ class SolutionMap:
             self._require_finite_cotangents(cotangents)
         before = self.statistics.adjoint_solves
         try:
-            self.derivative.adjoint(point, setting, cotangents, solutions, records, wanted,
-                                    {} if varying is None else varying)
+            self.derivative.adjoint(
+                point,
+                setting,
+                cotangents,
+                solutions,
+                records,
+                wanted,
+                {} if varying is None else varying,
+            )
             self._require_finite_derivatives(wanted)
         except ConvergenceError as error:
             # What is not finite in a cotangent is so in all that is made of it: one looks there
@@ -229,10 +263,18 @@ class SolutionMap:
 
         def describe(place: int) -> str:
             return _of_derivative(self.linearisation.name, list(wanted.names(self.inputs))[place])
+
         require_finite(self.comm, results, describe, largest=wanted.largest)
 
-    def solve_tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record,
-                      direction: Direction, out: np.ndarray) -> None:
+    def solve_tangent(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        record,
+        direction: Direction,
+        out: np.ndarray,
+    ) -> None:
         """The tangent linear solve: the derivative of the solution in a direction.
 
         Parameters
@@ -255,8 +297,15 @@ class SolutionMap:
         self.derivative.tangent(point, setting, solution, record, direction, out)
         require_finite(self.comm, [out[None]], lambda _: _of_tangent(self.linearisation.name))
 
-    def solve_second_adjoint(self, point: Point, setting: Setting | None, solution: np.ndarray,
-                             second: SecondCotangent, direction: Direction, wanted: Wanted) -> None:
+    def solve_second_adjoint(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        second: SecondCotangent,
+        direction: Direction,
+        wanted: Wanted,
+    ) -> None:
         """The derivative of :meth:`solve_adjoint` in a direction: the action of a Hessian.
 
         Parameters
@@ -278,23 +327,32 @@ class SolutionMap:
 
 # What is wrong with numbers that are not finite.
 
+
 def _of_solution(name: str) -> str:
-    return (f"the forward solve for '{name}' gave NaN or infinity: look for them in the controls, "
-            "coefficients, boundary values and the guess, or for an operator that is singular")
+    return (
+        f"the forward solve for '{name}' gave NaN or infinity: look for them in the controls, "
+        "coefficients, boundary values and the guess, or for an operator that is singular"
+    )
 
 
 def _of_cotangent(name: str) -> str:
-    return (f"the cotangent of '{name}' holds NaN or infinity: look, in what is computed of the "
-            "solution, for an operation whose derivative is not finite, such as 0/0 or the square "
-            "root of zero")
+    return (
+        f"the cotangent of '{name}' holds NaN or infinity: look, in what is computed of the "
+        "solution, for an operation whose derivative is not finite, such as 0/0 or the square "
+        "root of zero"
+    )
 
 
 def _of_derivative(name: str, by: str) -> str:
-    return (f"the derivative by {by} of the solve for '{name}' holds NaN or infinity: look for a "
-            "derivative that does not exist there, such as that of a square root at zero, for an "
-            "adjoint solve that diverges, or for numbers that are too large")
+    return (
+        f"the derivative by {by} of the solve for '{name}' holds NaN or infinity: look for a "
+        "derivative that does not exist there, such as that of a square root at zero, for an "
+        "adjoint solve that diverges, or for numbers that are too large"
+    )
 
 
 def _of_tangent(name: str) -> str:
-    return (f"the tangent solve for '{name}' gave NaN or infinity: look for them in the direction, "
-            "or for a derivative that does not exist there, such as that of a square root at zero")
+    return (
+        f"the tangent solve for '{name}' gave NaN or infinity: look for them in the direction, "
+        "or for a derivative that does not exist there, such as that of a square root at zero"
+    )

@@ -2,6 +2,7 @@
 
 A solve is PETSc's SNES on Firedrake's residual and Jacobian, from a guess.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -81,11 +82,15 @@ class NewtonSolve:
         if newton_steps(setting) is not None and setting.max_it is None:
             return
         if not self.newton.solves_linear_systems:
-            raise ValueError(f"snes_type {snes.getType()} has no linear solves to refine: use "
-                             "newtonls, or a NewtonLadder")
+            raise ValueError(
+                f"snes_type {snes.getType()} has no linear solves to refine: use "
+                "newtonls, or a NewtonLadder"
+            )
         if snes.getUseEW():
-            raise ValueError("snes_ksp_ew chooses the tolerances of linear solves, and so does the "
-                             "refinement: leave one of them away")
+            raise ValueError(
+                "snes_ksp_ew chooses the tolerances of linear solves, and so does the "
+                "refinement: leave one of them away"
+            )
         self.linearisation.check_setting(setting)
         self.linearisation.find_refined(self.refined, self._context, self._set_up_at)
 
@@ -118,8 +123,11 @@ class NewtonSolve:
         self._callbacks().attach()
         memory = self.linearisation.place.memory
         assemble_operators(self.solver, memory.to_host(self.state()))
-        set_up(self.newton.snes.getKSP(), *memory.operators(*operators(self.solver)),
-               self.linearisation.name)
+        set_up(
+            self.newton.snes.getKSP(),
+            *memory.operators(*operators(self.solver)),
+            self.linearisation.name,
+        )
 
     def _forget_steps(self, setting: Setting | None) -> None:
         """Have the preconditioner of the steps forget earlier solves; inside its context."""
@@ -134,8 +142,14 @@ class NewtonSolve:
             refined.set_up()
         self._was_set_up = True
 
-    def solve(self, point: Point, setting: Setting | None, solutions: np.ndarray,
-              varying: Mapping[int, np.ndarray], record: Callable | None) -> list:
+    def solve(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solutions: np.ndarray,
+        varying: Mapping[int, np.ndarray],
+        record: Callable | None,
+    ) -> list:
         """Solve for rows, see :meth:`LinearSolve.solve`."""
         statistics, records = self.linearisation.statistics, []
         with self.work("forward"):
@@ -147,8 +161,9 @@ class NewtonSolve:
                 statistics.forward_iterations += iterations
         return records
 
-    def _solve_one(self, point: Point, setting: Setting | None, solution: np.ndarray) -> tuple[int,
-                                                                                               int]:
+    def _solve_one(
+        self, point: Point, setting: Setting | None, solution: np.ndarray
+    ) -> tuple[int, int]:
         memory, work = self.linearisation.place.memory, self.state()
         dofs = self.linearisation.forms.boundary_dofs
         boundary = self.write(point)

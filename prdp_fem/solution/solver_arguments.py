@@ -1,4 +1,5 @@
 """What a solver is given: looked at before anything is made of it."""
+
 from __future__ import annotations
 
 import inspect
@@ -17,13 +18,22 @@ from prdp_fem.refinement.ladders import checked_setting, in_words
 from prdp_fem.refinement.option_names import check_solver_parameters
 from prdp_fem.refinement.rules import Refinement
 
-__all__ = ["OWN", "check_bases", "check_names", "check_numbers", "check_solver_arguments",
-           "option_in_words", "refinement_in_words"]
+__all__ = [
+    "OWN",
+    "check_bases",
+    "check_names",
+    "check_numbers",
+    "check_solver_arguments",
+    "option_in_words",
+    "refinement_in_words",
+]
 
 # Arguments of this package's solvers, which Firedrake's do not have.
 OWN = ("refinement", "differentiation", "warm_start", "ksp_prefix", "device")
-_FIREDRAKES = (*inspect.signature(firedrake.NonlinearVariationalSolver.__init__).parameters,
-               "ad_block_tag")
+_FIREDRAKES = (
+    *inspect.signature(firedrake.NonlinearVariationalSolver.__init__).parameters,
+    "ad_block_tag",
+)
 _THEIRS = tuple(name for name in _FIREDRAKES if name not in ("self", "problem"))
 # As PETSc reads one.
 _INTEGER = re.compile(r"\s*[+-]?[0-9]+\s*")
@@ -54,9 +64,13 @@ def refinement_in_words(refinement: Any) -> str:
     TypeError, ValueError
         Where it is none, or has no setting.
     """
-    instance("refinement", refinement, (Refinement, type(None)),
-             "a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
-             "FixedRefinement(Iterations(20)) for a constant setting")
+    instance(
+        "refinement",
+        refinement,
+        (Refinement, type(None)),
+        "a Refinement, such as ProgressiveRefinement(IterationLadder()), or "
+        "FixedRefinement(Iterations(20)) for a constant setting",
+    )
     if refinement is None:
         return "no refinement"
     return f"{type(refinement).__name__} ({in_words(checked_setting(refinement.setting))})"
@@ -91,12 +105,20 @@ def check_numbers(options: Mapping[str, Any], of: str) -> None:
             else:
                 is_large = isinstance(number, Integral) and abs(int(number)) > COUNT
             if is_large:
-                raise ValueError(f"{of} has {name} {shown(value)}, and PETSc would make another "
-                                 f"integer of one beyond {COUNT} (a real number can be written as 1e10)")
+                raise ValueError(
+                    f"{of} has {name} {shown(value)}, and PETSc would make another "
+                    f"integer of one beyond {COUNT} (a real number can be written as 1e10)"
+                )
 
 
-def check_solver_arguments(solution: Function, solver_type: type, warm_start: Any, ksp_prefix: Any,
-                           device: Any, others: Mapping[str, Any]) -> None:
+def check_solver_arguments(
+    solution: Function,
+    solver_type: type,
+    warm_start: Any,
+    ksp_prefix: Any,
+    device: Any,
+    others: Mapping[str, Any],
+) -> None:
     """Make sure that a solver can be made of what it is given; without communication.
 
     Parameters
@@ -116,18 +138,28 @@ def check_solver_arguments(solution: Function, solver_type: type, warm_start: An
         For the first that it cannot be made of.
     """
     flag("warm_start", warm_start)
-    instance("ksp_prefix", ksp_prefix, (str, type(None)),
-             "a string, such as 'fieldsplit_1_', or None")
+    instance(
+        "ksp_prefix", ksp_prefix, (str, type(None)), "a string, such as 'fieldsplit_1_', or None"
+    )
     instance("device", device, (str, type(None)), "a string, such as 'cpu' or 'auto', or None")
     check_names(others, (*OWN, *_THEIRS), solver_type.__name__.strip("_"))
-    instance("options_prefix", others.get("options_prefix"), (str, type(None)),
-             "a string, such as 'heat_', or None")
+    instance(
+        "options_prefix",
+        others.get("options_prefix"),
+        (str, type(None)),
+        "a string, such as 'heat_', or None",
+    )
     parameters, context = others.get("solver_parameters"), others.get("appctx")
-    instance("solver_parameters", parameters, (Mapping, type(None)),
-             "a dictionary, such as {'ksp_type': 'cg'}, or None")
+    instance(
+        "solver_parameters",
+        parameters,
+        (Mapping, type(None)),
+        "a dictionary, such as {'ksp_type': 'cg'}, or None",
+    )
     if wrong := [name for name in parameters or () if not isinstance(name, str)]:
-        raise TypeError(f"solver_parameters must have the names of options as keys, found "
-                        f"{shown(wrong[0])}")
+        raise TypeError(
+            f"solver_parameters must have the names of options as keys, found {shown(wrong[0])}"
+        )
     check_solver_parameters(parameters or ())
     instance("appctx", context, (Mapping, type(None)), "a dictionary, or None")
     for name, value in others.items():
@@ -149,16 +181,24 @@ def check_bases(others: Mapping[str, Any]) -> None:
     for name in ("nullspace", "transpose_nullspace"):
         basis = others.get(name)
         if isinstance(basis, VectorSpaceBasis) and not basis.is_orthonormal():
-            raise ValueError(f"{name} must be an orthonormal basis, since PETSc projects by it: "
-                             "call its orthonormalize() first")
+            raise ValueError(
+                f"{name} must be an orthonormal basis, since PETSc projects by it: "
+                "call its orthonormalize() first"
+            )
 
 
 def _check_basis(name: str, basis: Any, solution: Function) -> None:
     if basis is None:
         return
-    instance(name, basis, (VectorSpaceBasis, MixedVectorSpaceBasis),
-             "a VectorSpaceBasis or MixedVectorSpaceBasis, or None")
+    instance(
+        name,
+        basis,
+        (VectorSpaceBasis, MixedVectorSpaceBasis),
+        "a VectorSpaceBasis or MixedVectorSpaceBasis, or None",
+    )
     space = solution.function_space()
     if any(other not in (space, space.dual()) for other in spaces_of_basis(basis)):
-        raise ValueError(f"{name} must be in the space of the solution '{solution.name()}', "
-                         f"{space}: it has vectors of another one")
+        raise ValueError(
+            f"{name} must be in the space of the solution '{solution.name()}', "
+            f"{space}: it has vectors of another one"
+        )

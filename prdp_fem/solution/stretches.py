@@ -1,4 +1,5 @@
 """The rows of a batch, cut into stretches that are worked through together."""
+
 from __future__ import annotations
 
 import sys
@@ -12,8 +13,9 @@ from prdp_fem.problem.point import Point
 __all__ = ["stretches"]
 
 
-def stretches(point: Point, varying: Mapping[int, np.ndarray], count: int, size: int,
-              moves: bool) -> Iterator[tuple[slice, Point | None]]:
+def stretches(
+    point: Point, varying: Mapping[int, np.ndarray], count: int, size: int, moves: bool
+) -> Iterator[tuple[slice, Point | None]]:
     """The stretches of a batch, the same on all ranks; one row each where something moves.
 
     Parameters

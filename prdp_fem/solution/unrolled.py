@@ -3,6 +3,7 @@
 With w the K-th iterate for A w = b from a guess, its cotangent gives those of A, b and the guess;
 then b = L - a(g, ·) and A are differentiated by what they depend on.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Set
@@ -42,9 +43,9 @@ class UnrolledKrylov:
         self._forward, self._linearisation = forward, forward.linearisation
         linearisation, place = forward.linearisation, forward.linearisation.place
         linearisation.krylov.keeps_iterates = True
-        self._iterations = UnrolledIterations(linearisation.forms, linearisation.solver,
-                                              forward.refined,
-                                              place, differentiation)
+        self._iterations = UnrolledIterations(
+            linearisation.forms, linearisation.solver, forward.refined, place, differentiation
+        )
         self._inputs = InputDerivatives(linearisation.forms, forward.terms, place)
         self._no_boundary = np.zeros(linearisation.size)
         self._of_guess = place.row(linearisation.layout)
@@ -61,8 +62,13 @@ class UnrolledKrylov:
 
     def needs(self, indices: Collection[int], by_forms: bool) -> Needs:
         """What derivatives by some inputs look at: b is computed again from all of them."""
-        return Needs(solutions=False, boundary=True, guess=True, device_rows=True,
-                     device_inputs=self._forward.terms.keys())
+        return Needs(
+            solutions=False,
+            boundary=True,
+            guess=True,
+            device_rows=True,
+            device_inputs=self._forward.terms.keys(),
+        )
 
     def values_read(self, indices: Iterable[int], by_all: bool) -> Set[int]:
         """The inputs whose values a derivative depends on: all."""
@@ -82,39 +88,66 @@ class UnrolledKrylov:
             iterations.warn_of_no_iterations()
         return completed
 
-    def adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
-                solutions: np.ndarray | None, records: list, wanted: Wanted,
-                varying: Mapping[int, np.ndarray]) -> None:
+    def adjoint(
+        self,
+        point: Point,
+        setting: Setting | None,
+        cotangents: np.ndarray,
+        solutions: np.ndarray | None,
+        records: list,
+        wanted: Wanted,
+        varying: Mapping[int, np.ndarray],
+    ) -> None:
         """Write what is wanted; see :meth:`SolutionMap.solve_adjoint`."""
         linearisation, inputs = self._linearisation, self._inputs
         right_hand_side = self._forward.right_hand_side
         needs_forms = inputs.needs_forms(wanted)
         moves = needs_forms or self._forward.moves(point, varying)
-        of_operators = [one for one in self._iterations.operators
-                        if wanted.meshes or one.inputs & wanted.gradients.keys()]
+        of_operators = [
+            one
+            for one in self._iterations.operators
+            if wanted.meshes or one.inputs & wanted.gradients.keys()
+        ]
         with linearisation.work("adjoint"):
             if needs_forms:
                 point = point.on(linearisation.place.memory)  # once for all rows
-            for rows, at in stretches(point, varying, len(cotangents), linearisation.largest_size,
-                                      moves):
+            for rows, at in stretches(
+                point, varying, len(cotangents), linearisation.largest_size, moves
+            ):
                 if at is not None:
                     linearisation.at(at)
                     right_hand_side.prepare(at, varying)
                 b = right_hand_side.rows(varying, rows)
-                multipliers = self._pull(b, cotangents[rows], records[rows], point.guess,
-                                         wanted.guess, rows, of_operators)
+                multipliers = self._pull(
+                    b,
+                    cotangents[rows],
+                    records[rows],
+                    point.guess,
+                    wanted.guess,
+                    rows,
+                    of_operators,
+                )
                 if needs_forms:
                     assert at is not None  # since each row has a point of its own
                     # b is what the residual is at the boundary values, with the opposite sign.
-                    inputs.at(at, self._no_boundary if at.boundary is None else at.boundary,
-                              multipliers)
+                    inputs.at(
+                        at, self._no_boundary if at.boundary is None else at.boundary, multipliers
+                    )
                 inputs.write(wanted, rows, multipliers, cotangents)
-                self._iterations.add_by_operators(of_operators, wanted.row(rows.start),
-                                                  wanted.by_mesh)
+                self._iterations.add_by_operators(
+                    of_operators, wanted.row(rows.start), wanted.by_mesh
+                )
 
-    def _pull(self, b: Batch | DeviceBatch, cotangents, iterations: list[int],
-              start: np.ndarray | None, guess: np.ndarray | None,
-              rows: slice, of_operators: list[OperatorDerivative]) -> Batch | DeviceBatch:
+    def _pull(
+        self,
+        b: Batch | DeviceBatch,
+        cotangents,
+        iterations: list[int],
+        start: np.ndarray | None,
+        guess: np.ndarray | None,
+        rows: slice,
+        of_operators: list[OperatorDerivative],
+    ) -> Batch | DeviceBatch:
         """The cotangents of right-hand sides; those of guesses and operators are written."""
         linearisation, count = self._linearisation, len(cotangents)
         inner, multipliers = linearisation.inner(cotangents), linearisation.multipliers(count)
@@ -125,19 +158,31 @@ class UnrolledKrylov:
             self._forward.start(w, start, rows)
         for k in range(count):
             iterate = Iterate(b.vectors[k], None if start is None else w.vectors[k], iterations[k])
-            self._iterations.pull(iterate, inner.vectors[k], b_cotangent=multipliers.vectors[k],
-                                  guess_cotangent=None if guess is None else of_guess.vectors[0],
-                                  of_operators=of_operators, symmetric=is_symmetric())
+            self._iterations.pull(
+                iterate,
+                inner.vectors[k],
+                b_cotangent=multipliers.vectors[k],
+                guess_cotangent=None if guess is None else of_guess.vectors[0],
+                of_operators=of_operators,
+                symmetric=is_symmetric(),
+            )
             if guess is not None:
                 of_guess.zero(entries)
-                of_guess.read(guess[rows.start + k:rows.start + k + 1])
+                of_guess.read(guess[rows.start + k : rows.start + k + 1])
             linearisation.statistics.adjoint_solves += 1
         multipliers.zero(entries)  # b is constant there
         multipliers.changed()
         return multipliers
 
-    def tangent(self, point: Point, setting: Setting | None, solution: np.ndarray, record: int,
-                direction: Direction, out: np.ndarray) -> None:
+    def tangent(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        record: int,
+        direction: Direction,
+        out: np.ndarray,
+    ) -> None:
         """Write the iterate's derivative in a direction; see :meth:`SolutionMap.solve_tangent`."""
         linearisation, right_hand_side = self._linearisation, self._forward.right_hand_side
         with linearisation.work("tangent"):
@@ -155,8 +200,13 @@ class UnrolledKrylov:
                 of_guess.fill_inside(direction.guess, linearisation.boundary_entries())
                 guess_tangent = of_guess.vectors[0]
             tangent = self._tangent().vectors[0]
-            self._iterations.push(Iterate(b, start, record), tangent, direction,
-                                  b_tangent=b_tangent, guess_tangent=guess_tangent)
+            self._iterations.push(
+                Iterate(b, start, record),
+                tangent,
+                direction,
+                b_tangent=b_tangent,
+                guess_tangent=guess_tangent,
+            )
             out[:] = linearisation.place.memory.unload(tangent)
             linearisation.forms.put_boundary(out, direction.boundary)
         linearisation.statistics.tangent_solves += 1
@@ -166,5 +216,7 @@ class UnrolledKrylov:
         raise NotImplementedError(NO_SECOND)
 
 
-NO_SECOND = ("unrolled iterations have no second derivatives here: use differentiation='implicit' "
-             "for Hessians")
+NO_SECOND = (
+    "unrolled iterations have no second derivatives here: use differentiation='implicit' "
+    "for Hessians"
+)

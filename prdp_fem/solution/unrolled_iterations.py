@@ -1,4 +1,5 @@
 """The derivatives of a KSP's iterations, by right-hand side, guess and what operators depend on."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
@@ -64,11 +65,15 @@ class UnrolledIterations:
         another one.
     """
 
-    def __init__(self, forms: Forms, solver, refined: RefinedKSP, place: Place,
-                 differentiation: Unrolled):
+    def __init__(
+        self, forms: Forms, solver, refined: RefinedKSP, place: Place, differentiation: Unrolled
+    ):
         ksp, name = solver.snes.getKSP(), forms.solution.name()
-        self.of_ksp = place.kept(lambda: UnrolledKSP(
-            ksp, checkpoints=differentiation.checkpoints, options=solver.parameters, name=name))
+        self.of_ksp = place.kept(
+            lambda: UnrolledKSP(
+                ksp, checkpoints=differentiation.checkpoints, options=solver.parameters, name=name
+            )
+        )
         self.of_ksp()  # which refuses what cannot be unrolled
         self._refined, self._statistics = refined, place.statistics
         self._is_checked = self._has_warned = False
@@ -77,17 +82,21 @@ class UnrolledIterations:
         if P.handle != A.handle:
             assembled.append((problem.Jp, P))
         parameters = problem.form_compiler_parameters
-        self.operators = [OperatorDerivative(forms, pin_quadrature(form, parameters), matrix)
-                          for form, matrix in assembled]
+        self.operators = [
+            OperatorDerivative(forms, pin_quadrature(form, parameters), matrix)
+            for form, matrix in assembled
+        ]
 
     # What can be unrolled
 
     def check_setting(self) -> None:
         """Refuse a refinement of a KSP inside the preconditioner."""
         if self._refined.is_nested:
-            raise ValueError("differentiation='unrolled' is that of the outermost KSP, and the "
-                             "refinement follows one inside the preconditioner: use implicit "
-                             "differentiation, or refine the outermost KSP with ksp_prefix=\"\"")
+            raise ValueError(
+                "differentiation='unrolled' is that of the outermost KSP, and the "
+                "refinement follows one inside the preconditioner: use implicit "
+                'differentiation, or refine the outermost KSP with ksp_prefix=""'
+            )
 
     def check_method(self, symmetric: Callable[[], bool]) -> None:
         """Refuse, after the first solve, what PETSc tells of a KSP that is set up only."""
@@ -108,31 +117,50 @@ class UnrolledIterations:
         if not self._has_warned:
             self._has_warned = True
             if self.of_ksp().ksp.comm.rank == 0:
-                warning("a solve that is differentiated as its iterations had none to make, since "
-                        "its residual was zero or below the tolerance at the start: its unrolled "
-                        "derivative by right-hand side and operator is zero; implicit is not")
+                warning(
+                    "a solve that is differentiated as its iterations had none to make, since "
+                    "its residual was zero or below the tolerance at the start: its unrolled "
+                    "derivative by right-hand side and operator is zero; implicit is not"
+                )
 
     # Reverse
 
-    def pull(self, iterate: Iterate, cotangent: PETSc.Vec, *, b_cotangent: PETSc.Vec,
-             guess_cotangent: PETSc.Vec | None = None,
-             of_operators: Iterable[OperatorDerivative] = (), symmetric: bool = False) -> None:
+    def pull(
+        self,
+        iterate: Iterate,
+        cotangent: PETSc.Vec,
+        *,
+        b_cotangent: PETSc.Vec,
+        guess_cotangent: PETSc.Vec | None = None,
+        of_operators: Iterable[OperatorDerivative] = (),
+        symmetric: bool = False,
+    ) -> None:
         """Write the cotangents of b, of the guess, and of the operators that are wanted."""
         wanted, unrolled = list(of_operators), self.of_ksp()
         kind = unrolled.ksp.getPC().getType()
         if wanted and pc_facts(kind).inverts:
-            raise ValueError(f"pc_type {kind} solves the system by itself, and counts as constant "
-                             "when iterations are unrolled: nothing would be left of the "
-                             "derivative by what the operator depends on; use implicit "
-                             "differentiation, or another pc_type")
+            raise ValueError(
+                f"pc_type {kind} solves the system by itself, and counts as constant "
+                "when iterations are unrolled: nothing would be left of the "
+                "derivative by what the operator depends on; use implicit "
+                "differentiation, or another pc_type"
+            )
         for one in wanted:
             one.cotangent.zero()
-        operator, preconditioner = (one.cotangent if one in wanted else None
-                                    for one in self._pair())
-        unrolled.adjoint(iterate.b, iterate.start, iterate.iterations, cotangent,
-                         b_cotangent=b_cotangent, guess_cotangent=guess_cotangent,
-                         operator_cotangent=operator, preconditioner_cotangent=preconditioner,
-                         symmetric=symmetric)
+        operator, preconditioner = (
+            one.cotangent if one in wanted else None for one in self._pair()
+        )
+        unrolled.adjoint(
+            iterate.b,
+            iterate.start,
+            iterate.iterations,
+            cotangent,
+            b_cotangent=b_cotangent,
+            guess_cotangent=guess_cotangent,
+            operator_cotangent=operator,
+            preconditioner_cotangent=preconditioner,
+            symmetric=symmetric,
+        )
         self._statistics.adjoint_iterations += iterate.iterations
 
     def _pair(self) -> tuple[OperatorDerivative, OperatorDerivative | None]:
@@ -141,8 +169,9 @@ class UnrolledIterations:
         return operator, others[0] if others else None
 
     @staticmethod
-    def add_by_operators(of_operators: Iterable[OperatorDerivative], gradients: Mapping,
-                         by_mesh: dict) -> None:
+    def add_by_operators(
+        of_operators: Iterable[OperatorDerivative], gradients: Mapping, by_mesh: dict
+    ) -> None:
         """Add what operators' cotangents give to gradients by inputs, SOLUTION, and meshes."""
         for operator in of_operators:
             # In an order that is the same on all ranks, which assemble together.
@@ -155,15 +184,29 @@ class UnrolledIterations:
 
     # Forward
 
-    def push(self, iterate: Iterate, out: PETSc.Vec, direction: Direction, *, b_tangent: PETSc.Vec,
-             guess_tangent: PETSc.Vec | None = None, solution=None) -> None:
+    def push(
+        self,
+        iterate: Iterate,
+        out: PETSc.Vec,
+        direction: Direction,
+        *,
+        b_tangent: PETSc.Vec,
+        guess_tangent: PETSc.Vec | None = None,
+        solution=None,
+    ) -> None:
         """Write the tangent of the iterate; ``solution`` is that of the state of operators."""
         operator, preconditioner = self._pair()
         of_preconditioner = None
         if preconditioner is not None:
             of_preconditioner = preconditioner.tangent(direction, solution)
-        self.of_ksp().tangent(iterate.b, iterate.start, iterate.iterations, out,
-                              b_tangent=b_tangent, guess_tangent=guess_tangent,
-                              operator_tangent=operator.tangent(direction, solution),
-                              preconditioner_tangent=of_preconditioner)
+        self.of_ksp().tangent(
+            iterate.b,
+            iterate.start,
+            iterate.iterations,
+            out,
+            b_tangent=b_tangent,
+            guess_tangent=guess_tangent,
+            operator_tangent=operator.tangent(direction, solution),
+            preconditioner_tangent=of_preconditioner,
+        )
         self._statistics.tangent_iterations += iterate.iterations

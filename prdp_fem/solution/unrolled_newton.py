@@ -4,6 +4,7 @@ A step u ← u - λ y has y the K-th iterate for J(u) y = F(u) from zero. Its co
 J and F, which are differentiated by the state and by what they depend on; so on to the step before
 it. The step lengths λ of a line search count as constant.
 """
+
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Set
@@ -73,8 +74,9 @@ class UnrolledNewton:
         _check_steps(forward.solver)
         self._forward, self._linearisation = forward, linearisation
         self._place = linearisation.place
-        self._iterations = UnrolledIterations(linearisation.forms, forward.solver, forward.refined,
-                                              self._place, differentiation)
+        self._iterations = UnrolledIterations(
+            linearisation.forms, forward.solver, forward.refined, self._place, differentiation
+        )
         self._inputs = InputDerivatives(linearisation.forms, forward.terms, self._place)
         self._only_last = differentiation.steps == "last"
         self._trajectory: Trajectory | None = None
@@ -114,13 +116,15 @@ class UnrolledNewton:
         memory.load(trajectory.fields[-1], made)
         made.axpy(-1.0, state)
         squared = update.dot(update)
-        length = made.dot(update)/squared if squared > 0 else 1.0
+        length = made.dot(update) / squared if squared > 0 else 1.0
         if abs(length - 1) > 1e-8 and not self._has_warned_of_lengths:
             self._has_warned_of_lengths = True
             if snes.comm.rank == 0:
-                warning(f"a line search has made a step of length {length:g}, which counts as "
-                        "constant where Newton steps are unrolled: their derivative is exact with "
-                        "snes_linesearch_type basic, and wherever full steps are made")
+                warning(
+                    f"a line search has made a step of length {length:g}, which counts as "
+                    "constant where Newton steps are unrolled: their derivative is exact with "
+                    "snes_linesearch_type basic, and wherever full steps are made"
+                )
         trajectory.lengths.append(length)
         trajectory.iterations.append(self._iterations.of_ksp().completed_iterations())
         trajectory.fields.append(memory.unload(state))
@@ -130,9 +134,11 @@ class UnrolledNewton:
         trajectory, self._trajectory = self._trajectory, None
         made = self._forward.newton.snes.getIterationNumber()
         if trajectory is None or len(trajectory.iterations) != made:
-            raise RuntimeError("the Newton steps of a solve were not seen by the monitor that "
-                               "unrolled differentiation has on its SNES: has monitorCancel() been "
-                               "called?")
+            raise RuntimeError(
+                "the Newton steps of a solve were not seen by the monitor that "
+                "unrolled differentiation has on its SNES: has monitorCancel() been "
+                "called?"
+            )
         if trajectory.iterations:
             self._iterations.check_method(lambda: False)
         else:
@@ -146,9 +152,16 @@ class UnrolledNewton:
 
     # Reverse
 
-    def adjoint(self, point: Point, setting: Setting | None, cotangents: np.ndarray,
-                solutions: np.ndarray | None, records: list, wanted: Wanted,
-                varying: Mapping[int, np.ndarray]) -> None:
+    def adjoint(
+        self,
+        point: Point,
+        setting: Setting | None,
+        cotangents: np.ndarray,
+        solutions: np.ndarray | None,
+        records: list,
+        wanted: Wanted,
+        varying: Mapping[int, np.ndarray],
+    ) -> None:
         """Write what is wanted; see :meth:`SolutionMap.solve_adjoint`."""
         dofs = self._linearisation.forms.boundary_dofs
         with self._forward.work("adjoint"):
@@ -170,20 +183,31 @@ class UnrolledNewton:
                     wanted.guess[row, dofs] = 0.0
                 self._linearisation.statistics.adjoint_solves += 1
 
-    def _pull(self, point: Point, trajectory: Trajectory, step: int, of_state: np.ndarray,
-              gradients: Mapping[int, np.ndarray], wanted: Wanted) -> np.ndarray:
+    def _pull(
+        self,
+        point: Point,
+        trajectory: Trajectory,
+        step: int,
+        of_state: np.ndarray,
+        gradients: Mapping[int, np.ndarray],
+        wanted: Wanted,
+    ) -> np.ndarray:
         """What a step adds to the cotangent of the state before it; gradients are added to."""
         linearisation, memory = self._linearisation, self._place.memory
         by_forms, dofs = self._inputs.by_forms, linearisation.forms.boundary_dofs
         state, iterations = trajectory.fields[step], trajectory.iterations[step]
         residual, of_residual, of_step = self._residual(), self._of_residual(), self._of_step()
         self._forward.assemble_at(state, residual)
-        step_cotangent = -trajectory.lengths[step]*of_state
+        step_cotangent = -trajectory.lengths[step] * of_state
         step_cotangent[dofs] = 0.0
         memory.load(step_cotangent, of_step)
         operators = self._iterations.operators
-        self._iterations.pull(Iterate(residual, None, iterations), of_step, b_cotangent=of_residual,
-                              of_operators=operators)
+        self._iterations.pull(
+            Iterate(residual, None, iterations),
+            of_step,
+            b_cotangent=of_residual,
+            of_operators=operators,
+        )
         # Derivatives of -F, weighted by minus the cotangent of F.
         multiplier = -memory.unload(of_residual)
         multiplier[dofs] = 0.0
@@ -207,9 +231,15 @@ class UnrolledNewton:
 
     # Forward
 
-    def tangent(self, point: Point, setting: Setting | None, solution: np.ndarray,
-                record: Trajectory,
-                direction: Direction, out: np.ndarray) -> None:
+    def tangent(
+        self,
+        point: Point,
+        setting: Setting | None,
+        solution: np.ndarray,
+        record: Trajectory,
+        direction: Direction,
+        out: np.ndarray,
+    ) -> None:
         """Write that of the last state in a direction; see :meth:`SolutionMap.solve_tangent`."""
         linearisation, dofs = self._linearisation, self._linearisation.forms.boundary_dofs
         with self._forward.work("tangent"):
@@ -224,11 +254,16 @@ class UnrolledNewton:
                 # tangent of F.
                 b = self._inputs.in_direction(point, state, replace(direction, boundary=out.copy()))
                 b.scale(-1.0)
-                self._iterations.push(Iterate(residual, None, record.iterations[step]), of_step,
-                                      direction, b_tangent=b, solution=out)
+                self._iterations.push(
+                    Iterate(residual, None, record.iterations[step]),
+                    of_step,
+                    direction,
+                    b_tangent=b,
+                    solution=out,
+                )
                 update = self._place.memory.unload(of_step)
                 update[dofs] = 0.0
-                out -= record.lengths[step]*update
+                out -= record.lengths[step] * update
             linearisation.statistics.tangent_solves += 1
 
     def second_adjoint(self, *_) -> None:
@@ -241,15 +276,23 @@ def _check_steps(solver) -> None:
     snes = solver.snes
     if not snes_facts(snes.getType()).steps_along_solution:
         known = ", ".join(types_with(SNES_TYPES, "steps_along_solution"))
-        raise ValueError(f"snes_type {snes.getType()} has no unrolled derivative: use one of "
-                         f"{known}, or implicit differentiation")
+        raise ValueError(
+            f"snes_type {snes.getType()} has no unrolled derivative: use one of "
+            f"{known}, or implicit differentiation"
+        )
     for option in _LAGS:
         if str(solver.parameters.get(option, 1)) != "1":
-            raise ValueError(f"{option} makes steps with the Jacobian of another state, which is "
-                             "not unrolled: leave it away")
+            raise ValueError(
+                f"{option} makes steps with the Jacobian of another state, which is "
+                "not unrolled: leave it away"
+            )
     if snes.hasNPC():
-        raise ValueError("a nonlinear preconditioner (npc_snes_type) is no part of what is "
-                         "unrolled: leave it away, or use implicit differentiation")
+        raise ValueError(
+            "a nonlinear preconditioner (npc_snes_type) is no part of what is "
+            "unrolled: leave it away, or use implicit differentiation"
+        )
     if not applies_boundary_first(solver):
-        raise ValueError("unrolled differentiation needs guesses with the boundary values: leave "
-                         "pre_apply_bcs=False away")
+        raise ValueError(
+            "unrolled differentiation needs guesses with the boundary values: leave "
+            "pre_apply_bcs=False away"
+        )

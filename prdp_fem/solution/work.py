@@ -1,4 +1,5 @@
 """What each solve is done inside: its time, its place in PETSc's log, what becomes of errors."""
+
 from __future__ import annotations
 
 import time
@@ -33,8 +34,14 @@ class Work:
         What else is entered.
     """
 
-    def __init__(self, kind: str, name: str, statistics: Statistics,
-                 spoil: Callable[[BaseException], None], context: AbstractContextManager | None):
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        statistics: Statistics,
+        spoil: Callable[[BaseException], None],
+        context: AbstractContextManager | None,
+    ):
         self._kind, self._name, self._event = kind, name, _EVENTS[kind]
         self._statistics, self._spoil, self._context = statistics, spoil, context
 

@@ -2,11 +2,13 @@
 
 They say what each has reached, and what it took.
 """
+
 try:
     import matplotlib  # noqa: F401
 except ImportError as error:
-    raise ImportError("prdp_fem.studies draws with Matplotlib: pip install "
-                      '"prdp-fem[demos]"') from error
+    raise ImportError(
+        'prdp_fem.studies draws with Matplotlib: pip install "prdp-fem[demos]"'
+    ) from error
 
 from prdp_fem.studies.command_line import command_line
 from prdp_fem.studies.figures import draw_training

@@ -1,4 +1,5 @@
 """Figures of studies."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,8 @@ BLUE, RED = PRDP.colour, CONVERGED.colour
 
 
 def draw_training(runs: Runs, path: Path) -> None:
-    """Errors and iterations per solve against the epoch, after Figure 2 of the PRDP paper, for the first seed.
+    """Errors and iterations per solve against the epoch, after Figure 2 of the PRDP paper, for the
+    first seed.
 
     Parameters
     ----------
@@ -38,7 +40,8 @@ def draw_training(runs: Runs, path: Path) -> None:
 
 
 def draw_study(runs: Runs, path: Path) -> None:
-    """The same, and beside it what each schedule reaches against what it takes: medians over the seeds.
+    """The same, and beside it what each schedule reaches against what it takes: medians over the
+    seeds.
 
     Parameters
     ----------
@@ -65,13 +68,19 @@ def _first_seed(runs: Runs) -> dict[Schedule, Run]:
 
 def _label(chosen: Mapping[Schedule, Run], name: str, default: str) -> str:
     """What the study calls something."""
-    return next(iter(chosen.values())).extras.get("labels", {}).get(name, default) if chosen else default
+    return (
+        next(iter(chosen.values())).extras.get("labels", {}).get(name, default)
+        if chosen
+        else default
+    )
 
 
 def _styles(schedules: Iterable[Schedule]) -> dict[Schedule, dict]:
     constants = [schedule for schedule in schedules if schedule.is_constant]
     greys = matplotlib.colormaps["Greys"](np.linspace(0.35, 0.8, max(len(constants), 1)))
-    styles = {schedule: {"color": grey, "linewidth": 1.0} for schedule, grey in zip(constants, greys)}
+    styles = {
+        schedule: {"color": grey, "linewidth": 1.0} for schedule, grey in zip(constants, greys)
+    }
     others = (schedule for schedule in schedules if not schedule.is_constant)
     return styles | {schedule: {"color": schedule.colour, "linewidth": 1.6} for schedule in others}
 
@@ -81,17 +90,30 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
     outer = _label(chosen, "outer", "epoch")
     styles = _styles(chosen)
     for schedule, run in chosen.items():
-        axes.semilogy(np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule])
+        axes.semilogy(
+            np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule]
+        )
     if (prdp := chosen.get(PRDP)) is not None:
         refined = np.flatnonzero(np.diff(prdp.history.level))
-        axes.plot(refined + 1, prdp.errors[refined], "^", color=BLUE, markersize=5, label=f"refined after this {outer}")
+        axes.plot(
+            refined + 1,
+            prdp.errors[refined],
+            "^",
+            color=BLUE,
+            markersize=5,
+            label=f"refined after this {outer}",
+        )
     low, high = axes.get_ylim()
-    if high/low < 30:
-        axes.yaxis.set_major_locator(MaxNLocator(6) if high/low < 3 else LogLocator(subs=(1, 1.5, 2, 3, 5)))
+    if high / low < 30:
+        axes.yaxis.set_major_locator(
+            MaxNLocator(6) if high / low < 3 else LogLocator(subs=(1, 1.5, 2, 3, 5))
+        )
         axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100*error:.3g} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel=outer, ylabel="relative error", title=_label(chosen, "errors", "Validation error"))
+    axes.set(
+        xlabel=outer, ylabel="relative error", title=_label(chosen, "errors", "Validation error")
+    )
     if chosen:
         axes.legend(fontsize="small")
     axes.grid(alpha=0.25)
@@ -101,17 +123,49 @@ def _plot_iterations(axes: Axes, runs: Runs) -> None:
     chosen = _first_seed(runs)
     styles = _styles(chosen)
     for schedule, run in chosen.items():
-        axes.plot(np.arange(1, len(run.history) + 1), run.history.iterations_per_solve, drawstyle="steps-mid", **styles[schedule])
+        axes.plot(
+            np.arange(1, len(run.history) + 1),
+            run.history.iterations_per_solve,
+            drawstyle="steps-mid",
+            **styles[schedule],
+        )
     prdp, converged = chosen.get(PRDP), chosen.get(CONVERGED)
     if prdp is not None and converged is not None:
         epochs = np.arange(1, min(len(prdp.history), len(converged.history)) + 1)
-        low, high = (run.history.iterations_per_solve[:len(epochs)] for run in (prdp, converged))
+        low, high = (run.history.iterations_per_solve[: len(epochs)] for run in (prdp, converged))
         axes.fill_between(epochs, low, high, step="mid", color=BLUE, alpha=0.15, linewidth=0)
-        axes.text(0.5, 0.55, f"{savings(prdp, converged).iterations:.0%} of iterations saved", transform=axes.transAxes, ha="center",
-                  fontsize=13)
-        axes.annotate("converged", (epochs[-1], high[-1]), (0, -4), textcoords="offset points", color=RED, ha="right", va="top")
-        axes.annotate("PRDP", (epochs[-1], low[-1]), (0, 4), textcoords="offset points", color=BLUE, ha="right", va="bottom")
-    axes.set(xlabel=_label(chosen, "outer", "epoch"), ylabel="iterations per solve", title="Forward and adjoint solves", ylim=(0, None))
+        axes.text(
+            0.5,
+            0.55,
+            f"{savings(prdp, converged).iterations:.0%} of iterations saved",
+            transform=axes.transAxes,
+            ha="center",
+            fontsize=13,
+        )
+        axes.annotate(
+            "converged",
+            (epochs[-1], high[-1]),
+            (0, -4),
+            textcoords="offset points",
+            color=RED,
+            ha="right",
+            va="top",
+        )
+        axes.annotate(
+            "PRDP",
+            (epochs[-1], low[-1]),
+            (0, 4),
+            textcoords="offset points",
+            color=BLUE,
+            ha="right",
+            va="bottom",
+        )
+    axes.set(
+        xlabel=_label(chosen, "outer", "epoch"),
+        ylabel="iterations per solve",
+        title="Forward and adjoint solves",
+        ylim=(0, None),
+    )
     axes.grid(alpha=0.25)
 
 
@@ -119,36 +173,69 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
     converged = runs.get(CONVERGED, {})
     points = {}
     for schedule, by_seed in runs.items():
-        saved = [savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged]
+        saved = [
+            savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged
+        ]
         if saved:
-            points[schedule] = 1 - np.median([saving.iterations for saving in saved]), np.median([saving.excess for saving in saved])
-    constants = sorted((schedule for schedule in points if schedule.is_constant),
-                       key=lambda schedule: schedule.place)
+            points[schedule] = (
+                1 - np.median([saving.iterations for saving in saved]),
+                np.median([saving.excess for saving in saved]),
+            )
+    constants = sorted(
+        (schedule for schedule in points if schedule.is_constant),
+        key=lambda schedule: schedule.place,
+    )
     if constants:
-        axes.plot(*np.transpose([points[schedule] for schedule in constants]), "o-", color="0.5", markersize=4, label="constant K")
+        axes.plot(
+            *np.transpose([points[schedule] for schedule in constants]),
+            "o-",
+            color="0.5",
+            markersize=4,
+            label="constant K",
+        )
     for schedule in constants:
-        axes.annotate(str(schedule.iterations), points[schedule], (4, 4), textcoords="offset points", fontsize="small", color="0.4")
+        axes.annotate(
+            str(schedule.iterations),
+            points[schedule],
+            (4, 4),
+            textcoords="offset points",
+            fontsize="small",
+            color="0.4",
+        )
     labelled = set()
     for schedule in (schedule for schedule in points if schedule.is_varied):
         label = None
         if schedule.kind not in labelled:
             labelled.add(schedule.kind)
             label = f"{Schedule(schedule.kind).title}, other thresholds"
-        axes.plot(*points[schedule], "s", color=schedule.colour, alpha=0.5, markersize=4, label=label)
+        axes.plot(
+            *points[schedule], "s", color=schedule.colour, alpha=0.5, markersize=4, label=label
+        )
     for schedule in points:
         if not (schedule.is_constant or schedule.is_varied or schedule == CONVERGED):
-            axes.plot(*points[schedule], "*", color=schedule.colour, markersize=13,
-                      label=schedule.title)
-    axes.axhspan(-TOLERATED, TOLERATED, color=RED, alpha=0.12, linewidth=0, label=f"converged ± {TOLERATED:.0%}")
+            axes.plot(
+                *points[schedule], "*", color=schedule.colour, markersize=13, label=schedule.title
+            )
+    axes.axhspan(
+        -TOLERATED,
+        TOLERATED,
+        color=RED,
+        alpha=0.12,
+        linewidth=0,
+        label=f"converged ± {TOLERATED:.0%}",
+    )
     axes.set_xscale("log")
     if max((abs(excess) for _, excess in points.values()), default=0) > 0.15:
         axes.set_yscale("symlog", linthresh=0.1)
     axes.margins(x=0.12, y=0.12)  # for the labels
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100*fraction:.3g} %"))
+        axis.set_major_formatter(FuncFormatter(lambda fraction, _: f"{100 * fraction:.3g} %"))
         axis.set_minor_formatter(NullFormatter())
-    axes.set(xlabel="inner iterations, of those of converged physics", ylabel="error above converged physics",
-             title="What it reaches, what it takes")
+    axes.set(
+        xlabel="inner iterations, of those of converged physics",
+        ylabel="error above converged physics",
+        title="What it reaches, what it takes",
+    )
     axes.legend(fontsize="small")
     axes.grid(alpha=0.25)

@@ -3,6 +3,7 @@
 Each is whole or not there, none is replaced without a word, and one process at a time writes those
 of a study.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -72,8 +73,11 @@ def save_figure(figure: Figure, path: Path, *, dpi: float = 110) -> None:
 
 def put_aside(path: Path) -> None:
     """Give what is in the place of a file a name with the first number that is free, and say so."""
-    kept = next(kept for number in itertools.count(1)
-                if not os.path.lexists(kept := path.with_name(f"{path.name}.{number}")))
+    kept = next(
+        kept
+        for number in itertools.count(1)
+        if not os.path.lexists(kept := path.with_name(f"{path.name}.{number}"))
+    )
     try:
         path.rename(kept)
     except OSError as error:
@@ -129,11 +133,15 @@ def _locked(path: Path) -> IO[str]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise Refused(f"another run ({file.read()}) puts the same results into {path.parent}: "
-                          "wait for its end, or choose another --output") from None
+            raise Refused(
+                f"another run ({file.read()}) puts the same results into {path.parent}: "
+                "wait for its end, or choose another --output"
+            ) from None
         except OSError as error:
-            say(f"{path.parent} has no locks ({error.strerror}): no other run must put the same "
-                "results into it")
+            say(
+                f"{path.parent} has no locks ({error.strerror}): no other run must put the same "
+                "results into it"
+            )
         if _is_at(file, path):
             break
         file.close()  # who had it before has just removed it

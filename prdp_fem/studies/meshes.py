@@ -5,6 +5,7 @@ file and what is wrong with it. PETSc's reader takes numbers of nodes, and how m
 anything, as the file has them, and a wrong one ends the process. So the file is read here, and what
 PETSc is given are arrays that have been checked.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -27,8 +28,15 @@ __all__ = ["triangle_mesh"]
 # each of them has.
 _POINT, _LINE, _TRIANGLE = 15, 1, 2
 _NODES = {_POINT: 1, _LINE: 2, _TRIANGLE: 3}
-_OTHERS = {3: "quadrangles", 4: "tetrahedra", 5: "hexahedra", 6: "prisms", 7: "pyramids",
-           8: "curved lines", 9: "curved triangles"}
+_OTHERS = {
+    3: "quadrangles",
+    4: "tetrahedra",
+    5: "hexahedra",
+    6: "prisms",
+    7: "pyramids",
+    8: "curved lines",
+    9: "curved triangles",
+}
 # Heights below this, relative to lengths, are none.
 _SMALL = 1e-8
 
@@ -75,7 +83,7 @@ def triangle_mesh(path: Path, comm: MPI.Comm, *, marks: Collection[int] = ()) ->
     if parts:
         first_vertex, _ = plex.getDepthStratum(0)
         for line, mark in zip(parts.lines[parts.marks != 0], parts.marks[parts.marks != 0]):
-            facet, = plex.getJoin((first_vertex + line).tolist())
+            (facet,) = plex.getJoin((first_vertex + line).tolist())
             plex.setLabelValue("Face Sets", facet, mark)
     return Mesh(plex, comm=comm)
 
@@ -110,19 +118,20 @@ class _Parts:
             point = tuple(self.points[wrong[0]].tolist())
             raise ValueError(f"node {self.tags[wrong[0]]} is at {point}")
         low, high = self.points.min(axis=0), self.points.max(axis=0)
-        size = (high/2 - low/2).max()*2
+        size = (high / 2 - low / 2).max() * 2
         if low.tolist() == high.tolist():
             raise ValueError(f"all its {len(self.points)} nodes are at one point")
         if not 1e-100 < size < 1e100:
             raise ValueError(f"its size is {size:.1e}, with which double precision cannot compute")
-        if high[2] - low[2] > _SMALL*size:
+        if high[2] - low[2] > _SMALL * size:
             raise ValueError("it does not lie in a plane of constant z")
-        x = (self.points - low)[:, :2]/size
+        x = (self.points - low)[:, :2] / size
         self._check_nodes(x)
         self._check_triangles(x)
         if len(wrong := self.marks[abs(self.marks) >= 2**31]):
-            raise ValueError("a part of its boundary is in physical group "
-                             f"{wrong[0]}, which is none")
+            raise ValueError(
+                f"a part of its boundary is in physical group {wrong[0]}, which is none"
+            )
         if missing := sorted(set(marks) - set(self.marks.tolist())):
             raise ValueError(f"no part of its boundary is in physical group {missing[0]}")
 
@@ -142,8 +151,8 @@ class _Parts:
         corners = x[self.triangles]
         sides = np.roll(corners, -1, axis=1) - corners
         longest = (sides**2).sum(axis=-1).max(axis=1)
-        areas = sides[:, 0, 0]*sides[:, 1, 1] - sides[:, 0, 1]*sides[:, 1, 0]
-        if len(flat := np.flatnonzero(~(abs(areas) > _SMALL*longest))):
+        areas = sides[:, 0, 0] * sides[:, 1, 1] - sides[:, 0, 1] * sides[:, 1, 0]
+        if len(flat := np.flatnonzero(~(abs(areas) > _SMALL * longest))):
             raise ValueError(f"the triangle of {self._named(self.triangles[flat[0]])} is flat")
         ordered, counts = np.unique(np.sort(self.triangles, axis=1), axis=0, return_counts=True)
         if (counts > 1).any():
@@ -154,8 +163,10 @@ class _Parts:
         on_left = (starts < ends) == (areas > 0)[:, None]
         pairs = np.sort(np.stack([starts, ends], axis=-1).reshape(-1, 2), axis=1)
         edges, which = np.unique(pairs, axis=0, return_inverse=True)
-        left, right = (np.bincount(which.ravel()[side.ravel()], minlength=len(edges))
-                       for side in (on_left, ~on_left))
+        left, right = (
+            np.bincount(which.ravel()[side.ravel()], minlength=len(edges))
+            for side in (on_left, ~on_left)
+        )
         both, larger = left + right, np.maximum(left, right)
         if both.max() > 2:
             crowded = self._named(edges[np.argmax(both)])
@@ -166,8 +177,9 @@ class _Parts:
         known = set(map(tuple, edges.tolist()))
         for line in np.sort(self.lines, axis=1).tolist():
             if tuple(line) not in known:
-                raise ValueError(f"the line between {self._named(line)} is not an edge of a "
-                                 "triangle")
+                raise ValueError(
+                    f"the line between {self._named(line)} is not an edge of a triangle"
+                )
 
     def _named(self, nodes) -> str:
         *others, last = (str(self.tags[node]) for node in nodes)
@@ -177,8 +189,9 @@ class _Parts:
 def _sections(content: bytes) -> dict[str, bytes]:
     """What stands between $Name and $EndName, by the name."""
     if not content.startswith(b"$MeshFormat"):
-        raise ValueError("it does not begin with $MeshFormat, as files of Gmsh do" if content
-                         else "it is empty")
+        raise ValueError(
+            "it does not begin with $MeshFormat, as files of Gmsh do" if content else "it is empty"
+        )
     found: dict[str, bytes] = {}
     position = 0
     begin = re.compile(rb"\s*\$([A-Za-z]+)[^\S\n]*\n")
@@ -189,7 +202,7 @@ def _sections(content: bytes) -> dict[str, bytes]:
             raise ValueError(f"it ends within ${name.decode()}")
         if name.decode() in found and name != b"Comments":
             raise ValueError(f"it has ${name.decode()} twice")
-        found[name.decode()] = content[match.end():end]
+        found[name.decode()] = content[match.end() : end]
         position = end + len(b"$End" + name)
     if rest := content[position:].strip():
         raise ValueError(f"{rest[:20]!r} is in the place of a section")
@@ -201,16 +214,20 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
     header, _, rest = sections["MeshFormat"].partition(b"\n")
     words = header.decode(errors="replace").split()
     if not re.fullmatch("(2.2|4.1) [01] [48]", " ".join(words)):
-        raise ValueError(f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: "
-                         "have Gmsh write it again")
+        raise ValueError(
+            f"its format is {' '.join(words)[:20]!r}, where 2.2 and 4.1 can be read: "
+            "have Gmsh write it again"
+        )
     order = ""
     if words[1] == "1":
         order = {b"\x01\0\0\0": "<", b"\0\0\0\x01": ">"}.get(rest[:4], "")
         if not order:
             raise ValueError("it is said to be binary, and does not begin as binary files do")
     if "Periodic" in sections:
-        raise ValueError("parts of its boundary are identified with each other ($Periodic), which "
-                         "no demo expects")
+        raise ValueError(
+            "parts of its boundary are identified with each other ($Periodic), which "
+            "no demo expects"
+        )
     if missing := [name for name in ("Nodes", "Elements") if name not in sections]:
         raise ValueError(f"it has no ${missing[0]}")
     is_old = words[0] == "2.2"
@@ -235,8 +252,9 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
         groups = _groups(found)
         found.end()
     count, found = numbers("Elements")
-    elements = list(_old_elements(count, found, bool(order)) if is_old
-                    else _elements(found, groups))
+    elements = list(
+        _old_elements(count, found, bool(order)) if is_old else _elements(found, groups)
+    )
     found.end()
     by_kind: dict[int, list] = {kind: [] for kind in _NODES}
     for kind, corners, mark in elements:
@@ -245,7 +263,8 @@ def _parts(sections: dict[str, bytes]) -> _Parts:
         by_kind[kind].append(([index[node] for node in corners], mark))
     lines, triangles = (
         np.array([corners for corners, _ in by_kind[kind]], dtype=int).reshape(-1, _NODES[kind])
-        for kind in (_LINE, _TRIANGLE))
+        for kind in (_LINE, _TRIANGLE)
+    )
     marks = np.array([mark for _, mark in by_kind[_LINE]], dtype=int)
     return _Parts(np.array(tags), np.array(points).reshape(-1, 3), lines, triangles, marks)
 
@@ -269,7 +288,7 @@ def _nodes(found: _Numbers) -> tuple[list[int], list[list[float]]]:
     blocks, count, _, _ = found.counts(4)
     for _ in range(blocks):
         dimension, _, has_parameters = found.whole(3)
-        size, = found.counts()
+        (size,) = found.counts()
         tags += found.whole(size, wide=True)
         # Where a node is on a curve or a surface is said by the geometry's parameters, too.
         length = 3 + (dimension if has_parameters and dimension in (1, 2, 3) else 0)
@@ -287,7 +306,7 @@ def _groups(found: _Numbers) -> dict[tuple[int, int], int]:
     first = {}
     for dimension, count in enumerate(found.counts(4)):
         for _ in range(count):
-            entity, = found.whole(1)
+            (entity,) = found.whole(1)
             found.real(3 if dimension == 0 else 6)  # a box around it
             groups = found.whole(found.counts()[0])
             first[dimension, entity] = groups[0] if groups else 0
@@ -296,8 +315,9 @@ def _groups(found: _Numbers) -> dict[tuple[int, int], int]:
     return first
 
 
-def _old_elements(count: int, found: _Numbers,
-                  is_binary: bool) -> Iterator[tuple[int, list[int], int]]:
+def _old_elements(
+    count: int, found: _Numbers, is_binary: bool
+) -> Iterator[tuple[int, list[int], int]]:
     """Kind, nodes and physical group of elements, format 2.2."""
     while count > 0:
         if is_binary:
@@ -313,17 +333,19 @@ def _old_elements(count: int, found: _Numbers,
         count -= size
 
 
-def _elements(found: _Numbers, groups: dict[tuple[int, int], int] | None
-              ) -> Iterator[tuple[int, list[int], int]]:
+def _elements(
+    found: _Numbers, groups: dict[tuple[int, int], int] | None
+) -> Iterator[tuple[int, list[int], int]]:
     """The same, format 4.1."""
     blocks, count, _, _ = found.counts(4)
     for _ in range(blocks):
         dimension, entity, kind = found.whole(3)
         nodes = _number_of_nodes(kind)
         if groups is not None and (dimension, entity) not in groups:
-            raise ValueError(f"elements belong to entity {entity} of dimension {dimension}, which "
-                             "is not there")
-        size, = found.counts()
+            raise ValueError(
+                f"elements belong to entity {entity} of dimension {dimension}, which is not there"
+            )
+        (size,) = found.counts()
         count -= size
         group = 0 if groups is None else groups[dimension, entity]
         for _ in range(size):
@@ -373,19 +395,19 @@ class _Numbers:
 
     def end(self) -> None:
         """No number is left."""
-        left = self._items[self._position:]
+        left = self._items[self._position :]
         if left.strip() if isinstance(left, bytes) else left:
             raise ValueError(f"${self._name} holds more than it says")
 
     def _taken(self, count: int):
-        taken = self._items[self._position:self._position + count]
+        taken = self._items[self._position : self._position + count]
         if len(taken) < count:
             raise ValueError(f"${self._name} holds less than it says")
         self._position += count
         return taken
 
     def _unpacked(self, kind: str, count: int) -> np.ndarray:
-        return np.frombuffer(self._taken(count*int(kind[1:])), dtype=self._order + kind)
+        return np.frombuffer(self._taken(count * int(kind[1:])), dtype=self._order + kind)
 
     def _converted(self, word: bytes, kind: type):
         # Python would read an underscore between digits.
@@ -393,5 +415,6 @@ class _Numbers:
             if b"_" not in word and (abs(number := kind(word)) < 2**63 or kind is float):
                 return number
         expected = "whole number" if kind is int else "number"
-        raise ValueError(f"{word.decode(errors='replace')[:20]!r} in ${self._name} is not a "
-                         f"{expected}")
+        raise ValueError(
+            f"{word.decode(errors='replace')[:20]!r} in ${self._name} is not a {expected}"
+        )

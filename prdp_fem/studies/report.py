@@ -1,9 +1,12 @@
-"""A report on studies: their tables and figures, put between the lines of a text that says what they mean.
+"""A report on studies: their tables and figures, put between the lines of a text that says what
+they mean.
 
-``python -m prdp_fem.studies.report RUNS REPORT.md`` reads all runs in a folder, and renews in the report what stands between
-``<!-- summary -->`` or ``<!-- study NAME: TITLE -->`` and the next ``<!-- end -->``; the summary has a row for each study, under its
-title. Figures are put into a folder beside the report that is called as the report is.
+``python -m prdp_fem.studies.report RUNS REPORT.md`` reads all runs in a folder, and renews in the
+report what stands between ``<!-- summary -->`` or ``<!-- study NAME: TITLE -->`` and the next
+``<!-- end -->``; the summary has a row for each study, under its title. Figures are put into a
+folder beside the report that is called as the report is.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -22,29 +25,39 @@ from prdp_fem.studies.tables import markdown_table
 
 __all__ = ["read_runs", "write_report"]
 
-_BLOCK = re.compile(r"<!-- (summary|study (?P<name>[^\s:]+): (?P<title>[^\n]+)) -->\n.*?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- (summary|study (?P<name>[^\s:]+): (?P<title>[^\n]+)) -->\n.*?<!-- end -->", re.DOTALL
+)
 
 
 def read_runs(folder: Path) -> dict[str, Runs]:
-    """All runs in a folder, by study, schedule and seed: converged physics first, then progressive refinement, then constants.
+    """All runs in a folder, by study, schedule and seed: converged physics first, then progressive
+    refinement, then constants.
 
     Raises
     ------
     ValueError
         Where runs of a study differ in their set-up.
     """
-    runs = sorted((Run.read(path) for path in sorted(folder.glob("*.json"))),
-                  key=lambda run: (run.study, Schedule.from_text(run.schedule).place, run.seed))
+    runs = sorted(
+        (Run.read(path) for path in sorted(folder.glob("*.json"))),
+        key=lambda run: (run.study, Schedule.from_text(run.schedule).place, run.seed),
+    )
     studies: dict[str, dict[Schedule, dict[int, Run]]] = {}
     setups: dict[str, dict] = {}
     for run in runs:
         setup = setups.setdefault(run.study, run.setup)
         if run.setup != setup:
-            raise ValueError(f"the runs of {run.study} in {folder} have different set-ups: {run.setup} and {setup}")
+            raise ValueError(
+                f"the runs of {run.study} in {folder} have different set-ups: {run.setup} and"
+                f" {setup}"
+            )
         by_seed = studies.setdefault(run.study, {}).setdefault(Schedule.from_text(run.schedule), {})
         if run.seed in by_seed:
-            raise ValueError(f"{folder} has two runs of {run.study} under {run.schedule} with seed "
-                             f"{run.seed}: remove one")
+            raise ValueError(
+                f"{folder} has two runs of {run.study} under {run.schedule} with seed "
+                f"{run.seed}: remove one"
+            )
         by_seed[run.seed] = run
     return dict(studies)
 
@@ -71,13 +84,20 @@ def write_report(folder: Path, report: Path) -> list[str]:
     """
     studies = read_runs(folder)
     text = report.read_text(encoding="utf-8")
-    marks = [len(re.findall(pattern, text)) for pattern in (r"<!-- (?:summary|study )", "<!-- end -->")]
+    marks = [
+        len(re.findall(pattern, text)) for pattern in (r"<!-- (?:summary|study )", "<!-- end -->")
+    ]
     if len(blocks := list(_BLOCK.finditer(text))) != marks[0] or marks[0] != marks[1]:
-        raise ValueError(f"{report} has {marks[0]} blocks that begin (<!-- summary --> or <!-- study NAME: TITLE -->), {marks[1]} that end "
-                         f"(<!-- end -->), and {len(blocks)} that do both: mend its marks")
+        raise ValueError(
+            f"{report} has {marks[0]} blocks that begin (<!-- summary --> or <!-- study NAME: TITLE"
+            f" -->), {marks[1]} that end (<!-- end -->), and {len(blocks)} that do both: mend its"
+            " marks"
+        )
     titles = {match["name"]: match["title"] for match in blocks if match["name"]}
     if missing := [name for name in titles if name not in studies]:
-        raise ValueError(f"there are no runs of {', '.join(missing)} in {folder}: make reproduce makes them")
+        raise ValueError(
+            f"there are no runs of {', '.join(missing)} in {folder}: make reproduce makes them"
+        )
 
     figures = report.with_suffix("")
 
@@ -93,9 +113,16 @@ def write_report(folder: Path, report: Path) -> list[str]:
 
 
 def _summary(studies: dict[str, Runs]) -> str:
-    """One row a study, by its title: progressive refinement against converged physics, medians over the seeds."""
-    lines = ["| study | error, against converged | inner iterations saved | by refining late + by never converging | solver time saved | "
-             "all time saved | best K in hindsight saves |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    """One row a study, by its title: progressive refinement against converged physics, medians over
+    the seeds.
+    """
+    lines = [
+        (
+            "| study | error, against converged | inner iterations saved | by refining late + by"
+            " never converging | solver time saved | all time saved | best K in hindsight saves |"
+        ),
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for title, runs in studies.items():
         prdp = _medians(runs, PRDP)
         if prdp is None:
@@ -104,20 +131,30 @@ def _summary(studies: dict[str, Runs]) -> str:
         in_hindsight = "none tried is good enough"
         if best is not None and (saved := _medians(runs, best)) is not None:
             in_hindsight = f"{saved.iterations:.1%} ({best.title})"
-        lines.append(f"| {title} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} + {prdp.incomplete:.0%} | "
-                     f"{prdp.solver_seconds:.0%} | {prdp.seconds:.0%} | {in_hindsight} |")
+        lines.append(
+            f"| {title} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} +"
+            f" {prdp.incomplete:.0%} | {prdp.solver_seconds:.0%} | {prdp.seconds:.0%} |"
+            f" {in_hindsight} |"
+        )
     return "\n".join(lines)
 
 
 def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
     """Over the seeds; None where a schedule has none in common with converged physics."""
     converged = runs.get(CONVERGED, {})
-    saved = [astuple(savings(run, converged[seed])) for seed, run in runs.get(schedule, {}).items() if seed in converged]
+    saved = [
+        astuple(savings(run, converged[seed]))
+        for seed, run in runs.get(schedule, {}).items()
+        if seed in converged
+    ]
     return Savings(*np.median(saved, axis=0)) if saved else None
 
 
 def _machine(run: Run) -> str:
-    processor, ranks = run.machine.get("processor", "an unknown processor"), run.machine.get("ranks", 1)
+    processor, ranks = (
+        run.machine.get("processor", "an unknown processor"),
+        run.machine.get("ranks", 1),
+    )
     return f"{processor}, {ranks} rank{'s' if ranks > 1 else ''}"
 
 
@@ -126,24 +163,40 @@ def _section(name: str, runs: Runs, figures: Path) -> str:
     setup = ", ".join(f"{key}: {value}" for key, value in some.setup.items())
     machines = sorted({_machine(run) for by_seed in runs.values() for run in by_seed.values()})
     seeds = sorted({seed for by_seed in runs.values() for seed in by_seed})
-    draw_study(runs, figures/f"{name}.png")
-    parts = [f"*{setup}. Seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}.*",
-             markdown_table({schedule: by_seed for schedule, by_seed in runs.items()
-                             if not schedule.is_varied})]
+    draw_study(runs, figures / f"{name}.png")
+    parts = [
+        f"*{setup}. Seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}.*",
+        markdown_table(
+            {schedule: by_seed for schedule, by_seed in runs.items() if not schedule.is_varied}
+        ),
+    ]
     if varied := {schedule: by_seed for schedule, by_seed in runs.items() if schedule.is_varied}:
         # Compared at equal seeds: thresholds are varied for some of them only.
         chosen = set.intersection(*(set(by_seed) for by_seed in varied.values()))
-        compared = {schedule: {seed: runs[schedule][seed] for seed in chosen if seed in runs[schedule]}
-                    for schedule in (CONVERGED, PRDP, *varied) if schedule in runs}
-        parts += [f"Other thresholds (tau_step, tau_stop), seed{'s' if len(chosen) > 1 else ''} {', '.join(map(str, sorted(chosen)))}:",
-                  markdown_table(compared)]
-    parts.append(f"![{name}: errors, iterations, and what is reached against what it takes]({figures.name}/{name}.png)")
+        compared = {
+            schedule: {seed: runs[schedule][seed] for seed in chosen if seed in runs[schedule]}
+            for schedule in (CONVERGED, PRDP, *varied)
+            if schedule in runs
+        }
+        parts += [
+            (
+                f"Other thresholds (tau_step, tau_stop), seed{'s' if len(chosen) > 1 else ''}"
+                f" {', '.join(map(str, sorted(chosen)))}:"
+            ),
+            markdown_table(compared),
+        ]
+    parts.append(
+        f"![{name}: errors, iterations, and what is reached against what it"
+        f" takes]({figures.name}/{name}.png)"
+    )
     return "\n\n".join(parts)
 
 
 def main() -> None:
     """The command that the module's docstring names."""
-    parser = argparse.ArgumentParser(description="Renew the tables and figures in a report on studies.")
+    parser = argparse.ArgumentParser(
+        description="Renew the tables and figures in a report on studies."
+    )
     parser.add_argument("runs", type=Path, help="folder of the runs")
     parser.add_argument("report", type=Path, help="Markdown file")
     arguments = parser.parse_args()

@@ -1,4 +1,5 @@
 """One training run, and its file."""
+
 from __future__ import annotations
 
 import contextlib
@@ -40,9 +41,10 @@ class Run:
     setup : dict
         What was trained and how: runs are compared only where these are equal.
     extras : dict
-        What the study wants to keep beside, as plain numbers and lists. Where the refinement is told something else than what is judged in
-        the end, ``"errors"`` are the relative errors at each outer iteration. ``"labels"`` may say what figures call them (``"errors"``),
-        and what an outer iteration is (``"outer"``).
+        What the study wants to keep beside, as plain numbers and lists. Where the refinement is
+        told something else than what is judged in the end, ``"errors"`` are the relative errors at
+        each outer iteration. ``"labels"`` may say what figures call them (``"errors"``), and what
+        an outer iteration is (``"outer"``).
     machine : dict
         Where it ran, and with which versions.
     """
@@ -57,8 +59,14 @@ class Run:
 
     @property
     def errors(self) -> np.ndarray:
-        """The relative error at each epoch: what the study has kept as such, or the root of the metric, which is a relative mean square."""
-        return np.asarray(self.extras["errors"]) if "errors" in self.extras else np.sqrt(self.history.metric)
+        """The relative error at each epoch: what the study has kept as such, or the root of the
+        metric, which is a relative mean square.
+        """
+        return (
+            np.asarray(self.extras["errors"])
+            if "errors" in self.extras
+            else np.sqrt(self.history.metric)
+        )
 
     @property
     def error(self) -> float:
@@ -71,7 +79,7 @@ class Run:
         return self.history.iterations[-1]
 
     def iterations_until(self, error: float) -> int | None:
-        """KSP iterations after which the error stays at or below a value; None where it does not."""
+        """KSP iterations after which the error stays at or below a value; None if it does not."""
         above = np.flatnonzero(self.errors > error)
         first = above[-1] + 1 if len(above) else 0
         return self.history.iterations[first] if first < len(self.history) else None
@@ -103,8 +111,10 @@ class Run:
             # as they are read again
             entries = json.loads(json.dumps(asdict(self), default=_plain))
         except (TypeError, ValueError, RecursionError) as error:
-            raise Refused(f"{path} cannot be written: what is to be kept must be plain numbers, "
-                          f"strings and lists ({error})") from None
+            raise Refused(
+                f"{path} cannot be written: what is to be kept must be plain numbers, "
+                f"strings and lists ({error})"
+            ) from None
         entries["checksum"] = _checksum(entries)
         write(path, json.dumps(entries, separators=(",", ":")) + "\n")
 
@@ -127,8 +137,15 @@ class Run:
     @classmethod
     def _from_plain(cls, entries) -> Run:
         """The run of which ``write`` has made JSON; a ValueError where it was none."""
-        kinds = {"study": str, "schedule": str, "seed": int, "history": dict, "setup": dict,
-                 "extras": dict, "machine": dict}
+        kinds = {
+            "study": str,
+            "schedule": str,
+            "seed": int,
+            "history": dict,
+            "setup": dict,
+            "extras": dict,
+            "machine": dict,
+        }
         if type(entries) is not dict or entries.keys() - {"checksum"} != kinds.keys():
             raise ValueError(f"a run has {', '.join(kinds)}")
         # Files of earlier versions have none.
@@ -139,8 +156,11 @@ class Run:
         Schedule.from_text(entries["schedule"])
         run = cls(**{**entries, "history": History.from_plain(entries["history"])})
         errors = run.extras.get("errors", run.history.metric)
-        if (type(errors) is not list or len(errors) != len(run.history)
-                or not all(type(error) in (int, float) for error in errors)):
+        if (
+            type(errors) is not list
+            or len(errors) != len(run.history)
+            or not all(type(error) in (int, float) for error in errors)
+        ):
             raise ValueError("errors must be numbers, one for each outer iteration")
         labels = run.extras.get("labels", {})
         if type(labels) is not dict or not all(type(label) is str for label in labels.values()):
@@ -167,15 +187,26 @@ Runs = Mapping[Schedule, Mapping[int, Run]]  # by schedule and seed
 
 
 def machine(ensemble: Ensemble) -> dict[str, Any]:
-    """Processor, ranks and how many groups deal samples out among them, and versions of what is installed."""
+    """Processor, ranks and how many groups deal samples out among them, and versions of what is
+    installed.
+    """
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
-        models = [line.partition(":")[2].strip() for line in information.read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(":")[2].strip()
+            for line in information.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = models[0] if models else processor
     versions = {}
     for name in ("prdp-fem", "firedrake", "petsc4py", "torch", "numpy"):
         with contextlib.suppress(PackageNotFoundError):  # torch: inverse problems do without
             versions[name] = version(name)
-    return {"processor": processor, "ranks": ensemble.global_comm.size, "members": ensemble.ensemble_size,
-            "python": platform.python_version(), **versions}
+    return {
+        "processor": processor,
+        "ranks": ensemble.global_comm.size,
+        "members": ensemble.ensemble_size,
+        "python": platform.python_version(),
+        **versions,
+    }

@@ -1,4 +1,5 @@
 """What progressive refinement saves, and why."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -44,9 +45,11 @@ class Savings:
 def savings(run: Run, converged: Run) -> Savings:
     """What a run saves against the converged one."""
     solves = run.history.solves[-1] + run.history.adjoint_solves[-1]
-    at_last_level = run.history.iterations_per_solve[-1]*solves
-    same = all(run.machine.get(key, 1) == converged.machine.get(key, 1)
-               for key in ("processor", "ranks", "members"))
+    at_last_level = run.history.iterations_per_solve[-1] * solves
+    same = all(
+        run.machine.get(key, 1) == converged.machine.get(key, 1)
+        for key in ("processor", "ranks", "members")
+    )
     return Savings(
         excess=_ratio(run.error, converged.error) - 1,
         iterations=1 - _ratio(run.iterations, converged.iterations),
@@ -59,7 +62,7 @@ def savings(run: Run, converged: Run) -> Savings:
 
 def _ratio(part: float, whole: float) -> float:
     """NaN where the whole is nothing, such as seconds that were too few to be noted."""
-    return part/whole if whole else np.nan
+    return part / whole if whole else np.nan
 
 
 def best_constant(runs: Runs) -> Schedule | None:

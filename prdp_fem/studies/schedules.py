@@ -3,6 +3,7 @@
 There are converged physics, constant numbers of iterations, and each registered rule
 (:mod:`prdp_fem.refinement.registry`). What tables and figures make of a schedule is asked of it.
 """
+
 from __future__ import annotations
 
 import re
@@ -66,13 +67,16 @@ class Schedule:
     def __init__(self, kind: str, iterations: int | None = None, **numbers: float | None):
         kinds = _kinds()
         if kind not in kinds:
-            raise ValueError(f"kind must be one of {', '.join(map(repr, kinds))}, found "
-                             f"{shown(kind)}")
+            raise ValueError(
+                f"kind must be one of {', '.join(map(repr, kinds))}, found {shown(kind)}"
+            )
         if kind == "constant":
             count("iterations", iterations)
         elif iterations is not None:
-            raise ValueError(f"iterations are those of a constant schedule, found "
-                             f"{shown(iterations)} for a {kind} one")
+            raise ValueError(
+                "iterations are those of a constant schedule, found "
+                f"{shown(iterations)} for a {kind} one"
+            )
         given = {name: number for name, number in numbers.items() if number is not None}
         varied = RULES[kind].varied if kind in RULES else ()
         if given and given.keys() != set(varied):
@@ -111,8 +115,9 @@ class Schedule:
                 return cls(kind, None, **dict(zip(RULES[kind].varied, map(float, numbers))))
             except ValueError as error:
                 raise ValueError(f"{text!r}: {error}") from None
-        raise ValueError(f"a schedule is {', '.join(forms())} or a number of iterations, found "
-                         f"{text!r}")
+        raise ValueError(
+            f"a schedule is {', '.join(forms())} or a number of iterations, found {text!r}"
+        )
 
     @property
     def is_constant(self) -> bool:
@@ -153,9 +158,14 @@ class Schedule:
         """What tables are sorted by: converged physics, rules, constants; then varied rules."""
         return self.is_varied, _kinds().index(self.kind), self.iterations or 0, self.numbers
 
-    def refinement(self, *, ladder: Sequence[Setting], converged: Setting,
-                   constant: Callable[[int], Setting] = Iterations,
-                   comm: MPI.Comm | None = None) -> Refinement:
+    def refinement(
+        self,
+        *,
+        ladder: Sequence[Setting],
+        converged: Setting,
+        constant: Callable[[int], Setting] = Iterations,
+        comm: MPI.Comm | None = None,
+    ) -> Refinement:
         """The refinement, at its start.
 
         Parameters

@@ -1,4 +1,5 @@
 """A study: one training, run under several refinements and seeds, each kept in a file."""
+
 from __future__ import annotations
 
 import argparse
@@ -18,7 +19,13 @@ from prdp_fem.arguments import instance, shown
 from prdp_fem.history import History
 from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.ranks.job import Refused
-from prdp_fem.refinement.ladders import Iterations, Setting, Tolerance, checked_ladder, checked_setting
+from prdp_fem.refinement.ladders import (
+    Iterations,
+    Setting,
+    Tolerance,
+    checked_ladder,
+    checked_setting,
+)
 from prdp_fem.refinement.rules import Refinement
 from prdp_fem.studies.command_line import SOLVER_PREFIX
 from prdp_fem.studies.files import alone, put_aside, say, stamp
@@ -28,7 +35,8 @@ from prdp_fem.studies.tables import plain_table
 
 __all__ = ["Study"]
 
-# What "converged" means where a study says nothing else; laid down beforehand, for forward and adjoint solves.
+# What "converged" means where a study says nothing else; laid down beforehand, for forward and
+# adjoint solves.
 RESIDUAL = Tolerance(1e-10)
 COMM = MPI.COMM_WORLD  # a study is all that a job does
 
@@ -49,55 +57,79 @@ class Study:
     constant : callable
         From a number of iterations to a setting, for constant schedules.
     setup : dict
-        What is trained, and how: sizes, epochs, solver. It is kept with each run, with the options of the command line that change the
-        solver, and runs under another one are not mixed in.
+        What is trained, and how: sizes, epochs, solver. It is kept with each run, with the options
+        of the command line that change the solver, and runs under another one are not mixed in.
 
     Examples
     --------
     In a script, ``train_one`` being a function that trains under a refinement::
 
         arguments = command_line(__file__, __doc__)
-        study = Study("bridge", arguments, ladder=IterationLadder(start=1, step=1), setup={"nodes": 512})
-        runs = study.run(train_one)
-        study.print_table(runs)
-        study.draw(lambda: draw_training(runs, study.path("training")))
+        study = Study("bridge", arguments, ladder=IterationLadder(start=1, step=1), setup={"nodes":
+        512}) runs = study.run(train_one) study.print_table(runs) study.draw(lambda:
+        draw_training(runs, study.path("training")))
     """
 
-    def __init__(self, name: str, arguments: argparse.Namespace, *, ladder: Sequence[Setting], converged: Setting = RESIDUAL,
-                 constant: Callable[[int], Setting] = Iterations, setup: dict[str, Any]):
+    def __init__(
+        self,
+        name: str,
+        arguments: argparse.Namespace,
+        *,
+        ladder: Sequence[Setting],
+        converged: Setting = RESIDUAL,
+        constant: Callable[[int], Setting] = Iterations,
+        setup: dict[str, Any],
+    ):
         instance("name", name, str, "a string, since files are called by it")
         if not name or "/" in name or "\0" in name:
             raise ValueError(f"name must be one that files can have, found {shown(name)}")
         checked_setting(converged)
         instance("setup", setup, Mapping, "a dictionary")
         if not callable(constant):
-            raise TypeError(f"constant must be a function from iterations to a setting, found "
-                            f"{shown(constant)}")
+            raise TypeError(
+                f"constant must be a function from iterations to a setting, found {shown(constant)}"
+            )
         self.name = name
-        self.schedules, self.seeds = list(dict.fromkeys(arguments.schedules)), list(dict.fromkeys(arguments.seeds))
+        self.schedules, self.seeds = (
+            list(dict.fromkeys(arguments.schedules)),
+            list(dict.fromkeys(arguments.seeds)),
+        )
         # Scripts may change their folder meanwhile.
-        self.output, self.resume, self.ensemble = arguments.output.absolute(), arguments.resume, arguments.ensemble
+        self.output, self.resume, self.ensemble = (
+            arguments.output.absolute(),
+            arguments.resume,
+            arguments.ensemble,
+        )
         self.ladder, self.converged, self.constant = checked_ladder(ladder), converged, constant
         # Files of this study, as they were before and as it has written them.
         self._replaceable: dict[Path, Any] = {}
         self._own: dict[Path, Any] = {}
-        setup = {**setup, "size": arguments.size, "converged": str(converged), "ladder": repr(ladder)}
+        setup = {
+            **setup,
+            "size": arguments.size,
+            "converged": str(converged),
+            "ladder": repr(ladder),
+        }
         if arguments.solver_options:
             setup["options"] = arguments.solver_options
         try:
             self.setup = json.loads(json.dumps(setup, allow_nan=False))  # as it is read again
         except (TypeError, ValueError) as error:
-            raise ValueError(f"setup must be of plain numbers, strings and lists, which JSON "
-                             f"takes: {error}") from None
+            raise ValueError(
+                f"setup must be of plain numbers, strings and lists, which JSON takes: {error}"
+            ) from None
 
-    def run(self, train: Callable[[int, Refinement, str], tuple[History, dict[str, Any]]]) -> dict[Schedule, dict[int, Run]]:
+    def run(
+        self, train: Callable[[int, Refinement, str], tuple[History, dict[str, Any]]]
+    ) -> dict[Schedule, dict[int, Run]]:
         """Train under each schedule with each seed.
 
         Parameters
         ----------
         train : callable
-            From a seed, a refinement and a label for progress bars to a History, and what else is to be kept, as plain numbers and lists
-            by their names. Called only for runs that are not taken from files.
+            From a seed, a refinement and a label for progress bars to a History, and what else is
+            to be kept, as plain numbers and lists by their names. Called only for runs that are not
+            taken from files.
 
         Returns
         -------
@@ -117,18 +149,31 @@ class Study:
         trained = {}
         # Files are read and written by one rank: others may have other file systems.
         with contextlib.ExitStack() as held:
-            lock = alone(self.output/f".{self.name}.lock")
+            lock = alone(self.output / f".{self.name}.lock")
             from_first_rank(COMM, lambda: held.enter_context(lock))
             kept = from_first_rank(COMM, self._there)
             try:
                 for seed, schedule in itertools.product(self.seeds, self.schedules):
                     run = kept.get((schedule, seed))
                     if run is None:
-                        refinement = schedule.refinement(ladder=self.ladder, converged=self.converged,
-                                                         constant=self.constant, comm=COMM)
-                        history, extras = _checked(train(seed, refinement, self.label(schedule, seed)))
-                        run = Run(self.name, schedule.name, seed, history, self.setup, extras,
-                                  machine(self.ensemble))
+                        refinement = schedule.refinement(
+                            ladder=self.ladder,
+                            converged=self.converged,
+                            constant=self.constant,
+                            comm=COMM,
+                        )
+                        history, extras = _checked(
+                            train(seed, refinement, self.label(schedule, seed))
+                        )
+                        run = Run(
+                            self.name,
+                            schedule.name,
+                            seed,
+                            history,
+                            self.setup,
+                            extras,
+                            machine(self.ensemble),
+                        )
                         trained[schedule, seed] = run
                         if problem := from_first_rank(COMM, lambda: self._write(trained)):
                             PETSc.Sys.Print(f"{problem}: it will be tried again")
@@ -162,19 +207,25 @@ class Study:
                 run = Run.read(path)
             except Refused as error:
                 if self.resume:
-                    raise Refused(f"{error}: remove it, choose another --output, or leave --resume "
-                                  "away to run again") from None
+                    raise Refused(
+                        f"{error}: remove it, choose another --output, or leave --resume "
+                        "away to run again"
+                    ) from None
                 say(f"{error}, and will be kept under another name")
                 continue
             differing = self._differing(run, schedule, seed)
             if self.resume and differing:
-                raise Refused(f"{path} was made with another set-up ({differing}): choose another "
-                              "--output, or leave --resume away to run again")
+                raise Refused(
+                    f"{path} was made with another set-up ({differing}): choose another "
+                    "--output, or leave --resume away to run again"
+                )
             if self.resume:
                 taken[schedule, seed] = run
             elif differing:
-                say(f"{path} is there already, of another set-up ({differing}), and will be kept "
-                    "under another name")
+                say(
+                    f"{path} is there already, of another set-up ({differing}), and will be kept "
+                    "under another name"
+                )
             else:
                 say(f"{path} is there already, of the same set-up, and will be replaced")
                 self._replaceable[path] = stamp(path)
@@ -201,7 +252,7 @@ class Study:
         return problem
 
     def _file(self, schedule: Schedule, seed: int) -> Path:
-        return self.output/Run.file_name(self.name, schedule, seed)
+        return self.output / Run.file_name(self.name, schedule, seed)
 
     def draw(self, draw: Callable[[], None]) -> None:
         """Have the first rank draw figures, by a function that does not communicate.
@@ -214,8 +265,10 @@ class Study:
         try:
             from_first_rank(COMM, draw)
         except Refused as error:
-            raise Refused(f"{error}: with --resume, runs are taken from their files, and figures are "
-                          "drawn again") from None
+            raise Refused(
+                f"{error}: with --resume, runs are taken from their files, and figures are "
+                "drawn again"
+            ) from None
 
     def label(self, schedule: Schedule, seed: int) -> str:
         """What progress bars call a run."""
@@ -223,16 +276,22 @@ class Study:
 
     def path(self, what: str) -> Path:
         """Of a figure of this study."""
-        return self.output/f"{self.name}-{what}.png"
+        return self.output / f"{self.name}-{what}.png"
 
     def representative(self, runs: Runs) -> tuple[Schedule, Run]:
-        """The run that pictures show: that of progressive refinement where there is one, with the first seed."""
+        """The run that pictures show: that of progressive refinement where there is one, with the
+        first seed.
+        """
         schedule = PRDP if PRDP in runs else next(iter(runs))
         return schedule, next(iter(runs[schedule].values()))
 
     def _check_options(self) -> None:
-        """A solver has been made by now, so that an option that nobody has asked for is a mistake."""
-        options = [word for word in self.setup.get("options", "").split() if word.startswith(f"-{SOLVER_PREFIX}")]
+        """A solver has been made by now: an option that nobody has asked for is a mistake."""
+        options = [
+            word
+            for word in self.setup.get("options", "").split()
+            if word.startswith(f"-{SOLVER_PREFIX}")
+        ]
         if unused := [option for option in options if not PETSc.Options().used(option[1:])]:
             PETSc.Sys.Print(f"the solver did not look at {', '.join(unused)}: is it spelt right?")
 
@@ -241,26 +300,48 @@ class Study:
         there = {"study": run.study, "schedule": run.schedule, "seed": run.seed, **run.setup}
         here = {"study": self.name, "schedule": schedule.name, "seed": seed, **self.setup}
         keys = sorted(there.keys() | here.keys())
-        return "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here"
-                         for key in keys if there.get(key) != here.get(key))
+        return "; ".join(
+            f"{key}: {there.get(key)} there, {here.get(key)} here"
+            for key in keys
+            if there.get(key) != here.get(key)
+        )
 
     def print_table(self, runs: Runs) -> None:
         """What the runs have reached and what they cost, as text on rank 0."""
         PETSc.Sys.Print("\n" + plain_table(runs))
-        if (shortest := min(len(run.history) for by_seed in runs.values() for run in by_seed.values())) < LAST_EPOCHS:
-            PETSc.Sys.Print(f"(errors are means over all of {shortest}, where longer runs have those of the last {LAST_EPOCHS})")
+        if (
+            shortest := min(
+                len(run.history) for by_seed in runs.values() for run in by_seed.values()
+            )
+        ) < LAST_EPOCHS:
+            PETSc.Sys.Print(
+                f"(errors are means over all of {shortest}, where longer runs have those of the"
+                f" last {LAST_EPOCHS})"
+            )
 
     def print_extras(self, runs: Runs, *names: str) -> None:
         """Numbers that were kept beside, as percentages, and means over the seeds."""
         for name in names:
-            PETSc.Sys.Print(f"\n{name}: " + ", ".join(
-                f"{schedule.title} {np.mean([run.extras[name] for run in by_seed.values()]):.2%}" for schedule, by_seed in runs.items()))
+            PETSc.Sys.Print(
+                f"\n{name}: "
+                + ", ".join(
+                    f"{schedule.title}"
+                    f" {np.mean([run.extras[name] for run in by_seed.values()]):.2%}"
+                    for schedule, by_seed in runs.items()
+                )
+            )
 
 
 def _checked(found) -> tuple[History, dict[str, Any]]:
     """What a training has returned."""
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], History)
-            and isinstance(found[1], dict)):
-        raise TypeError(f"a training must return its History and a dictionary of what else is to be "
-                        f"kept, found {shown(found)}")
+    if not (
+        isinstance(found, tuple)
+        and len(found) == 2
+        and isinstance(found[0], History)
+        and isinstance(found[1], dict)
+    ):
+        raise TypeError(
+            "a training must return its History and a dictionary of what else is to be "
+            f"kept, found {shown(found)}"
+        )
     return found

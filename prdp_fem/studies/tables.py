@@ -1,4 +1,5 @@
 """Tables of studies, for terminals and for Markdown."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -36,8 +37,11 @@ def _rows(runs: Runs) -> dict[Schedule, tuple[str, ...]]:
         if not by_seed:
             continue
         errors = [run.error for run in by_seed.values()]
-        saved = [savings(run, converged[seed]) for seed, run in by_seed.items()
-                 if seed in converged and schedule != CONVERGED]
+        saved = [
+            savings(run, converged[seed])
+            for seed, run in by_seed.items()
+            if seed in converged and schedule != CONVERGED
+        ]
         spread = f" ± {np.std(errors, ddof=1):.3%}" if len(errors) > 1 else ""
         rows[schedule] = (
             schedule.title + (", the best in hindsight" if schedule == best else ""),
@@ -63,14 +67,19 @@ def plain_table(runs: Runs) -> str:
     """A table for a terminal: one row a schedule."""
     lines = [_HEADER, *_rows(runs).values()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    padded = ([f"{line[0]:{widths[0]}}", *(f"{cell:>{width}}" for cell, width
-                                           in zip(line[1:], widths[1:]))] for line in lines)
+    padded = (
+        [
+            f"{line[0]:{widths[0]}}",
+            *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:])),
+        ]
+        for line in lines
+    )
     return "\n".join(map("  ".join, padded))
 
 
 def markdown_table(runs: Runs) -> str:
     """The same in Markdown, progressive refinement in bold."""
-    lines = ["| " + " | ".join(_HEADER) + " |", "| --- |" + " ---: |"*(len(_HEADER) - 1)]
+    lines = ["| " + " | ".join(_HEADER) + " |", "| --- |" + " ---: |" * (len(_HEADER) - 1)]
     for schedule, row in _rows(runs).items():
         cells = [f"**{cell}**" if cell else "" for cell in row] if schedule == PRDP else row
         lines.append("| " + " | ".join(cells) + " |")

@@ -1,4 +1,5 @@
 """Networks trained through finite element solves: the bridge to PyTorch."""
+
 try:
     import torch  # noqa: F401
 except ImportError as error:
@@ -14,5 +15,21 @@ from prdp_fem.training.partition import Partition
 from prdp_fem.training.reduction import GradientReduction, check_replicas, shared, total
 from prdp_fem.training.sampling import EnsembleSampler, deal
 
-__all__ = ["EnsembleSampler", "Exchange", "Gathering", "GradientReduction", "GraphNetwork", "MLP", "Partition", "ResNet", "SolverLayer",
-           "check_replicas", "deal", "from_torch", "shared", "to_torch", "total", "train"]
+__all__ = [
+    "EnsembleSampler",
+    "Exchange",
+    "Gathering",
+    "GradientReduction",
+    "GraphNetwork",
+    "MLP",
+    "Partition",
+    "ResNet",
+    "SolverLayer",
+    "check_replicas",
+    "deal",
+    "from_torch",
+    "shared",
+    "to_torch",
+    "total",
+    "train",
+]

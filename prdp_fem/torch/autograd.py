@@ -1,8 +1,10 @@
 """What is done at PETSc's level as functions of torch's autograd.
 
-Each call keeps what its own backward pass needs, and lets torch have it: fields are saved as tensors, which torch releases after the
-backward pass, and which a checkpoint, or whoever else has put hooks on saved tensors, takes away.
+Each call keeps what its own backward pass needs, and lets torch have it: fields are saved as
+tensors, which torch releases after the backward pass, and which a checkpoint, or whoever else has
+put hooks on saved tensors, takes away.
 """
+
 from __future__ import annotations
 
 import zlib
@@ -26,33 +28,46 @@ from prdp_fem.refinement.ladders import Setting, in_words
 from prdp_fem.statistics import Statistics
 from prdp_fem.torch.placement import CPU, ordered, placed, room, to_host
 
-__all__ = ["BoundaryValues", "FunctionalValue", "Surroundings", "TransformedCall",
-           "transforms_are_active"]
+__all__ = [
+    "BoundaryValues",
+    "FunctionalValue",
+    "Surroundings",
+    "TransformedCall",
+    "transforms_are_active",
+]
 
-# Among the arguments of Solve: where the boundary values and the guess are, and how many come before
-# the inputs' tensors.
+# Among the arguments of Solve: where the boundary values and the guess are, and how many come
+# before the inputs' tensors.
 _BOUNDARY, _GUESS, _BEFORE_TENSORS = 1, 2, 3
 _LARGEST_SINGLE = torch.finfo(torch.float32).max
 
 # What torch.autograd.Function asks at each call, too; there are no public names.
 transforms_are_active = torch._C._are_functorch_transforms_active
-# A batch that is hidden in a tensor by an older mechanism of torch's, of which an autograd.Function cannot have a rule.
+# A batch that is hidden in a tensor by an older mechanism of torch's, of which an autograd.Function
+# cannot have a rule.
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
-_MADE_ANEW = ("a SolverLayer was called again for its backward pass, by a checkpoint or a transform of torch.func, and its setting, or "
-              "coefficients that are no controls, are others than in the forward pass: call backward before changing them, or make the "
-              "coefficients controls")
-_ONCE_ONLY = ("second derivatives through a SolverLayer are not available: call backward without create_graph=True, and do not nest "
-              "derivatives of torch.func")
-_BACKWARDS_ONLY = ("forward-mode derivatives through a SolverLayer are not available: use backward(), or torch.func.vjp, grad or jacrev, "
-                   "which give the same by the adjoint")
+_MADE_ANEW = (
+    "a SolverLayer was called again for its backward pass, by a checkpoint or a transform of"
+    " torch.func, and its setting, or coefficients that are no controls, are others than in the"
+    " forward pass: call backward before changing them, or make the coefficients controls"
+)
+_ONCE_ONLY = (
+    "second derivatives through a SolverLayer are not available: call backward without"
+    " create_graph=True, and do not nest derivatives of torch.func"
+)
+_BACKWARDS_ONLY = (
+    "forward-mode derivatives through a SolverLayer are not available: use backward(), or"
+    " torch.func.vjp, grad or jacrev, which give the same by the adjoint"
+)
 
 
 class Surroundings:
-    """What calls of a layer depend on beside their tensors: a setting, and the values of coefficients, which seldom change.
+    """What calls of a layer depend on beside their tensors: a setting, and the values of
+    coefficients, which seldom change.
 
-    Calls share the arrays that are equal to those of the call before. What a checkpoint computes again to have what a backward pass
-    needs must be what was computed at first: a number tells.
+    Calls share the arrays that are equal to those of the call before. What a checkpoint computes
+    again to have what a backward pass needs must be what was computed at first: a number tells.
 
     Parameters
     ----------
@@ -94,7 +109,9 @@ class Surroundings:
             checksums.append(checksum if is_same else zlib.crc32(new))
         self._renew(setting, shared, checksums)
 
-    def _renew(self, setting: Setting | None, arrays: Sequence[np.ndarray], checksums: list[int]) -> None:
+    def _renew(
+        self, setting: Setting | None, arrays: Sequence[np.ndarray], checksums: list[int]
+    ) -> None:
         self._setting, self._arrays, self._checksums = setting, list(arrays), checksums
         # Small enough for hooks that convert all tensors to float32.
         number = zlib.crc32(f"{in_words(setting)} {checksums}".encode()) % 2**24
@@ -104,22 +121,30 @@ class Surroundings:
 
 
 def check_number(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise a RuntimeError where what was saved is of another call than the one that is differentiated."""
+    """Raise a RuntimeError where what was saved is of another call than the one that is
+    differentiated.
+    """
     if found is not expected and found.item() != expected.item():
         raise RuntimeError(_MADE_ANEW)
 
 
 def _first_order(backward):
-    """Have a backward pass that is differentiated again raise; torch's own once_differentiable would let some through."""
+    """Have a backward pass that is differentiated again raise; torch's own once_differentiable
+    would let some through.
+    """
+
     @wraps(backward)
     def checked(ctx, cotangent):
         if torch.is_grad_enabled() or transforms_are_active():
             return _OfFirstOrder.apply(backward, ctx, cotangent, *ctx.saved_tensors)
         if _is_batched(cotangent):
-            raise RuntimeError("a SolverLayer takes no batches of cotangents by is_grads_batched=True or vectorize=True: leave them away, "
-                               "or use torch.func.vjp, vmap and jacrev")
+            raise RuntimeError(
+                "a SolverLayer takes no batches of cotangents by is_grads_batched=True or"
+                " vectorize=True: leave them away, or use torch.func.vjp, vmap and jacrev"
+            )
         with one_thread(ctx.comm):
             return backward(ctx, cotangent)
+
     return checked
 
 
@@ -140,7 +165,9 @@ class _OnceOnly(torch.autograd.Function):
 
 
 class _OfFirstOrder(_OnceOnly):
-    """A backward pass that may be differentiated, which raises, or be asked for a batch of cotangents by a transform of torch.func."""
+    """A backward pass that may be differentiated, which raises, or be asked for a batch of
+    cotangents by a transform of torch.func.
+    """
 
     @staticmethod
     def forward(backward, call, cotangent, *tensors):
@@ -149,7 +176,10 @@ class _OfFirstOrder(_OnceOnly):
 
     @staticmethod
     def vmap(info, in_dims, backward, call, cotangent, *tensors):
-        each = [_OfFirstOrder.apply(backward, call, one, *tensors) for one in cotangent.movedim(in_dims[2], 0)]
+        each = [
+            _OfFirstOrder.apply(backward, call, one, *tensors)
+            for one in cotangent.movedim(in_dims[2], 0)
+        ]
         stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*each))
         return stacked, tuple(None if part is None else 0 for part in stacked)
 
@@ -163,11 +193,12 @@ class _Reverse(torch.autograd.Function):
 
 
 class Solve(_Reverse):
-    """The solve of a batch, sample by sample: each gives the same bits, whatever stands beside it in the batch.
+    """The solve of a batch, sample by sample: each gives the same bits, whatever stands beside it
+    in the batch.
 
-    Called with a tuple (the solver, the surroundings, the device of the tensors, the batch axes, and
-    the places of the inputs among the system's), the boundary values and the guess (tensors, or None
-    for what the problem has), and the inputs' tensors; gives float64.
+    Called with a tuple (the solver, the surroundings, the device of the tensors, the batch axes,
+    and the places of the inputs among the system's), the boundary values and the guess (tensors, or
+    None for what the problem has), and the inputs' tensors; gives float64.
     """
 
     @staticmethod
@@ -176,7 +207,11 @@ class Solve(_Reverse):
         system, statistics, setting = solver.system, solver.statistics, solver.setting
         if surroundings.plan is None:
             needs = system.needs(indices, by_forms=boundary is not None)
-            others = [index for index in range(len(system.inputs)) if index not in indices and index not in needs.unread]
+            others = [
+                index
+                for index in range(len(system.inputs))
+                if index not in indices and index not in needs.unread
+            ]
             surroundings.plan = needs, others
         needs, others = surroundings.plan
         point, varying = solver.point(without=indices, has_boundary=boundary is None), {}
@@ -195,9 +230,15 @@ class Solve(_Reverse):
         except ConvergenceError as error:
             name_sample(error, batch)
             raise
-        saved = [boundary, guess if needs.guess else None, *tensors, *surroundings.saved(setting, arrays)]
+        saved = [
+            boundary,
+            guess if needs.guess else None,
+            *tensors,
+            *surroundings.saved(setting, arrays),
+        ]
         if needs.solutions:
-            # A copy: the caller may change what it gets in place, and the backward pass must not see it.
+            # A copy: the caller may change what it gets in place, and the backward pass must not
+            # see it.
             saved.append(_rows(solutions.clone(), batch))
         if moved:
             saved += moved
@@ -210,27 +251,63 @@ class Solve(_Reverse):
         ctx.comm = surroundings.comm
         # Nothing of the size of a field is among these.
         ctx.call = (
-            solver, surroundings.plan, surroundings.number, setting, batch, device, indices, system.memory,
-            system.solved_mesh_stamp, has_boundary, has_guess, bool(moved), records, counts)
+            solver,
+            surroundings.plan,
+            surroundings.number,
+            setting,
+            batch,
+            device,
+            indices,
+            system.memory,
+            system.solved_mesh_stamp,
+            has_boundary,
+            has_guess,
+            bool(moved),
+            records,
+            counts,
+        )
         ctx.save_for_backward(*saved)
-        return solutions if solutions.device == device else placed(solutions.numpy(), device, statistics)
+        return (
+            solutions
+            if solutions.device == device
+            else placed(solutions.numpy(), device, statistics)
+        )
 
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
-        (solver, (needs, others), number, setting, batch, device, indices, memory, mesh_stamp, has_boundary, has_guess,
-         has_moved, records, counts) = ctx.call
+        (
+            solver,
+            (needs, others),
+            number,
+            setting,
+            batch,
+            device,
+            indices,
+            memory,
+            mesh_stamp,
+            has_boundary,
+            has_guess,
+            has_moved,
+            records,
+            counts,
+        ) = ctx.call
         system, statistics = solver.system, solver.statistics
         if memory is not system.memory:
-            raise RuntimeError("the solver has moved to another device between the forward and the backward pass: call backward before "
-                               "moving it")
+            raise RuntimeError(
+                "the solver has moved to another device between the forward and the backward pass:"
+                " call backward before moving it"
+            )
         if mesh_stamp != system.mesh_stamp():
-            raise RuntimeError("a mesh of the problem has moved between the forward and the backward pass: call backward before moving it")
+            raise RuntimeError(
+                "a mesh of the problem has moved between the forward and the backward pass: call"
+                " backward before moving it"
+            )
         saved, count = ctx.saved_tensors, 2 + len(indices)
         boundary_values, guess_values, *tensors = saved[:count]
         check_number(saved[count], number)
-        rest = iter(saved[count + 1:])
-        point, varying = Point([NO_VALUES]*len(system.inputs)), {}
+        rest = iter(saved[count + 1 :])
+        point, varying = Point([NO_VALUES] * len(system.inputs)), {}
         for index in others:
             point.values[index] = next(rest).numpy()
         if has_boundary:
@@ -240,10 +317,23 @@ class Solve(_Reverse):
         solutions = _handed(next(rest)) if needs.solutions else None
         moved = _next(rest, count) if has_moved else ()
         if not needs.unread:
-            _put_in(point, varying, needs, statistics, batch, indices, boundary_values, guess_values, tensors, moved)
+            _put_in(
+                point,
+                varying,
+                needs,
+                statistics,
+                batch,
+                indices,
+                boundary_values,
+                guess_values,
+                tensors,
+                moved,
+            )
         if counts is not None:
-            records = [record.with_fields([field.numpy() for field in _next(rest, fields)])
-                       for record, fields in zip(records, counts)]
+            records = [
+                record.with_fields([field.numpy() for field in _next(rest, fields)])
+                for record, fields in zip(records, counts)
+            ]
 
         needed, rows = ctx.needs_input_grad[_BEFORE_TENSORS:], batch.numel()
         gradients, written = {}, {}
@@ -258,15 +348,25 @@ class Solve(_Reverse):
         given = [t for t in (*tensors, boundary_values, guess_values) if t is not None]
         try:
             with ordered(device):
-                system.solve_adjoint(point, setting, cotangents, solutions, records,
-                                     Wanted(written, boundary, guess, largest=_largest(given)), varying=varying)
+                system.solve_adjoint(
+                    point,
+                    setting,
+                    cotangents,
+                    solutions,
+                    records,
+                    Wanted(written, boundary, guess, largest=_largest(given)),
+                    varying=varying,
+                )
         except ConvergenceError as error:
             name_sample(error, batch)
             raise
-        results: list[torch.Tensor | None] = [None]*_BOUNDARY
+        results: list[torch.Tensor | None] = [None] * _BOUNDARY
         for rows_of, tensor in ((boundary, boundary_values), (guess, guess_values)):
-            results.append(None if rows_of is None else
-                           _reduced(placed(rows_of, device, statistics), batch, tensor))
+            results.append(
+                None
+                if rows_of is None
+                else _reduced(placed(rows_of, device, statistics), batch, tensor)
+            )
         for index, tensor in zip(indices, tensors):
             gradient = gradients.get(index)
             if gradient is not None:
@@ -277,13 +377,23 @@ class Solve(_Reverse):
         return tuple(results)
 
 
-def _put_in(point: Point, varying: dict, needs: Needs, statistics: Statistics, batch: torch.Size, indices: Sequence[int],
-            boundary: torch.Tensor | None, guess: torch.Tensor | None, tensors: Sequence[torch.Tensor],
-            moved: Sequence[torch.Tensor | None] = ()) -> list[torch.Tensor | None]:
-    """Put tensors into a point: boundary values, the guess and inputs; those inputs whose values vary over the batch apart.
+def _put_in(
+    point: Point,
+    varying: dict,
+    needs: Needs,
+    statistics: Statistics,
+    batch: torch.Size,
+    indices: Sequence[int],
+    boundary: torch.Tensor | None,
+    guess: torch.Tensor | None,
+    tensors: Sequence[torch.Tensor],
+    moved: Sequence[torch.Tensor | None] = (),
+) -> list[torch.Tensor | None]:
+    """Put tensors into a point: boundary values, the guess and inputs; those inputs whose values
+    vary over the batch apart.
 
-    What had to be copied from a device to the host is returned, with None for what had not, or an empty list for nothing; it may be given
-    when it is asked for again.
+    What had to be copied from a device to the host is returned, with None for what had not, or an
+    empty list for nothing; it may be given when it is asked for again.
     """
     copies: list[torch.Tensor | None] = []
 
@@ -295,7 +405,7 @@ def _put_in(point: Point, varying: dict, needs: Needs, statistics: Statistics, b
         if tensor.ndim == 1:
             values = values[0]
         if not (stays or tensor.is_cpu or moved):
-            copies.extend([None]*(2 + len(tensors) - len(copies)))
+            copies.extend([None] * (2 + len(tensors) - len(copies)))
             copies[place] = torch.from_numpy(values)
         return values
 
@@ -313,60 +423,134 @@ def _put_in(point: Point, varying: dict, needs: Needs, statistics: Statistics, b
 
 
 class BoundaryValues(_Reverse):
-    """Boundary values from the tensors that they are made of: called with the boundary data, the surroundings, the solver's statistics, the
-    batch axes and a tensor an input. They are on the device of these, and go to the host again to be lifted: torch works a graph backwards
-    in one thread for each device, and Firedrake is to be used by one thread.
+    """Boundary values from the tensors that they are made of: called with the boundary data, the
+    surroundings, the solver's statistics, the
+    batch axes and a tensor an input. They are on the device of these, and go to the host again to
+    be lifted: torch works a graph backwards in one thread for each device, and Firedrake is to be
+    used by one thread.
     """
 
     @staticmethod
-    def forward(ctx, data: BoundaryData, surroundings: Surroundings, statistics: Statistics, batch: torch.Size,
-                *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.comm, ctx.data, ctx.statistics, ctx.batch, others = surroundings.comm, data, statistics, batch, data.others()
+    def forward(
+        ctx,
+        data: BoundaryData,
+        surroundings: Surroundings,
+        statistics: Statistics,
+        batch: torch.Size,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.comm, ctx.data, ctx.statistics, ctx.batch, others = (
+            surroundings.comm,
+            data,
+            statistics,
+            batch,
+            data.others(),
+        )
         ctx.save_for_backward(*tensors, *surroundings.saved(None, others))
         ctx.number = surroundings.number
-        rows = [data.values(values, others) for values in _each_row(data.inputs, batch, tensors, statistics)]
+        rows = [
+            data.values(values, others)
+            for values in _each_row(data.inputs, batch, tensors, statistics)
+        ]
         return placed(np.array(rows).reshape(*batch, data.size), tensors[0].device, statistics)
 
     @staticmethod
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
         data, saved = ctx.data, iter(ctx.saved_tensors)
-        tensors, number, others = _next(saved, len(data.inputs)), next(saved), [other.numpy() for other in saved]
+        tensors, number, others = (
+            _next(saved, len(data.inputs)),
+            next(saved),
+            [other.numpy() for other in saved],
+        )
         check_number(number, ctx.number)
         cotangents = to_host(_rows(cotangent, ctx.batch), ctx.statistics)
         samples = list(_each_row(data.inputs, ctx.batch, tensors, ctx.statistics))
-        gradients = [np.array([data.gradient(place, values, others, cotangents[row])
-                               for row, values in enumerate(samples)]).reshape(-1, tensor.shape[-1])
-                     if wanted else None for place, wanted, tensor in zip(data.inputs, ctx.needs_input_grad[4:], tensors)]
-        require_finite(data.comm, [gradient for gradient in gradients if gradient is not None],
-                       lambda _: _describe_gradient("the boundary values"),
-                       largest=_largest(tensors), batch=ctx.batch)
-        return None, None, None, None, *(None if gradient is None else
-                                         _reduced(placed(gradient, tensor.device, ctx.statistics), ctx.batch, tensor)
-                                         for gradient, tensor in zip(gradients, tensors))
+        gradients = [
+            (
+                np.array(
+                    [
+                        data.gradient(place, values, others, cotangents[row])
+                        for row, values in enumerate(samples)
+                    ]
+                ).reshape(-1, tensor.shape[-1])
+                if wanted
+                else None
+            )
+            for place, wanted, tensor in zip(data.inputs, ctx.needs_input_grad[4:], tensors)
+        ]
+        require_finite(
+            data.comm,
+            [gradient for gradient in gradients if gradient is not None],
+            lambda _: _describe_gradient("the boundary values"),
+            largest=_largest(tensors),
+            batch=ctx.batch,
+        )
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(
+                (
+                    None
+                    if gradient is None
+                    else _reduced(
+                        placed(gradient, tensor.device, ctx.statistics), ctx.batch, tensor
+                    )
+                )
+                for gradient, tensor in zip(gradients, tensors)
+            ),
+        )
 
 
 class FunctionalValue(_Reverse):
-    """A functional of the solution: called with it, the surroundings, the solver's statistics, the batch axes, the places of its inputs,
+    """A functional of the solution: called with it, the surroundings, the solver's statistics, the
+    batch axes, the places of its inputs,
     the solution and their tensors.
     """
 
     @staticmethod
-    def forward(ctx, functional: Functional, surroundings: Surroundings, statistics: Statistics, batch: torch.Size, places: Sequence[int],
-                solution: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.comm, ctx.functional, ctx.statistics, ctx.batch, ctx.places = surroundings.comm, functional, statistics, batch, places
+    def forward(
+        ctx,
+        functional: Functional,
+        surroundings: Surroundings,
+        statistics: Statistics,
+        batch: torch.Size,
+        places: Sequence[int],
+        solution: torch.Tensor,
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.comm, ctx.functional, ctx.statistics, ctx.batch, ctx.places = (
+            surroundings.comm,
+            functional,
+            statistics,
+            batch,
+            places,
+        )
         others = functional.others(places)
         ctx.others = list(others)
         ctx.save_for_backward(solution, *tensors, *surroundings.saved(None, list(others.values())))
         ctx.number = surroundings.number
-        values = [functional.value(row, {**others, **varying})
-                  for row, varying in zip(to_host(_rows(solution, batch), statistics), _each_row(places, batch, tensors, statistics))]
+        values = [
+            functional.value(row, {**others, **varying})
+            for row, varying in zip(
+                to_host(_rows(solution, batch), statistics),
+                _each_row(places, batch, tensors, statistics),
+            )
+        ]
         values = np.array(values, dtype=float)
         # They are the same on all ranks.
-        require_finite(MPI.COMM_SELF, [values[:, None]], lambda _: (
-            f"{functional.name} gave NaN or infinity: look for what has no finite value there, "
-            "such as the logarithm of a negative number or 0/0"),
-            largest=_largest(tensors), batch=batch)
+        require_finite(
+            MPI.COMM_SELF,
+            [values[:, None]],
+            lambda _: (
+                f"{functional.name} gave NaN or infinity: look for what has no finite value there, "
+                "such as the logarithm of a negative number or 0/0"
+            ),
+            largest=_largest(tensors),
+            batch=batch,
+        )
         return placed(values.reshape(batch), solution.device, statistics)
 
     @staticmethod
@@ -378,27 +562,58 @@ class FunctionalValue(_Reverse):
         others = {index: other.numpy() for index, other in zip(ctx.others, saved)}
         variables = dict(zip([None, *ctx.places], (solution, *tensors)))
         by = [place for place, wanted in zip(variables, ctx.needs_input_grad[5:]) if wanted]
-        weights = to_host(cotangent.to(torch.float64).expand(ctx.batch).reshape(-1, 1), ctx.statistics)
+        weights = to_host(
+            cotangent.to(torch.float64).expand(ctx.batch).reshape(-1, 1), ctx.statistics
+        )
         functional, batch = ctx.functional, ctx.batch
-        require_finite(functional.comm, [weights], lambda _: (
-            f"the cotangent of {functional.name} is NaN or infinite: look, in what is computed of "
-            "it, for an operation whose derivative is not finite"), batch=batch)
+        require_finite(
+            functional.comm,
+            [weights],
+            lambda _: (
+                f"the cotangent of {functional.name} is NaN or infinite: look, in what is computed"
+                " of it, for an operation whose derivative is not finite"
+            ),
+            batch=batch,
+        )
         gradients = {place: np.empty((len(weights), variables[place].shape[-1])) for place in by}
-        for row, (values, varying) in enumerate(zip(to_host(_rows(solution, ctx.batch), ctx.statistics),
-                                                    _each_row(ctx.places, ctx.batch, tensors, ctx.statistics))):
-            for place, gradient in zip(by, ctx.functional.gradients(values, {**others, **varying}, by)):
-                gradients[place][row] = weights[row]*gradient
-        require_finite(functional.comm, list(gradients.values()),
-                       lambda _: _describe_gradient(functional.name),
-                       largest=_largest(tensors), batch=batch)
-        return (*(None,)*5, *(_reduced(placed(gradients[place], tensor.device, ctx.statistics), ctx.batch, tensor)
-                              if place in gradients else None for place, tensor in variables.items()))
+        for row, (values, varying) in enumerate(
+            zip(
+                to_host(_rows(solution, ctx.batch), ctx.statistics),
+                _each_row(ctx.places, ctx.batch, tensors, ctx.statistics),
+            )
+        ):
+            for place, gradient in zip(
+                by, ctx.functional.gradients(values, {**others, **varying}, by)
+            ):
+                gradients[place][row] = weights[row] * gradient
+        require_finite(
+            functional.comm,
+            list(gradients.values()),
+            lambda _: _describe_gradient(functional.name),
+            largest=_largest(tensors),
+            batch=batch,
+        )
+        return (
+            *(None,) * 5,
+            *(
+                (
+                    _reduced(
+                        placed(gradients[place], tensor.device, ctx.statistics), ctx.batch, tensor
+                    )
+                    if place in gradients
+                    else None
+                )
+                for place, tensor in variables.items()
+            ),
+        )
 
 
 class TransformedCall:
-    """A call of a layer under transforms of torch.func (``vmap``, ``grad``, ``vjp``, ``jacrev``), as a function without a state.
+    """A call of a layer under transforms of torch.func (``vmap``, ``grad``, ``vjp``, ``jacrev``),
+    as a function without a state.
 
-    Its derivative makes the call again; with the same setting and values of coefficients, or it is an error.
+    Its derivative makes the call again; with the same setting and values of coefficients, or it is
+    an error.
 
     Parameters
     ----------
@@ -419,8 +634,12 @@ class TransformedCall:
         """The outputs, where no transform is active."""
         with one_thread(self._comm):
             # Transforms have hidden the axes that the layer has compared.
-            agree(self._comm, lambda: [tuple(tensor.shape[:-1]) for tensor in tensors], "batch axes, under transforms of torch.func,",
-                  "give all ranks the same samples")
+            agree(
+                self._comm,
+                lambda: [tuple(tensor.shape[:-1]) for tensor in tensors],
+                "batch axes, under transforms of torch.func,",
+                "give all ranks the same samples",
+            )
             outputs, stamp = self._values(tensors), self._stamp()
         if self._expected is None:
             self._expected = stamp
@@ -442,7 +661,9 @@ class _Transformed(_Reverse):
     @staticmethod
     def backward(ctx, *cotangents):
         wanted = ctx.needs_input_grad[1:]
-        gradients = iter(_TransformedBackward.apply(ctx.call, wanted, *cotangents, *ctx.saved_tensors))
+        gradients = iter(
+            _TransformedBackward.apply(ctx.call, wanted, *cotangents, *ctx.saved_tensors)
+        )
         return None, *(next(gradients) if is_wanted else None for is_wanted in wanted)
 
     @staticmethod
@@ -451,41 +672,65 @@ class _Transformed(_Reverse):
 
 
 class _TransformedBackward(_OnceOnly):
-    """Gradients of a call by the tensors that are wanted: called with it, which are, the cotangents of outputs and the tensors."""
+    """Gradients of a call by the tensors that are wanted: called with it, which are, the cotangents
+    of outputs and the tensors.
+    """
 
     @staticmethod
     def forward(call: TransformedCall, wanted: Sequence[bool], *given):
-        cotangents, tensors = given[:-len(wanted)], given[-len(wanted):]
+        cotangents, tensors = given[: -len(wanted)], given[-len(wanted) :]
         with torch.enable_grad():
-            leaves = [tensor.detach().requires_grad_(is_wanted) for tensor, is_wanted in zip(tensors, wanted)]
+            leaves = [
+                tensor.detach().requires_grad_(is_wanted)
+                for tensor, is_wanted in zip(tensors, wanted)
+            ]
             pairs = [pair for pair in zip(call.values(leaves), cotangents) if pair[0].requires_grad]
         leaves = _wanted(leaves, wanted)
         outputs, cotangents = zip(*pairs)
         gradients = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
-        return tuple(torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, gradients))
+        return tuple(
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(leaves, gradients)
+        )
 
     @staticmethod
     def vmap(info, in_dims, call, wanted, *given):
         first = len(given) - len(wanted)
-        cotangents = [(cotangent if dim is None else cotangent.movedim(dim, 0)).expand(info.batch_size, *_without(cotangent.shape, dim))
-                      for cotangent, dim in zip(given[:first], in_dims[2:])]
-        tensors = _with_first_axis(given[first:], in_dims[2 + first:], info.batch_size)
+        cotangents = [
+            (cotangent if dim is None else cotangent.movedim(dim, 0)).expand(
+                info.batch_size, *_without(cotangent.shape, dim)
+            )
+            for cotangent, dim in zip(given[:first], in_dims[2:])
+        ]
+        tensors = _with_first_axis(given[first:], in_dims[2 + first :], info.batch_size)
         gradients = _TransformedBackward.apply(call, wanted, *cotangents, *tensors)
-        shapes = [_without(tensor.shape, dim) for tensor, dim in zip(given[first:], in_dims[2 + first:])]
-        return tuple(gradient.reshape(info.batch_size, *shape) for gradient, shape in zip(gradients, _wanted(shapes, wanted))), 0
+        shapes = [
+            _without(tensor.shape, dim) for tensor, dim in zip(given[first:], in_dims[2 + first :])
+        ]
+        return (
+            tuple(
+                gradient.reshape(info.batch_size, *shape)
+                for gradient, shape in zip(gradients, _wanted(shapes, wanted))
+            ),
+            0,
+        )
 
 
 def _without(shape: torch.Size, dim: int | None) -> list[int]:
     return [size for place, size in enumerate(shape) if dim is None or place != dim % len(shape)]
 
 
-def _with_first_axis(tensors: Sequence[torch.Tensor], dims: Sequence[int | None], size: int | None = None) -> list[torch.Tensor]:
-    """Tensors with the axis that a transform has hidden as the first batch axis, of as many; all of them where its size is given."""
+def _with_first_axis(
+    tensors: Sequence[torch.Tensor], dims: Sequence[int | None], size: int | None = None
+) -> list[torch.Tensor]:
+    """Tensors with the axis that a transform has hidden as the first batch axis, of as many; all of
+    them where its size is given.
+    """
     most = max(tensor.ndim - (dim is not None) for tensor, dim in zip(tensors, dims))
     found = []
     for tensor, dim in zip(tensors, dims):
         shape = _without(tensor.shape, dim)
-        between = [1]*(most - len(shape))
+        between = [1] * (most - len(shape))
         if dim is not None:
             tensor = tensor.movedim(dim, 0).reshape(tensor.shape[dim], *between, *shape)
         elif size is not None:
@@ -500,12 +745,16 @@ def _next(values, count: int) -> list:
 
 
 def _describe_gradient(what: str) -> str:
-    return (f"the derivative of {what} holds NaN or infinity: look for one that does not exist "
-            "there, such as that of a square root at zero, or for numbers that are too large")
+    return (
+        f"the derivative of {what} holds NaN or infinity: look for one that does not exist "
+        "there, such as that of a square root at zero, or for numbers that are too large"
+    )
 
 
 def _rows(tensor: torch.Tensor, batch: torch.Size) -> torch.Tensor:
-    """A tensor as contiguous float64 rows, one a sample, shape (rows, n); without a copy where it is that already."""
+    """A tensor as contiguous float64 rows, one a sample, shape (rows, n); without a copy where it
+    is that already.
+    """
     tensor, shape = tensor.detach().resolve_neg(), tensor.shape
     if tensor.dtype is not torch.float64 or shape[:-1] != batch:
         tensor = tensor.to(torch.float64).expand(*batch, shape[-1])
@@ -529,7 +778,12 @@ def _wanted(values: Sequence, needed: Sequence[bool]) -> list:
     return [value for value, wanted in zip(values, needed) if wanted]
 
 
-def _each_row(places: Sequence[int] | Mapping, batch: torch.Size, tensors: Sequence[torch.Tensor], statistics: Statistics):
+def _each_row(
+    places: Sequence[int] | Mapping,
+    batch: torch.Size,
+    tensors: Sequence[torch.Tensor],
+    statistics: Statistics,
+):
     """The values of inputs by their places, sample by sample."""
     columns = [to_host(_rows(tensor, batch), statistics) for tensor in tensors]
     for row in range(batch.numel()):

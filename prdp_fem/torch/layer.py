@@ -1,4 +1,5 @@
 """A variational solver as a layer of a network."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,8 +37,10 @@ from prdp_fem.torch.placement import CPU, solver_device, tensor_device
 __all__ = ["SolverLayer"]
 
 _DTYPES = (torch.float32, torch.float64)
-_TRACED = ("a SolverLayer cannot be part of a graph that is traced or exported, nor be called with fake tensors: use torch.compile, which "
-           "calls it as it is")
+_TRACED = (
+    "a SolverLayer cannot be part of a graph that is traced or exported, nor be called with fake"
+    " tensors: use torch.compile, which calls it as it is"
+)
 # Under make_fx and FakeTensorMode a call's numbers would be constants of the graph; there are no
 # public names. To count modes is to know, most often, that there are none.
 _count_modes = torch._C._len_torch_dispatch_stack
@@ -50,27 +53,33 @@ _tracing_state = torch._C._get_tracing_state
 class SolverLayer(torch.nn.Module):
     """The map from controls of a variational problem to its solution, with its derivative.
 
-    Called with one tensor per control, in their order, it solves with the setting of the moment, and returns the solution's
-    dofs, or what ``output`` asks for. Each call keeps what its own backward pass needs, its setting included: however many calls,
-    ``step``s of the refinement or changes to other coefficients come in between, each is differentiated where and as it was made. The
-    user's Functions are neither read for the controls nor written to. In parallel every rank makes the same calls.
+    Called with one tensor per control, in their order, it solves with the setting of the moment,
+    and returns the solution's dofs, or what ``output`` asks for. Each call keeps what its own
+    backward pass needs, its setting included: however many calls, ``step``s of the refinement or
+    changes to other coefficients come in between, each is differentiated where and as it was made.
+    The user's Functions are neither read for the controls nor written to. In parallel every rank
+    makes the same calls.
 
     Parameters
     ----------
     solver : prdp_fem.LinearVariationalSolver or prdp_fem.NonlinearVariationalSolver
     controls : sequence of Function, Constant or Cofunction
-        Coefficients of the problem, each once: in its forms, or in expressions of its boundary values. With a solver that
-        starts from a guess, the solution Function itself stands for that; an implicit derivative by it is zero.
+        Coefficients of the problem, each once: in its forms, or in expressions of its boundary
+        values. With a solver that starts from a guess, the solution Function itself stands for
+        that; an implicit derivative by it is zero.
     output : None, Function, ufl.Form, or a sequence of these
-        What to return: the solution (None, or its Function); a component of it, as ``u.sub(1)``; a functional of it, a form without
-        arguments, which may contain controls and other coefficients, too; for a sequence, a tuple of tensors.
+        What to return: the solution (None, or its Function); a component of it, as ``u.sub(1)``; a
+        functional of it, a form without arguments, which may contain controls and other
+        coefficients, too; for a sequence, a tuple of tensors.
 
     Raises
     ------
     TypeError
-        For another solver, or controls or outputs of another kind, and where UFL cannot differentiate by a control.
+        For another solver, or controls or outputs of another kind, and where UFL cannot
+        differentiate by a control.
     ValueError
-        For no control, one given twice, one that the problem does not depend on, or one that holds a mesh's coordinates.
+        For no control, one given twice, one that the problem does not depend on, or one that holds
+        a mesh's coordinates.
 
     Examples
     --------
@@ -79,11 +88,18 @@ class SolverLayer(torch.nn.Module):
     >>> drag = SolverLayer(solver, [viscosity], output=dot(stress(u), n)[0]*ds(5))  # doctest: +SKIP
     """
 
-    def __init__(self, solver: RefinedSolver, controls: Sequence[Function | Constant | Cofunction], output=None):
+    def __init__(
+        self,
+        solver: RefinedSolver,
+        controls: Sequence[Function | Constant | Cofunction],
+        output=None,
+    ):
         super().__init__()
         if not isinstance(solver, RefinedSolver):
-            raise TypeError("expected a prdp_fem.LinearVariationalSolver or NonlinearVariationalSolver, found a "
-                            f"{type(solver).__module__}.{type(solver).__name__}")
+            raise TypeError(
+                "expected a prdp_fem.LinearVariationalSolver or NonlinearVariationalSolver, found"
+                f" a {type(solver).__module__}.{type(solver).__name__}"
+            )
         system, solution = solver.system, solver.problem.u
         self._comm = solution.function_space().mesh().comm
 
@@ -94,8 +110,10 @@ class SolverLayer(torch.nn.Module):
             returned = output if isinstance(output, (list, tuple)) else [output]
             if not returned:
                 raise ValueError("output must name at least one thing to return, found none")
-            return [*(_place_in_words(solver, control) for control in controls),
-                    *(_output_in_words(part, solution) for part in returned)]
+            return [
+                *(_place_in_words(solver, control) for control in controls),
+                *(_output_in_words(part, solution) for part in returned),
+            ]
 
         agree(self._comm, look, "controls and outputs of a layer")
         self.solver = solver
@@ -104,10 +122,16 @@ class SolverLayer(torch.nn.Module):
         self._device = CPU
         self._sizes = [local_values(control).size for control in controls]
         self._boundary = BoundaryData(system.forms, controls)
-        self._guess = next((place for place, control in enumerate(controls) if control is solution), None) if solver.warm_start else None
+        self._guess = (
+            next((place for place, control in enumerate(controls) if control is solution), None)
+            if solver.warm_start
+            else None
+        )
         self._places, self._indices = [], []
         for place, control in enumerate(controls):
-            if (place == self._guess or place in self._boundary.inputs) and not system.forms.depends_on(control):
+            if (
+                place == self._guess or place in self._boundary.inputs
+            ) and not system.forms.depends_on(control):
                 continue
             index = system.forms.find(control)
             system.check_derivative(index)
@@ -115,7 +139,9 @@ class SolverLayer(torch.nn.Module):
             self._indices.append(index)
         self._surroundings = {what: Surroundings(self._comm) for what in ("solve", "boundary")}
         self._returns_tuple = isinstance(output, (list, tuple))
-        self._outputs = [self._make_output(part) for part in (output if self._returns_tuple else [output])]
+        self._outputs = [
+            self._make_output(part) for part in (output if self._returns_tuple else [output])
+        ]
 
     def _make_output(self, output) -> Callable:
         """A function from the solution's tensor, the batch axes and all tensors to an output."""
@@ -125,11 +151,21 @@ class SolverLayer(torch.nn.Module):
         if isinstance(output, ufl.Form):
             functional = Functional(output, solution)
             surroundings = self._surroundings[functional] = Surroundings(self._comm)
-            found = {functional.find(control): place for place, control in enumerate(self.controls)
-                     if functional.find(control) is not None}
+            found = {
+                functional.find(control): place
+                for place, control in enumerate(self.controls)
+                if functional.find(control) is not None
+            }
             places = list(found)
-            return lambda dofs, batch, tensors: FunctionalValue.apply(functional, surroundings, self.solver.statistics, batch, places, dofs,
-                                                                      *(tensors[found[place]] for place in places))
+            return lambda dofs, batch, tensors: FunctionalValue.apply(
+                functional,
+                surroundings,
+                self.solver.statistics,
+                batch,
+                places,
+                dofs,
+                *(tensors[found[place]] for place in places),
+            )
         with torch.inference_mode(False):  # in which they could not be saved by later calls
             dofs = torch.from_numpy(_dofs_of_component(solution, output))
         there = {CPU: dofs}
@@ -138,10 +174,13 @@ class SolverLayer(torch.nn.Module):
             if solution.device not in there:
                 there[solution.device] = dofs.to(solution.device)
             return solution[..., there[solution.device]]
+
         return component
 
     def __deepcopy__(self, memo) -> SolverLayer:
-        """A copy of a network has a layer of its own around the same solver: solves have no state. Not collective."""
+        """A copy of a network has a layer of its own around the same solver: solves have no state.
+        Not collective.
+        """
         copied = memo[id(self)] = object.__new__(type(self))
         for name, value in vars(self).items():
             # Hooks are in dictionaries, one for each layer; all else is the same for both.
@@ -152,20 +191,25 @@ class SolverLayer(torch.nn.Module):
         return self.__deepcopy__({})
 
     def _replicate_for_data_parallel(self):
-        raise RuntimeError("a SolverLayer cannot be replicated by DataParallel, whose threads would be in "
-                           "its solver at the same time: give it the whole batch, or have several "
-                           "processes, each with its part of the samples, as by train(ensemble=…)")
+        raise RuntimeError(
+            "a SolverLayer cannot be replicated by DataParallel, whose threads would be in "
+            "its solver at the same time: give it the whole batch, or have several "
+            "processes, each with its part of the samples, as by train(ensemble=…)"
+        )
 
     def __reduce__(self):
-        raise TypeError("a SolverLayer holds PETSc objects, which cannot be pickled: save the network's state_dict(), in which the layer "
-                        "has no part, and make the layer again")
+        raise TypeError(
+            "a SolverLayer holds PETSc objects, which cannot be pickled: save the network's"
+            " state_dict(), in which the layer has no part, and make the layer again"
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the layer takes tensors, and returns them.
 
-        The CPU, until the layer or a network that it is part of is moved, by ``to`` or ``cuda``, to a CUDA or HIP device. The solver goes
-        along, and comes back by ``cpu``. A solver that is on a device, while the layer is on the CPU, has tensors copied there and back.
+        The CPU, until the layer or a network that it is part of is moved, by ``to`` or ``cuda``, to
+        a CUDA or HIP device. The solver goes along, and comes back by ``cpu``. A solver that is on
+        a device, while the layer is on the CPU, has tensors copied there and back.
         """
         return self._device
 
@@ -176,15 +220,23 @@ class SolverLayer(torch.nn.Module):
             name = solver_device(device)
             place = tensor_device(find_device(name, self._comm))
             if device != place:
-                raise ValueError(f"the solver cannot go to {device}, since PETSc uses {place} on this rank: move the network to {place}")
+                raise ValueError(
+                    f"the solver cannot go to {device}, since PETSc uses {place} on this rank: move"
+                    f" the network to {place}"
+                )
             self.solver.to(name)
             self._device = device
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
-        names = ", ".join(f"{name_of(control)}: {size}" for control, size in zip(self.controls, self._sizes))
-        return (f"({names}) -> {self.solver.problem.u.name()}: {self.solver.system.size}, refinement={self.solver.refinement!r}, "
-                f"device='{self.device}', solver on '{self.solver.device}'")
+        names = ", ".join(
+            f"{name_of(control)}: {size}" for control, size in zip(self.controls, self._sizes)
+        )
+        return (
+            f"({names}) -> {self.solver.problem.u.name()}: {self.solver.system.size},"
+            f" refinement={self.solver.refinement!r}, device='{self.device}', solver on"
+            f" '{self.solver.device}'"
+        )
 
     def forward(self, *tensors: torch.Tensor):
         """Solve for each sample.
@@ -192,23 +244,27 @@ class SolverLayer(torch.nn.Module):
         Parameters
         ----------
         *tensors : torch.Tensor
-            One a control, float32 or float64, on ``device``: shape (..., n) with n the dofs of the control that this rank owns, or
-            the number of components of a Constant. Leading axes are batch axes, broadcast against each other; a control
-            without them is shared by the batch. On other devices than the CPU they are contiguous.
+            One a control, float32 or float64, on ``device``: shape (..., n) with n the dofs of the
+            control that this rank owns, or the number of components of a Constant. Leading axes are
+            batch axes, broadcast against each other; a control without them is shared by the batch.
+            On other devices than the CPU they are contiguous.
 
         Returns
         -------
         torch.Tensor or tuple of torch.Tensor
-            Shape (..., m) with m the dofs of the solution, or of its component, that this rank owns, and (...) for a functional,
-            the same on all ranks; float64 if any tensor is. Gradients are by dofs, without a mass matrix in between. On several ranks
-            they are those of the sum over the ranks of what is made of the dofs that each has, and of a functional once; by a Constant
-            each rank has the whole of it (see :func:`~prdp_fem.torch.shared`). What is made of several outputs uses the same of them on
-            all ranks: the backward pass of each is collective.
+            Shape (..., m) with m the dofs of the solution, or of its component, that this rank
+            owns, and (...) for a functional, the same on all ranks; float64 if any tensor is.
+            Gradients are by dofs, without a mass matrix in between. On several ranks they are those
+            of the sum over the ranks of what is made of the dofs that each has, and of a functional
+            once; by a Constant each rank has the whole of it (see :func:`~prdp_fem.torch.shared`).
+            What is made of several outputs uses the same of them on all ranks: the backward pass of
+            each is collective.
 
         Raises
         ------
         TypeError, ValueError
-            For tensors of the wrong number, type, device or shape; on all ranks, where one has such, or another batch than others.
+            For tensors of the wrong number, type, device or shape; on all ranks, where one has
+            such, or another batch than others.
         firedrake.exceptions.ConvergenceError
             Where a solve fails.
         RuntimeError
@@ -216,14 +272,17 @@ class SolverLayer(torch.nn.Module):
 
         Notes
         -----
-        A layer is called as it is where torch compiles what it is part of. Threads take turns. Transforms of torch.func work (``vmap``,
-        ``grad``, ``vjp``, ``jacrev``) but those in forward mode, and second derivatives.
+        A layer is called as it is where torch compiles what it is part of. Threads take turns.
+        Transforms of torch.func work (``vmap``, ``grad``, ``vjp``, ``jacrev``) but those in forward
+        mode, and second derivatives.
         """
         is_compiling = torch.compiler.is_compiling()
         if _tracing_state() or (is_compiling and torch.compiler.is_exporting()):
             raise RuntimeError(_TRACED)
         if is_compiling:
-            torch._dynamo.graph_break(msg="a SolverLayer is not compiled, and splits the graph: leave fullgraph=True away")
+            torch._dynamo.graph_break(
+                msg="a SolverLayer is not compiled, and splits the graph: leave fullgraph=True away"
+            )
             return _uncompiled()(self, tensors)
         return self._call(tensors)
 
@@ -234,9 +293,12 @@ class SolverLayer(torch.nn.Module):
             if self._comm.size == 1:
                 self._check(tensors)
             else:
-                agree(self._comm, lambda: self._checked(tensors),
-                      "the setting, batch axes, and whether there are gradients,",
-                      "give the refinement comm=, and all ranks the same samples")
+                agree(
+                    self._comm,
+                    lambda: self._checked(tensors),
+                    "the setting, batch axes, and whether there are gradients,",
+                    "give the refinement comm=, and all ranks the same samples",
+                )
             if transforms_are_active():
                 outputs = TransformedCall(self._comm, self._evaluate, self._stamp)(*tensors)
             else:
@@ -248,8 +310,13 @@ class SolverLayer(torch.nn.Module):
         boundary = guess = None
         if self._boundary.inputs:
             given = [tensors[place] for place in self._boundary.inputs]
-            boundary = BoundaryValues.apply(self._boundary, self._surroundings["boundary"], self.solver.statistics, _batch_axes(given),
-                                            *given)
+            boundary = BoundaryValues.apply(
+                self._boundary,
+                self._surroundings["boundary"],
+                self.solver.statistics,
+                _batch_axes(given),
+                *given,
+            )
         if self._guess is not None:
             guess = tensors[self._guess]
             if not self.solver.system.needs(self._indices).guess:
@@ -263,28 +330,43 @@ class SolverLayer(torch.nn.Module):
 
     def _stamp(self) -> tuple[int, ...]:
         """What tells the setting, the values of coefficients and the meshes of the last call."""
-        return (self.solver.system.mesh_stamp(), *(surroundings.number for surroundings in self._surroundings.values()))
+        return (
+            self.solver.system.mesh_stamp(),
+            *(surroundings.number for surroundings in self._surroundings.values()),
+        )
 
     def _check(self, tensors: Sequence[torch.Tensor]) -> None:
         if self.device not in (CPU, tensor_device(self.solver.system.memory.device)):
-            raise RuntimeError(f"the layer is on {self.device}, but its solver has been moved to '{self.solver.device}': move the layer, "
-                               "too")
+            raise RuntimeError(
+                f"the layer is on {self.device}, but its solver has been moved to"
+                f" '{self.solver.device}': move the layer, too"
+            )
         if len(tensors) != len(self.controls):
-            raise TypeError(f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found {len(tensors)}")
+            raise TypeError(
+                f"expected {len(self.controls)} tensor(s), one for each of {self._names()}, found"
+                f" {len(tensors)}"
+            )
         for tensor, control, size in zip(tensors, self.controls, self._sizes):
             _check(tensor, control, size, self.device)
         try:
             _batch_axes(tensors)
         except RuntimeError:
-            raise ValueError("batch axes must be equal, or broadcast against each other, found shapes "
-                             f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}") from None
+            raise ValueError(
+                "batch axes must be equal, or broadcast against each other, found shapes "
+                f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} for {self._names()}"
+            ) from None
 
     def _checked(self, tensors: Sequence[torch.Tensor]) -> list[str]:
         """What ranks must have alike to make the same calls, forward and backward."""
         self._check(tensors)
         # Without names: those that Firedrake has chosen are not the same on all ranks.
-        return [in_words(self.solver.setting),
-                *(f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}" for tensor in tensors)]
+        return [
+            in_words(self.solver.setting),
+            *(
+                f"{tuple(tensor.shape[:-1])}{' with a gradient' if tensor.requires_grad else ''}"
+                for tensor in tensors
+            ),
+        ]
 
     def _names(self) -> str:
         return ", ".join(f"'{name_of(control)}'" for control in self.controls)
@@ -294,15 +376,19 @@ def _checked_controls(controls) -> list:
     if isinstance(controls, (Function, Constant, Cofunction)):
         raise TypeError("controls must be a sequence, found a single one: write controls=[…]")
     if not isinstance(controls, Iterable) or isinstance(controls, (str, Mapping)):
-        raise TypeError("controls must be a sequence of Functions, Constants and Cofunctions, "
-                        f"found {controls!r}")
+        raise TypeError(
+            "controls must be a sequence of Functions, Constants and Cofunctions, "
+            f"found {controls!r}"
+        )
     controls = list(controls)
     if not controls:
         raise ValueError("controls must name at least one coefficient of the problem, found none")
     for control in controls:
         if not isinstance(control, (Function, Constant, Cofunction)):
-            raise TypeError("a control must be a Function, Constant or Cofunction, found a "
-                            f"{type(control).__name__}")
+            raise TypeError(
+                "a control must be a Function, Constant or Cofunction, found a "
+                f"{type(control).__name__}"
+            )
     if len({id(control) for control in controls}) < len(controls):
         raise ValueError("controls must be named once each")
     return controls
@@ -330,15 +416,20 @@ def _output_in_words(output, solution: Function) -> str:
     if isinstance(output, Function):
         path = _path_to(solution, output)
         if path is None:
-            raise ValueError(f"Function '{output.name()}' is no component of the solution "
-                             f"'{solution.name()}': name one as u.sub(1), or put what else you want "
-                             "into a functional")
+            raise ValueError(
+                f"Function '{output.name()}' is no component of the solution "
+                f"'{solution.name()}': name one as u.sub(1), or put what else you want "
+                "into a functional"
+            )
         return f"component {path}"
-    raise TypeError("an output must be the solution, a component of it as u.sub(1), or a form "
-                    f"without arguments, found a {type(output).__name__}")
+    raise TypeError(
+        "an output must be the solution, a component of it as u.sub(1), or a form "
+        f"without arguments, found a {type(output).__name__}"
+    )
 
 
-# Empty until torch compiles, since its compiler takes long to be imported. (It traces through functions with a cache.)
+# Empty until torch compiles, since its compiler takes long to be imported. (It traces through
+# functions with a cache.)
 _UNCOMPILED: list[Callable] = []
 
 
@@ -357,24 +448,47 @@ def _batch_axes(tensors: Sequence[torch.Tensor]) -> torch.Size:
 
 def _check(tensor, control, size: int, device: torch.device) -> None:
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"expected a tensor for '{name_of(control)}', found a {type(tensor).__name__}")
+        raise TypeError(
+            f"expected a tensor for '{name_of(control)}', found a {type(tensor).__name__}"
+        )
     if tensor.dtype not in _DTYPES:
-        remedy = "give real numbers, such as torch.view_as_real" if tensor.is_complex() else "call .float() or .double() first"
-        raise TypeError(f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}: {remedy}")
+        remedy = (
+            "give real numbers, such as torch.view_as_real"
+            if tensor.is_complex()
+            else "call .float() or .double() first"
+        )
+        raise TypeError(
+            f"expected float32 or float64 for '{name_of(control)}', found {tensor.dtype}: {remedy}"
+        )
     if tensor.layout is not torch.strided or tensor.is_nested:
         kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
-        raise TypeError(f"expected a dense tensor for '{name_of(control)}', found {kind}: call .to_dense(), or .to_padded_tensor(), first")
+        raise TypeError(
+            f"expected a dense tensor for '{name_of(control)}', found {kind}: call .to_dense(), or"
+            " .to_padded_tensor(), first"
+        )
     if tensor.device != device:
         where = "the CPU" if device == CPU else str(device)
-        raise ValueError(f"expected a tensor on {where} for '{name_of(control)}', where the layer is, found one on {tensor.device}: move "
-                         f"the tensor by .to('{device}'), or the layer by .to('{tensor.device}')")
+        raise ValueError(
+            f"expected a tensor on {where} for '{name_of(control)}', where the layer is, found one"
+            f" on {tensor.device}: move the tensor by .to('{device}'), or the layer by"
+            f" .to('{tensor.device}')"
+        )
     if device != CPU and not tensor.is_contiguous():
-        raise ValueError(f"expected a contiguous tensor for '{name_of(control)}', since PETSc works on its memory, found strides "
-                         f"{tensor.stride()}: call .contiguous() first")
+        raise ValueError(
+            f"expected a contiguous tensor for '{name_of(control)}', since PETSc works on its"
+            f" memory, found strides {tensor.stride()}: call .contiguous() first"
+        )
     shape = tensor.shape
     if not shape or shape[-1] != size:
-        reminder = "the components of the Constant" if is_real(control) else "the dofs that this rank owns, not all ranks together"
-        raise ValueError(f"expected a last axis of {size} for '{name_of(control)}' ({reminder}), found shape {tuple(shape)}")
+        reminder = (
+            "the components of the Constant"
+            if is_real(control)
+            else "the dofs that this rank owns, not all ranks together"
+        )
+        raise ValueError(
+            f"expected a last axis of {size} for '{name_of(control)}' ({reminder}), found shape"
+            f" {tuple(shape)}"
+        )
 
 
 def _dofs_of_component(solution: Function, component: Function) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Where the tensors of a layer are, and how they get to where its solver is.
 
-A layer is on the CPU, as any module of torch's, until it is moved. There a solver on the host works on the memory of the tensors, and one
-on a device copies them. A layer on a CUDA or HIP device has its solver there, which works on the memory of tensors there; what Firedrake
-assembles from is copied to the host. All copies are counted in the solver's statistics.
+A layer is on the CPU, as any module of torch's, until it is moved. There a solver on the host works
+on the memory of the tensors, and one on a device copies them. A layer on a CUDA or HIP device has
+its solver there, which works on the memory of tensors there; what Firedrake assembles from is
+copied to the host. All copies are counted in the solver's statistics.
 """
+
 from __future__ import annotations
 
 import math
@@ -24,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def tensor_device(device: Device | None) -> torch.device:
-    """Where tensors share their memory with the vectors of a solver on a device; None is the host."""
+    """Where tensors share memory with the vectors of a solver on a device; None is the host."""
     if device is None or device.tensors == CPU.type:
         return CPU
     # PETSc gives each rank one of the devices of its machine.
@@ -43,12 +45,16 @@ def solver_device(device: torch.device) -> str:
         return HOST
     if device.type == "cuda":
         return "cuda" if torch.version.hip is None else "hip"
-    raise ValueError(f"a SolverLayer cannot go to {device}, where PETSc has no vectors: move the network to the CPU, or to a CUDA or HIP "
-                     "device")
+    raise ValueError(
+        f"a SolverLayer cannot go to {device}, where PETSc has no vectors: move the network to the"
+        " CPU, or to a CUDA or HIP device"
+    )
 
 
 def to_host(rows: torch.Tensor, statistics: Statistics) -> np.ndarray:
-    """The values of a tensor as an array of NumPy: its memory where that is the host's, or a copy, which is counted."""
+    """The values of a tensor as an array of NumPy: its memory where that is the host's, or a copy,
+    which is counted.
+    """
     if rows.is_cpu:
         return rows.numpy()
     with _TO_HOST:
@@ -58,7 +64,9 @@ def to_host(rows: torch.Tensor, statistics: Statistics) -> np.ndarray:
 
 
 def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> torch.Tensor:
-    """An array of NumPy as a tensor: on its memory where that is on the CPU, or a copy, which is counted."""
+    """An array of NumPy as a tensor: on its memory where that is on the CPU, or a copy, which is
+    counted.
+    """
     tensor = torch.from_numpy(array)
     if device.type == "cpu":
         return tensor
@@ -68,7 +76,9 @@ def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> t
     return copied
 
 
-def room(batch: Sequence[int], size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
+def room(
+    batch: Sequence[int], size: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
     """A tensor of shape (*batch, size), and its memory as the rows that a solution map writes to.
 
     These are an array of NumPy, or a tensor on a device.
@@ -81,7 +91,9 @@ def room(batch: Sequence[int], size: int, device: torch.device) -> tuple[torch.T
 
 
 def ordered(device: torch.device) -> AbstractContextManager[None]:
-    """Have what is inside begin once torch's work on a device is done, and leave it when PETSc's is: each has its own stream there."""
+    """Have what is inside begin once torch's work on a device is done, and leave it when PETSc's
+    is: each has its own stream there.
+    """
     return _AT_ONCE if device == CPU else _in_order(device)
 
 

@@ -1,4 +1,7 @@
-"""The training loop: epochs of batches, a validation after each, and a refinement that is told its result."""
+"""The training loop: epochs of batches, a validation after each, and a refinement that is told its
+result.
+"""
+
 from __future__ import annotations
 
 import copy
@@ -28,34 +31,52 @@ from prdp_fem.training.sampling import EnsembleSampler
 __all__ = ["train"]
 
 
-def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor], validate: Callable[[], float], *,
-          optimiser: torch.optim.Optimizer, refinement: Refinement, solvers: Iterable, samples: int, batch_size: int, epochs: int,
-          seed: int = 0, scheduler: torch.optim.lr_scheduler.LRScheduler | None = None, comm: MPI.Comm = MPI.COMM_SELF,
-          ensemble: Ensemble | None = None, label: str = "training", progress: bool = True) -> History:
+def train(
+    network: torch.nn.Module,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    validate: Callable[[], float],
+    *,
+    optimiser: torch.optim.Optimizer,
+    refinement: Refinement,
+    solvers: Iterable,
+    samples: int,
+    batch_size: int,
+    epochs: int,
+    seed: int = 0,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    comm: MPI.Comm = MPI.COMM_SELF,
+    ensemble: Ensemble | None = None,
+    label: str = "training",
+    progress: bool = True,
+) -> History:
     """Train a network, and refine the physics that it is trained through.
 
-    After each epoch the validation metric is recorded, and handed to ``refinement``, which the solvers inside ``loss`` and
-    ``validate`` follow. The order of the samples depends on ``seed`` only, so that runs under different refinements see the same
-    batches.
+    After each epoch the validation metric is recorded, and handed to ``refinement``, which the
+    solvers inside ``loss`` and ``validate`` follow. The order of the samples depends on ``seed``
+    only, so that runs under different refinements see the same batches.
 
-    In parallel each rank holds the whole network and computes its part of the loss, and the parts of the gradient are added up. Ranks
-    can share the unknowns of each sample (``comm``), and groups of them the samples of each batch, too (``ensemble``). The result is that
-    of one rank, up to the order in which numbers are added.
+    In parallel each rank holds the whole network and computes its part of the loss, and the parts
+    of the gradient are added up. Ranks can share the unknowns of each sample (``comm``), and groups
+    of them the samples of each batch, too (``ensemble``). The result is that of one rank, up to the
+    order in which numbers are added.
 
     Parameters
     ----------
     network : torch.nn.Module
-        Whose parameters are trained; equal on all ranks. What ``requires_grad`` says of them at a batch holds at that batch; what is
-        frozen, and what the loss does not depend on, stays as it is. It is put into the modes of
-        ``network.train()`` before an epoch and ``network.eval()`` before ``validate``.
+        Whose parameters are trained; equal on all ranks. What ``requires_grad`` says of them at a
+        batch holds at that batch; what is frozen, and what the loss does not depend on, stays as it
+        is. It is put into the modes of ``network.train()`` before an epoch and ``network.eval()``
+        before ``validate``.
     loss : callable
-        From sample numbers (a tensor of integers, shape (batch,)) to this rank's part of the loss: the sum over the ranks that share the
-        unknowns is the loss. A functional that a solver layer returns is whole on each rank, and counts once: it is not divided. What all
-        ranks have alike goes to a layer by :func:`~prdp_fem.torch.shared`. With an ensemble the loss must be a mean over the samples, and
-        not be collective on all ranks: a member without samples, of a batch that is smaller than the ensemble, does not call it.
+        From sample numbers (a tensor of integers, shape (batch,)) to this rank's part of the loss:
+        the sum over the ranks that share the unknowns is the loss. A functional that a solver layer
+        returns is whole on each rank, and counts once: it is not divided. What all ranks have alike
+        goes to a layer by :func:`~prdp_fem.torch.shared`. With an ensemble the loss must be a mean
+        over the samples, and not be collective on all ranks: a member without samples, of a batch
+        that is smaller than the ensemble, does not call it.
     validate : callable
-        Returns the metric, finite and not negative; lower is better. That of rank 0 counts. Called without gradients, at the physics of
-        the epoch.
+        Returns the metric, finite and not negative; lower is better. That of rank 0 counts. Called
+        without gradients, at the physics of the epoch.
     optimiser : torch.optim.Optimizer
         One whose step needs a closure, such as LBFGS, is given one for each batch. Its hooks are
         those of a plain loop: one that ``optimiser.register_step_pre_hook`` takes can look at
@@ -78,7 +99,8 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     comm : mpi4py.MPI.Comm
         The ranks that share the samples' unknowns; left aside where there is an ensemble.
     ensemble : firedrake.Ensemble or None
-        Its members deal the samples of each batch out among them; the ranks of a member share the unknowns.
+        Its members deal the samples of each batch out among them; the ranks of a member share the
+        unknowns.
     label : str
         What the progress bar says.
     progress : bool
@@ -91,14 +113,16 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
     Raises
     ------
     TypeError, ValueError
-        Before any work for arguments of another kind, counts below one, a network without parameters, an optimiser that has others, a
-        mesh on other ranks, a solver that follows another refinement, a scheduler of another
-        optimiser, or one that ends before the epochs do, an optimiser whose steps torch would
-        refuse, one that takes a closure on several ranks that share the unknowns, and layers that
-        take statistics of batches in an ensemble; where ranks have different networks.
+        Before any work for arguments of another kind, counts below one, a network without
+        parameters, an optimiser that has others, a mesh on other ranks, a solver that follows
+        another refinement, a scheduler of another optimiser, or one that ends before the epochs do,
+        an optimiser whose steps torch would refuse, one that takes a closure on several ranks that
+        share the unknowns, and layers that take statistics of batches in an ensemble; where ranks
+        have different networks.
     ValueError
-        Where the loss or a gradient is not finite, with weights and the optimiser's state as before that batch; where weights are not
-        after an epoch, and where the metric is no number, negative or not finite: training has diverged.
+        Where the loss or a gradient is not finite, with weights and the optimiser's state as before
+        that batch; where weights are not after an epoch, and where the metric is no number,
+        negative or not finite: training has diverged.
 
     Warns
     -----
@@ -139,7 +163,13 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
         _warn_of_what_is_not_refined(network, solvers, refinement)
     sampler = EnsembleSampler(samples, batch_size, seed=seed, ensemble=ensemble)
     history, account = History(), Account(solvers, comm, members)
-    bar = tqdm(range(epochs), desc=label, unit="epoch", mininterval=0.5, disable=not progress or comm.rank > 0)
+    bar = tqdm(
+        range(epochs),
+        desc=label,
+        unit="epoch",
+        mininterval=0.5,
+        disable=not progress or comm.rank > 0,
+    )
     with _Steps(network, loss, optimiser, comm) as steps:
         check_replicas(network, optimiser, comm)
         for _ in bar:
@@ -159,7 +189,12 @@ def train(network: torch.nn.Module, loss: Callable[[torch.Tensor], torch.Tensor]
             if scheduler is not None:
                 told: Any = [metric] if _required(scheduler.step) else []
                 scheduler.step(*told)
-            bar.set_postfix(metric=f"{metric:.3e}", level=refinement.level, physics=refinement.setting, refresh=False)
+            bar.set_postfix(
+                metric=f"{metric:.3e}",
+                level=refinement.level,
+                physics=refinement.setting,
+                refresh=False,
+            )
     return history
 
 
@@ -177,7 +212,13 @@ class _Steps:
         For a network without parameters to train, and for an optimiser that has others.
     """
 
-    def __init__(self, network: torch.nn.Module, loss: Callable, optimiser: torch.optim.Optimizer, comm: MPI.Comm):
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        loss: Callable,
+        optimiser: torch.optim.Optimizer,
+        comm: MPI.Comm,
+    ):
         self._network, self._loss, self._optimiser, self._comm = network, loss, optimiser, comm
         self._takes_closure = bool(_required(type(optimiser).step, leave=1))
         self._known: list[int] = []
@@ -193,7 +234,9 @@ class _Steps:
             self._reduction.__exit__(*error)
 
     def _check_parameters(self) -> None:
-        """Raise where the optimiser has parameters that are not the network's; groups may have been added since the last step."""
+        """Raise where the optimiser has parameters that are not the network's; groups may have been
+        added since the last step.
+        """
         optimised = [id(parameter) for parameter in self._optimised() if parameter.requires_grad]
         if optimised == self._known:
             return
@@ -201,15 +244,24 @@ class _Steps:
         if not any(parameter.requires_grad for parameter in parameters):
             raise ValueError("the network has no parameters to train")
         if not set(optimised) <= set(map(id, parameters)):
-            raise ValueError("the optimiser has parameters that are not the network's: make them parts of one torch.nn.Module")
-        if isinstance(self._optimiser, torch.optim.LBFGS) and not set(self._known) <= set(optimised):
-            raise ValueError("parameters have been frozen, and LBFGS would move them by gradients "
-                             "that it remembers: freeze them before training, or call train() "
-                             "again with a new optimiser")
+            raise ValueError(
+                "the optimiser has parameters that are not the network's: make them parts of one"
+                " torch.nn.Module"
+            )
+        if isinstance(self._optimiser, torch.optim.LBFGS) and not set(self._known) <= set(
+            optimised
+        ):
+            raise ValueError(
+                "parameters have been frozen, and LBFGS would move them by gradients "
+                "that it remembers: freeze them before training, or call train() "
+                "again with a new optimiser"
+            )
         self._known = optimised
 
     def _optimised(self) -> list[torch.Tensor]:
-        return [parameter for group in self._optimiser.param_groups for parameter in group["params"]]
+        return [
+            parameter for group in self._optimiser.param_groups for parameter in group["params"]
+        ]
 
     def step(self, batch: torch.Tensor, share: float) -> None:
         """A step by some samples of this rank, which are a share of the batch."""
@@ -244,41 +296,66 @@ class _Steps:
         part = self._loss(batch) if share else None
         value = agree(self._comm, lambda: self._checked_part(part, batch, share), "losses").value
         if part is not None:
-            (part if share == 1 else share*part).backward()
+            (part if share == 1 else share * part).backward()
         if self._reduction is not None:
             self._reduction.finish()
         self._check_gradients(batch)
-        return share*value
+        return share * value
 
     def _checked_part(self, part, batch: torch.Tensor, share: float) -> _Value:
         self._check_parameters()
         if not share:
             return _Value(0.0)
         if not isinstance(part, torch.Tensor) or part.numel() != 1 or not part.is_floating_point():
-            what = (f"a tensor of shape {tuple(part.shape)} and {part.dtype}" if isinstance(part, torch.Tensor) else repr(part))
+            what = (
+                f"a tensor of shape {tuple(part.shape)} and {part.dtype}"
+                if isinstance(part, torch.Tensor)
+                else repr(part)
+            )
             raise TypeError(f"loss must return a tensor with one real number, found {what}")
         if not math.isfinite(value := part.item()):
-            raise ValueError(f"the loss of samples {_named(batch)} is {value}, and weights are as before it: training has diverged, or "
-                             "there is such a number in what the loss is made from")
+            raise ValueError(
+                f"the loss of samples {_named(batch)} is {value}, and weights are as before it:"
+                " training has diverged, or there is such a number in what the loss is made from"
+            )
         if not part.requires_grad:
-            raise ValueError("the loss depends on no parameter that is trained: unfreeze some, and make it outside of torch.no_grad()")
+            raise ValueError(
+                "the loss depends on no parameter that is trained: unfreeze some, and make it"
+                " outside of torch.no_grad()"
+            )
         return _Value(value)
 
     def _check_gradients(self, batch: torch.Tensor) -> None:
         for parameter in self._optimised():
             gradient = parameter.grad
             # A sum that is finite has finite terms; one that is not may have come out too large.
-            if gradient is not None and not math.isfinite(abs(gradient.sum().item())) and not _is_finite(gradient):
-                name = next((name for name, other in self._network.named_parameters() if other is parameter), "a parameter")
-                raise ValueError(f"the gradient by '{name}' of the loss of samples {_named(batch)} is not finite, and weights are as "
-                                 "before it: the loss is at a point where it has no derivative, or too large for its type")
+            if (
+                gradient is not None
+                and not math.isfinite(abs(gradient.sum().item()))
+                and not _is_finite(gradient)
+            ):
+                name = next(
+                    (
+                        name
+                        for name, other in self._network.named_parameters()
+                        if other is parameter
+                    ),
+                    "a parameter",
+                )
+                raise ValueError(
+                    f"the gradient by '{name}' of the loss of samples {_named(batch)} is not"
+                    " finite, and weights are as before it: the loss is at a point where it has no"
+                    " derivative, or too large for its type"
+                )
 
     def check_weights(self) -> None:
-        """Raise where steps have made weights that are no numbers, which a validation may not see."""
+        """Raise where steps have made weights no numbers, which a validation may not see."""
         for name, parameter in self._network.named_parameters():
             if not is_lazy(parameter) and not _is_finite(parameter.detach()):
-                raise ValueError(f"'{name}' of the network is not finite after an epoch: the steps were too long for its type, and a "
-                                 "smaller learning rate may help")
+                raise ValueError(
+                    f"'{name}' of the network is not finite after an epoch: the steps were too long"
+                    " for its type, and a smaller learning rate may help"
+                )
 
 
 @dataclass(frozen=True, repr=False)
@@ -304,20 +381,28 @@ def _named(batch: torch.Tensor) -> str:
 def _required(function: Callable, leave: int = 0) -> list[str]:
     """The names of arguments, after some, that a function must be given."""
     parameters = list(inspect.signature(function).parameters.values())[leave:]
-    return [one.name for one in parameters
-            if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    return [
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
 
 
 def _check_arguments(network, loss, validate, optimiser, refinement, scheduler) -> None:
-    for name, value, expected in (("network", network, torch.nn.Module), ("optimiser", optimiser, torch.optim.Optimizer),
-                                  ("refinement", refinement, Refinement)):
+    for name, value, expected in (
+        ("network", network, torch.nn.Module),
+        ("optimiser", optimiser, torch.optim.Optimizer),
+        ("refinement", refinement, Refinement),
+    ):
         if not isinstance(value, expected):
             raise TypeError(f"{name} must be a {expected.__name__}, found {value!r}")
     for name, value in (("loss", loss), ("validate", validate)):
         if not callable(value):
             raise TypeError(f"{name} must be callable, found {value!r}")
     if scheduler is not None and not callable(getattr(scheduler, "step", None)):
-        raise TypeError(f"scheduler must be one of torch.optim.lr_scheduler, or None, found {scheduler!r}")
+        raise TypeError(
+            f"scheduler must be one of torch.optim.lr_scheduler, or None, found {scheduler!r}"
+        )
 
 
 def _check_count(name: str, count) -> None:
@@ -334,17 +419,27 @@ def _check_solvers(solvers, refinement: Refinement, comm: MPI.Comm) -> None:
     for solver in solvers:
         if not isinstance(solver, RefinedSolver):
             remedy = ": give its solver" if isinstance(solver, SolverLayer) else ""
-            raise TypeError("solvers must be of prdp_fem's LinearVariationalSolver or NonlinearVariationalSolver, found a "
-                            f"{type(solver).__module__}.{type(solver).__name__}{remedy}")
+            raise TypeError(
+                "solvers must be of prdp_fem's LinearVariationalSolver or"
+                " NonlinearVariationalSolver, found a"
+                f" {type(solver).__module__}.{type(solver).__name__}{remedy}"
+            )
         name = solver.problem.u.name()
         if solver.refinement is not None and solver.refinement is not refinement:
-            raise ValueError(f"the solver for '{name}' follows another refinement than the one that train() is given, which would go up "
-                             "without it: give both the same object")
+            raise ValueError(
+                f"the solver for '{name}' follows another refinement than the one that train() is"
+                " given, which would go up without it: give both the same object"
+            )
         if (ranks := solver.problem.u.function_space().mesh().comm.size) != comm.size and ranks > 1:
-            raise ValueError(f"the mesh of '{name}' is on {ranks} ranks, and training on {comm.size}: give "
-                             "comm=mesh.comm, or the ensemble that the mesh was made on")
+            raise ValueError(
+                f"the mesh of '{name}' is on {ranks} ranks, and training on {comm.size}: give "
+                "comm=mesh.comm, or the ensemble that the mesh was made on"
+            )
     if solvers and all(solver.refinement is None for solver in solvers):
-        raise ValueError("no solver follows the refinement that train() is given: make them with it, or set solver.refinement")
+        raise ValueError(
+            "no solver follows the refinement that train() is given: make them with it, or set"
+            " solver.refinement"
+        )
 
 
 def _check_optimiser(network, optimiser, comm: MPI.Comm, sharing: MPI.Comm) -> None:
@@ -353,41 +448,62 @@ def _check_optimiser(network, optimiser, comm: MPI.Comm, sharing: MPI.Comm) -> N
     wanted = _required(type(optimiser).step, leave=1)
     if len(wanted) > 1:
         raise TypeError(f"{name}.step must take nothing, or a closure, found {', '.join(wanted)}")
-    if isinstance(optimiser, torch.optim.LBFGS) and optimiser.param_groups[0]["line_search_fn"] is None:
+    if (
+        isinstance(optimiser, torch.optim.LBFGS)
+        and optimiser.param_groups[0]["line_search_fn"] is None
+    ):
         # Gradients of truncated solves are not quite those of the loss, and each batch has another.
-        raise ValueError("LBFGS without a line search compares no losses, so that nothing tells whether a step has gone uphill, as steps "
-                         "from a batch to the next, and by gradients of truncated solves, may: give it line_search_fn=\"strong_wolfe\", "
-                         "or write a loop of your own, which takes it as it is")
+        raise ValueError(
+            "LBFGS without a line search compares no losses, so that nothing tells whether a step"
+            " has gone uphill, as steps from a batch to the next, and by gradients of truncated"
+            ' solves, may: give it line_search_fn="strong_wolfe", or write a loop of your own,'
+            " which takes it as it is"
+        )
     if wanted and sharing.size > 1:
-        raise ValueError(f"{name} compares values of the loss, of which each of {sharing.size} ranks has a part that "
-                         "need not add up to it: use an optimiser without a closure, or an ensemble with members of one rank")
+        raise ValueError(
+            f"{name} compares values of the loss, of which each of {sharing.size} ranks has a part"
+            " that need not add up to it: use an optimiser without a closure, or an ensemble with"
+            " members of one rank"
+        )
     # torch says the rest at the first step, when there has been work.
     for group in optimiser.param_groups:
         if group.get("differentiable"):
-            raise ValueError(f"{name} with differentiable=True makes steps that are "
-                             "differentiated, which parameters do not allow: leave it away")
+            raise ValueError(
+                f"{name} with differentiable=True makes steps that are "
+                "differentiated, which parameters do not allow: leave it away"
+            )
         if group.get("capturable") and any(parameter.is_cpu for parameter in group["params"]):
-            raise ValueError(f"{name} with capturable=True makes steps for CUDA graphs, found "
-                             "parameters on the CPU: leave it away")
+            raise ValueError(
+                f"{name} with capturable=True makes steps for CUDA graphs, found "
+                "parameters on the CPU: leave it away"
+            )
     if isinstance(optimiser, torch.optim.SparseAdam):
         if comm.size > 1:
-            raise ValueError("SparseAdam takes sparse gradients only, and those that are added up "
-                             "over ranks are dense: use another optimiser, or one rank")
+            raise ValueError(
+                "SparseAdam takes sparse gradients only, and those that are added up "
+                "over ranks are dense: use another optimiser, or one rank"
+            )
         _check_sparsity(network, optimiser)
 
 
 def _check_sparsity(network: torch.nn.Module, optimiser: torch.optim.SparseAdam) -> None:
     """Raise for parameters of torch's own layers that have dense gradients."""
-    optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]
-                 if parameter.requires_grad}
+    optimised = {
+        id(parameter)
+        for group in optimiser.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad
+    }
     for layer in network.modules():
         if not type(layer).__module__.startswith("torch.nn.") or getattr(layer, "sparse", False):
             continue
         for name, parameter in layer.named_parameters(recurse=False):
             if id(parameter) in optimised:
-                raise ValueError("SparseAdam takes sparse gradients only, and that by the "
-                                 f"{name} of a {type(layer).__name__} is dense: use another "
-                                 "optimiser, or layers with sparse=True")
+                raise ValueError(
+                    "SparseAdam takes sparse gradients only, and that by the "
+                    f"{name} of a {type(layer).__name__} is dense: use another "
+                    "optimiser, or layers with sparse=True"
+                )
 
 
 def _check_scheduler(optimiser, scheduler, epochs: int) -> None:
@@ -395,14 +511,23 @@ def _check_scheduler(optimiser, scheduler, epochs: int) -> None:
     if scheduler is None:
         return
     if len(wanted := _required(scheduler.step)) > 1:
-        raise TypeError(f"{type(scheduler).__name__}.step must take nothing, or the metric, found {', '.join(wanted)}")
+        raise TypeError(
+            f"{type(scheduler).__name__}.step must take nothing, or the metric, found"
+            f" {', '.join(wanted)}"
+        )
     if getattr(scheduler, "optimizer", optimiser) is not optimiser:
-        raise ValueError("scheduler is that of another optimiser than the one that train() is given: give both the same object")
+        raise ValueError(
+            "scheduler is that of another optimiser than the one that train() is given: give both"
+            " the same object"
+        )
     if isinstance(scheduler, _SCHEDULERS.ReduceLROnPlateau):
         rates = [group["lr"] for group in optimiser.param_groups]
-        if all(rate*(1 - scheduler.factor) <= scheduler.eps for rate in rates):
-            raise ValueError(f"ReduceLROnPlateau would never reduce learning rates of {', '.join(f'{rate:g}' for rate in rates)}, since it "
-                             f"makes no change of at most eps={scheduler.eps:g}: make it with a smaller eps")
+        if all(rate * (1 - scheduler.factor) <= scheduler.eps for rate in rates):
+            raise ValueError(
+                "ReduceLROnPlateau would never reduce learning rates of"
+                f" {', '.join(f'{rate:g}' for rate in rates)}, since it makes no change of at most"
+                f" eps={scheduler.eps:g}: make it with a smaller eps"
+            )
     _check_length(scheduler, epochs)
 
 
@@ -422,9 +547,11 @@ def _check_length(scheduler, steps: int, *, from_start: bool = False) -> None:
     if isinstance(scheduler, _SCHEDULERS.OneCycleLR):
         last = steps + (0 if from_start else scheduler.last_epoch)
         if last > scheduler.total_steps:
-            raise ValueError(f"OneCycleLR was made for {scheduler.total_steps} steps, and train(), "
-                             f"which makes one after each epoch, would make it go to {last}: "
-                             f"make it with total_steps={last}")
+            raise ValueError(
+                f"OneCycleLR was made for {scheduler.total_steps} steps, and train(), "
+                f"which makes one after each epoch, would make it go to {last}: "
+                f"make it with total_steps={last}"
+            )
     elif isinstance(scheduler, _SCHEDULERS.SequentialLR):
         _check_sequence(scheduler, steps)
     else:
@@ -436,8 +563,9 @@ def _check_length(scheduler, steps: int, *, from_start: bool = False) -> None:
 def _check_sequence(scheduler: torch.optim.lr_scheduler.SequentialLR, steps: int) -> None:
     """Raise where one of a sequence of schedulers cannot start, or ends before its turn does."""
     done, last = scheduler.last_epoch, scheduler.last_epoch + steps
-    turns = zip(scheduler._schedulers, [0, *scheduler._milestones],
-                [*scheduler._milestones, math.inf])
+    turns = zip(
+        scheduler._schedulers, [0, *scheduler._milestones], [*scheduler._milestones, math.inf]
+    )
     for one, begin, end in turns:
         first = max(begin, done + 1)
         count = int(min(end, last + 1)) - first
@@ -446,9 +574,11 @@ def _check_sequence(scheduler: torch.optim.lr_scheduler.SequentialLR, steps: int
         # At a milestone torch computes the first rate of the schedule in place of a step.
         starts = begin > 0 and first == begin
         if starts and type(one).get_lr is _SCHEDULERS.LRScheduler.get_lr:
-            raise ValueError(f"SequentialLR would come to a {type(one).__name__} after "
-                             f"{begin - done} epochs, which torch cannot start at a milestone: put "
-                             "the schedulers that are in it into the SequentialLR, or put it first")
+            raise ValueError(
+                f"SequentialLR would come to a {type(one).__name__} after "
+                f"{begin - done} epochs, which torch cannot start at a milestone: put "
+                "the schedulers that are in it into the SequentialLR, or put it first"
+            )
         _check_length(one, count - starts, from_start=starts)
 
 
@@ -458,9 +588,11 @@ def _check_statistics(network: torch.nn.Module, members: MPI.Comm) -> None:
         return
     for name, layer in network.named_modules():
         if isinstance(layer, _STATISTICAL) and (layer.training or layer.running_mean is None):
-            raise ValueError(f"'{name}' of the network takes statistics of a batch, of which each "
-                             f"of {members.size} members of the ensemble has a part: use "
-                             "LayerNorm or GroupNorm, or ranks that share the mesh")
+            raise ValueError(
+                f"'{name}' of the network takes statistics of a batch, of which each "
+                f"of {members.size} members of the ensemble has a part: use "
+                "LayerNorm or GroupNorm, or ranks that share the mesh"
+            )
 
 
 _STATISTICAL = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d)
@@ -468,10 +600,18 @@ _STATISTICAL = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d
 
 def _warn_of_what_is_not_refined(network, solvers: list, refinement: Refinement) -> None:
     layers = [module.solver for module in network.modules() if isinstance(module, SolverLayer)]
-    if len(refinement.ladder) > 1 and all(solver.refinement is not refinement for solver in [*solvers, *layers]):
-        warnings.warn("train() is given a refinement that none of the solvers it knows follows, and no solvers: name them, so that "
-                      "their work is counted", stacklevel=3)
+    if len(refinement.ladder) > 1 and all(
+        solver.refinement is not refinement for solver in [*solvers, *layers]
+    ):
+        warnings.warn(
+            "train() is given a refinement that none of the solvers it knows follows, and no"
+            " solvers: name them, so that their work is counted",
+            stacklevel=3,
+        )
     for solver in solvers:
         if solver.refinement is None:
-            warnings.warn(f"the solver for '{solver.problem.u.name()}' follows no refinement: it solves as far as its options say",
-                          stacklevel=3)
+            warnings.warn(
+                f"the solver for '{solver.problem.u.name()}' follows no refinement: it solves as"
+                " far as its options say",
+                stacklevel=3,
+            )

@@ -1,8 +1,9 @@
 """The architectures of the PRDP paper, and a graph network for unstructured meshes.
 
-All of them are meant for corrections and increments: their last layer starts at zero, so that adding their output changes nothing
-at first.
+All of them are meant for corrections and increments: their last layer starts at zero, so that
+adding their output changes nothing at first.
 """
+
 from __future__ import annotations
 
 import math
@@ -44,26 +45,34 @@ def _check_sizes(**sizes: int) -> None:
 def _made(activation) -> nn.Module:
     """A nonlinearity of a class."""
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"activation must be a class of modules, such as torch.nn.Tanh, found "
-                        f"{shown(activation)}")
+        raise TypeError(
+            "activation must be a class of modules, such as torch.nn.Tanh, found "
+            f"{shown(activation)}"
+        )
     try:
         made = activation()
     except TypeError:
         made = None
     if not isinstance(made, nn.Module):
-        raise TypeError(f"activation must be a class of modules that needs no arguments, such as "
-                        f"torch.nn.Tanh, found {shown(activation)}")
+        raise TypeError(
+            "activation must be a class of modules that needs no arguments, such as "
+            f"torch.nn.Tanh, found {shown(activation)}"
+        )
     return made
 
 
 def _check_values(x, *sizes: int, weight: torch.Tensor) -> None:
-    """Raise for what a network is not made for; ``sizes`` are those of the last axes, and ``weight`` one of its parameters."""
+    """Raise for what a network is not made for; ``sizes`` are those of the last axes, and
+    ``weight`` one of its parameters.
+    """
     instance("x", x, torch.Tensor, "a tensor")
-    if x.shape[-len(sizes):] != sizes:
+    if x.shape[-len(sizes) :] != sizes:
         raise ValueError(f"expected last axes of {sizes}, found shape {tuple(x.shape)}")
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise TypeError(f"expected {weight.dtype}, as the network's parameters are, found "
-                        f"{x.dtype}: convert one of them by .to()")
+        raise TypeError(
+            f"expected {weight.dtype}, as the network's parameters are, found "
+            f"{x.dtype}: convert one of them by .to()"
+        )
 
 
 class MLP(nn.Module):
@@ -85,11 +94,21 @@ class MLP(nn.Module):
         For sizes or a depth below 1, and for another activation than a class.
     """
 
-    def __init__(self, inputs: int, outputs: int, *, width: int = 64, depth: int = 2, activation: type[nn.Module] = nn.Tanh):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        width: int = 64,
+        depth: int = 2,
+        activation: type[nn.Module] = nn.Tanh,
+    ):
         super().__init__()
         _check_sizes(inputs=inputs, outputs=outputs, width=width, depth=depth)
-        hidden = [nn.Sequential(nn.Linear(inputs if layer == 0 else width, width),
-                                _made(activation)) for layer in range(depth)]
+        hidden = [
+            nn.Sequential(nn.Linear(inputs if layer == 0 else width, width), _made(activation))
+            for layer in range(depth)
+        ]
         self.layers = nn.Sequential(*hidden, _starts_at_zero(nn.Linear(width, outputs)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,8 +121,9 @@ class MLP(nn.Module):
 class _ResidualBlock(nn.Module):
     def __init__(self, convolution, width: int, activation: type[nn.Module]):
         super().__init__()
-        self.layers = nn.Sequential(convolution(width, width), _made(activation),
-                                    convolution(width, width))
+        self.layers = nn.Sequential(
+            convolution(width, width), _made(activation), convolution(width, width)
+        )
         self.activation = _made(activation)
 
     def forward(self, x):
@@ -111,7 +131,8 @@ class _ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Convolutions with residual blocks on the nodes of a structured grid: shape (..., inputs, n) to (..., outputs, n).
+    """Convolutions with residual blocks on the nodes of a structured grid: shape (..., inputs, n)
+    to (..., outputs, n).
 
     Parameters
     ----------
@@ -141,8 +162,18 @@ class ResNet(nn.Module):
     He, Zhang, Ren, Sun, *Deep residual learning for image recognition*, CVPR 2016.
     """
 
-    def __init__(self, inputs: int, outputs: int, grid: Sequence[int], *, width: int = 16, blocks: int = 2, kernel: int = 3,
-                 periodic: bool = False, activation: type[nn.Module] = nn.ReLU):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        grid: Sequence[int],
+        *,
+        width: int = 16,
+        blocks: int = 2,
+        kernel: int = 3,
+        periodic: bool = False,
+        activation: type[nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         instance("grid", grid, Sequence, "a sequence of integers, the nodes in each direction")
         if len(grid) not in (1, 2, 3):
@@ -152,19 +183,29 @@ class ResNet(nn.Module):
         whole_number("blocks", blocks, 0)
         if kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, found {kernel}")
-        if flag("periodic", periodic) and kernel//2 > min(grid):
-            raise ValueError(f"kernel must not reach round a periodic grid of {min(grid)} nodes, "
-                             f"found {kernel}")
+        if flag("periodic", periodic) and kernel // 2 > min(grid):
+            raise ValueError(
+                f"kernel must not reach round a periodic grid of {min(grid)} nodes, found {kernel}"
+            )
         self.inputs = inputs
         kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(grid) - 1]
 
         def convolution(inputs, outputs):
-            return kind(inputs, outputs, kernel, padding=kernel//2, padding_mode="circular" if periodic else "zeros")
+            return kind(
+                inputs,
+                outputs,
+                kernel,
+                padding=kernel // 2,
+                padding_mode="circular" if periodic else "zeros",
+            )
 
         self.grid = grid
-        self.layers = nn.Sequential(convolution(inputs, width), _made(activation),
-                                    *(_ResidualBlock(convolution, width, activation) for _ in range(blocks)),
-                                    _starts_at_zero(convolution(width, outputs)))
+        self.layers = nn.Sequential(
+            convolution(inputs, width),
+            _made(activation),
+            *(_ResidualBlock(convolution, width, activation) for _ in range(blocks)),
+            _starts_at_zero(convolution(width, outputs)),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         first: Any = self.layers[0]
@@ -176,33 +217,38 @@ class ResNet(nn.Module):
 class GraphNetwork(nn.Module):
     """Messages passed along the edges of a mesh: shape (..., inputs, n) to (..., outputs, n).
 
-    In each step a node's state changes by what a hidden layer makes of that state and of d + 1 means over its neighbours, in d dimensions:
-    of the differences between their states and its own, and of these differences weighted such that they are the gradient of a
-    function that is linear around the node. They are of about the same size for states that vary over a few edges, and zero for
-    constant ones.
+    In each step a node's state changes by what a hidden layer makes of that state and of d + 1
+    means over its neighbours, in d dimensions: of the differences between their states and its own,
+    and of these differences weighted such that they are the gradient of a function that is linear
+    around the node. They are of about the same size for states that vary over a few edges, and zero
+    for constant ones.
 
-    What is known of the nodes and does not change, such as the velocity of a flow, a material or where the boundary is, multiplies the
-    hidden layer, as it multiplies derivatives in differential equations. Without an activation the network is linear in x.
+    What is known of the nodes and does not change, such as the velocity of a flow, a material or
+    where the boundary is, multiplies the hidden layer, as it multiplies derivatives in differential
+    equations. Without an activation the network is linear in x.
 
-    The weights of the means depend on the mesh alone, so that they are products with one sparse matrix. With messages that are
-    learned along edges, there are six times as many numbers to go through, and a network has to find out what a gradient is: an
-    emulator of transport, trained in the same way, had six times the error, and took twice as long.
+    The weights of the means depend on the mesh alone, so that they are products with one sparse
+    matrix. With messages that are learned along edges, there are six times as many numbers to go
+    through, and a network has to find out what a gradient is: an emulator of transport, trained in
+    the same way, had six times the error, and took twice as long.
 
     Parameters
     ----------
     inputs, outputs : int
         Values at a node.
     edges : torch.Tensor
-        Shape (2, e): from which node to which; :attr:`prdp_fem.torch.Gathering.edges`, or :attr:`prdp_fem.torch.Partition.edges`.
+        Shape (2, e): from which node to which; :attr:`prdp_fem.torch.Gathering.edges`, or
+        :attr:`prdp_fem.torch.Partition.edges`.
     coordinates : array-like
         Shape (n, d); of a partition, with the ghosts'.
     halo : Exchange or None
-        :attr:`prdp_fem.torch.Partition.halo`: each rank has its own part of the nodes (n of them in x), and fetches what is next to it
-        in each step.
+        :attr:`prdp_fem.torch.Partition.halo`: each rank has its own part of the nodes (n of them in
+        x), and fetches what is next to it in each step.
     features : torch.Tensor or None
         Shape (k, n): what is known of the nodes, of size one.
     period : Sequence of float or None
-        Extent of a periodic mesh in each direction, as for :class:`prdp_fem.torch.Gathering`: edges across its ends are short ones.
+        Extent of a periodic mesh in each direction, as for :class:`prdp_fem.torch.Gathering`: edges
+        across its ends are short ones.
     width : int
         Size of a node's state; hidden layers are twice as wide.
     steps : int
@@ -219,15 +265,27 @@ class GraphNetwork(nn.Module):
 
     References
     ----------
-    Pfaff, Fortunato, Sanchez-Gonzalez, Battaglia, *Learning mesh-based simulation with graph networks*, ICLR 2021. Weights from geometry:
-    Monti, Boscaini, Masci, Rodolà, Svoboda, Bronstein, *Geometric deep learning on graphs and manifolds using mixture model CNNs*,
-    CVPR 2017. Features that multiply: Perez, Strub, de Vries, Dumoulin, Courville, *FiLM: visual reasoning with a general
-    conditioning layer*, AAAI 2018.
+    Pfaff, Fortunato, Sanchez-Gonzalez, Battaglia, *Learning mesh-based simulation with graph
+    networks*, ICLR 2021. Weights from geometry: Monti, Boscaini, Masci, Rodolà, Svoboda, Bronstein,
+    *Geometric deep learning on graphs and manifolds using mixture model CNNs*, CVPR 2017. Features
+    that multiply: Perez, Strub, de Vries, Dumoulin, Courville, *FiLM: visual reasoning with a
+    general conditioning layer*, AAAI 2018.
     """
 
-    def __init__(self, inputs: int, outputs: int, edges: torch.Tensor, coordinates, *, halo: Exchange | None = None,
-                 features: torch.Tensor | None = None, period: Sequence[float] | None = None, width: int = 16, steps: int = 4,
-                 activation: type[nn.Module] | None = nn.ReLU):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        edges: torch.Tensor,
+        coordinates,
+        *,
+        halo: Exchange | None = None,
+        features: torch.Tensor | None = None,
+        period: Sequence[float] | None = None,
+        width: int = 16,
+        steps: int = 4,
+        activation: type[nn.Module] | None = nn.ReLU,
+    ):
         super().__init__()
         instance("halo", halo, (Exchange, type(None)), "the halo of a Partition, or None")
 
@@ -242,24 +300,34 @@ class GraphNetwork(nn.Module):
 
         agree(MPI.COMM_SELF if halo is None else halo.comm, look, "sizes of a graph network")
         self.inputs = inputs
-        self.operators, nodes = coordinates.shape[1] + 1, len(coordinates) if halo is None else halo.owned
+        self.operators, nodes = (
+            coordinates.shape[1] + 1,
+            (len(coordinates) if halo is None else halo.owned),
+        )
         self.nodes = nodes
         weights = _neighbour_means(edges, coordinates, period, halo)
         self.halo = halo
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.means = _SparseProduct(weights.to(dtype))
         self.activation = nn.Identity() if activation is None else _made(activation)
-        hidden, bias = 2*width, activation is not None
+        hidden, bias = 2 * width, activation is not None
         self.encode = nn.Linear(inputs, width, bias=bias)
-        self.update = nn.ModuleList(nn.Linear((1 + self.operators)*width, hidden, bias=bias) for _ in range(steps))
+        self.update = nn.ModuleList(
+            nn.Linear((1 + self.operators) * width, hidden, bias=bias) for _ in range(steps)
+        )
         self.mix = nn.ModuleList(nn.Linear(hidden, width, bias=bias) for _ in range(steps))
         self.decode = _starts_at_zero(nn.Linear(width, outputs, bias=bias))
         self.gates = nn.ModuleList()
         if features is not None:
-            self.register_buffer("features", features.detach().T.to(torch.get_default_dtype(), copy=True), persistent=False)
+            self.register_buffer(
+                "features",
+                features.detach().T.to(torch.get_default_dtype(), copy=True),
+                persistent=False,
+            )
             for _ in range(steps):
-                gate: Any = nn.Sequential(nn.Linear(len(features), hidden), nn.Tanh(),
-                                          nn.Linear(hidden, hidden))
+                gate: Any = nn.Sequential(
+                    nn.Linear(len(features), hidden), nn.Tanh(), nn.Linear(hidden, hidden)
+                )
                 nn.init.ones_(gate[-1].bias)
                 self.gates.append(gate)
         # What is made of the mesh is on the CPU until here.
@@ -275,7 +343,7 @@ class GraphNetwork(nn.Module):
             means = self.means(known).view(self.operators, *state.shape)
             hidden = self.activation(update(torch.cat([state, *means], dim=-1)))
             if self.gates:
-                hidden = hidden*self.gates[step](self.features)[:, None]
+                hidden = hidden * self.gates[step](self.features)[:, None]
             state = state + mix(hidden)
         return self.decode(state).permute(1, 2, 0).reshape(*batch, self.decode.out_features, n)
 
@@ -295,8 +363,9 @@ def _check_features(features: torch.Tensor | None, nodes: int) -> None:
 _SAME_POINT = 2e-9
 
 
-def _checked_graph(edges, coordinates, period, halo: Exchange | None
-                   ) -> tuple[torch.Tensor, torch.Tensor, list[float] | None]:
+def _checked_graph(
+    edges, coordinates, period, halo: Exchange | None
+) -> tuple[torch.Tensor, torch.Tensor, list[float] | None]:
     """Edges, coordinates and period of a graph, as the weights of its edges are made of them.
 
     Raises
@@ -309,8 +378,10 @@ def _checked_graph(edges, coordinates, period, halo: Exchange | None
         coordinates = torch.as_tensor(coordinates, device="cpu")
         edges = torch.as_tensor(edges, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError("edges and coordinates must be tensors or arrays of numbers, found "
-                        f"{shown(edges)} and {shown(coordinates)}") from None
+        raise TypeError(
+            "edges and coordinates must be tensors or arrays of numbers, found "
+            f"{shown(edges)} and {shown(coordinates)}"
+        ) from None
     if coordinates.is_complex():
         raise TypeError(f"coordinates must be real numbers, found {coordinates.dtype}")
     coordinates = coordinates.to(torch.float64)
@@ -319,40 +390,53 @@ def _checked_graph(edges, coordinates, period, halo: Exchange | None
         raise ValueError(f"coordinates must have shape (n, d), found {tuple(coordinates.shape)}")
     if not coordinates.isfinite().all():
         wrong = (~coordinates.isfinite().all(dim=1)).nonzero().flatten()
-        raise ValueError(f"coordinates must be finite, found {coordinates[wrong[0]].tolist()} at "
-                         f"node {int(wrong[0])} and "
-                         f"{len(wrong) - 1} more: look for NaN or infinity in the mesh")
+        raise ValueError(
+            f"coordinates must be finite, found {coordinates[wrong[0]].tolist()} at "
+            f"node {int(wrong[0])} and "
+            f"{len(wrong) - 1} more: look for NaN or infinity in the mesh"
+        )
     if halo is not None and len(coordinates) != len(halo.wanted):
-        raise ValueError(f"coordinates must be those of the {len(halo.wanted)} nodes that the halo "
-                         f"gives, found {len(coordinates)}")
+        raise ValueError(
+            f"coordinates must be those of the {len(halo.wanted)} nodes that the halo "
+            f"gives, found {len(coordinates)}"
+        )
     if edges.ndim != 2 or len(edges) != 2 or (halo is None and edges.shape[1] == 0):
-        raise ValueError(f"edges must have shape (2, e), from which node to which, found "
-                         f"{tuple(edges.shape)}")
+        raise ValueError(
+            f"edges must have shape (2, e), from which node to which, found {tuple(edges.shape)}"
+        )
     if edges.is_floating_point() or edges.is_complex() or edges.dtype == torch.bool:
         raise TypeError(f"edges must be integers, the numbers of nodes, found {edges.dtype}")
     edges = edges.long()
-    for name, ends, nodes in (("from", edges[0], len(coordinates)),
-                              ("to", edges[1], len(coordinates) if halo is None else halo.owned)):
+    for name, ends, nodes in (
+        ("from", edges[0], len(coordinates)),
+        ("to", edges[1], len(coordinates) if halo is None else halo.owned),
+    ):
         if ends.numel() and (ends.min() < 0 or ends.max() >= nodes):
-            raise ValueError(f"edges must go {name} nodes 0 to {nodes - 1}, found "
-                             f"{int(ends.min())} to {int(ends.max())}")
+            raise ValueError(
+                f"edges must go {name} nodes 0 to {nodes - 1}, found "
+                f"{int(ends.min())} to {int(ends.max())}"
+            )
     period = checked_period(period, coordinates.shape[1])
     if not edges.numel():
         return edges, coordinates, period
     offset = _offsets(edges, coordinates, period)
-    extent = (coordinates.max(dim=0).values - coordinates.min(dim=0).values)
+    extent = coordinates.max(dim=0).values - coordinates.min(dim=0).values
     length, edge = offset.norm(dim=1).min(dim=0)
-    if length <= _SAME_POINT*extent.max():
-        raise ValueError(f"nodes with an edge between them must lie at different points, found "
-                         f"{edges[:, edge].tolist()} both at "
-                         f"{coordinates[edges[1, edge]].tolist()}")
+    if length <= _SAME_POINT * extent.max():
+        raise ValueError(
+            "nodes with an edge between them must lie at different points, found "
+            f"{edges[:, edge].tolist()} both at "
+            f"{coordinates[edges[1, edge]].tolist()}"
+        )
     for direction, size in enumerate(period or ()):
         # With a longer period than the mesh has, edges across its ends are as long as all of it.
-        longest, at_most = offset[:, direction].abs().max(), 1.5*_step(coordinates[:, direction])
-        if math.isfinite(size) and longest > max(extent[direction]/2, at_most):
-            raise ValueError(f"period {size:g} in direction {direction} leaves edges that go "
-                             f"through half of the mesh, whose coordinates "
-                             f"have an extent of {extent[direction]:g} there: give that of the mesh")
+        longest, at_most = offset[:, direction].abs().max(), 1.5 * _step(coordinates[:, direction])
+        if math.isfinite(size) and longest > max(extent[direction] / 2, at_most):
+            raise ValueError(
+                f"period {size:g} in direction {direction} leaves edges that go "
+                "through half of the mesh, whose coordinates "
+                f"have an extent of {extent[direction]:g} there: give that of the mesh"
+            )
     return edges, coordinates, period
 
 
@@ -361,22 +445,30 @@ def _step(values: torch.Tensor) -> float:
     return float(values.sort().values.diff().max()) if len(values) > 1 else 0.0
 
 
-def _offsets(edges: torch.Tensor, coordinates: torch.Tensor,
-             period: Sequence[float] | None) -> torch.Tensor:
+def _offsets(
+    edges: torch.Tensor, coordinates: torch.Tensor, period: Sequence[float] | None
+) -> torch.Tensor:
     """Shape (e, d): from which end of each edge to which, the short way round."""
     offset = coordinates[edges[0]] - coordinates[edges[1]]
     if period is None:
         return offset
     lengths = torch.as_tensor(period, dtype=offset.dtype, device=offset.device)
-    return offset - torch.where(torch.isfinite(lengths), lengths*torch.round(offset/lengths), 0.0)
+    return offset - torch.where(
+        torch.isfinite(lengths), lengths * torch.round(offset / lengths), 0.0
+    )
 
 
-def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Sequence[float] | None = None,
-                     halo: Exchange | None = None) -> torch.Tensor:
-    """Shape ((d + 1) m, n), sparse: the mean difference to the neighbours, and each component of the gradient by least squares.
+def _neighbour_means(
+    edges: torch.Tensor,
+    coordinates: torch.Tensor,
+    period: Sequence[float] | None = None,
+    halo: Exchange | None = None,
+) -> torch.Tensor:
+    """Shape ((d + 1) m, n), sparse: the mean difference to the neighbours, and each component of
+    the gradient by least squares.
 
-    Of m nodes, with a halo those that this rank owns, among n. Lengths are in units of the mean edge, and the mean difference is scaled to
-    the Laplacian where neighbours lie evenly.
+    Of m nodes, with a halo those that this rank owns, among n. Lengths are in units of the mean
+    edge, and the mean difference is scaled to the Laplacian where neighbours lie evenly.
     """
     source, target = edges.to(coordinates.device)
     n, dimension = coordinates.shape
@@ -386,24 +478,33 @@ def _neighbour_means(edges: torch.Tensor, coordinates: torch.Tensor, period: Seq
     count = torch.tensor(len(source), device=offset.device)
     if halo is not None:
         length, count = total(length, halo.comm), total(count, halo.comm)
-    offset = offset/(length/count)
-    share = 1/torch.bincount(target, minlength=m)[target].to(offset.dtype)
-    moments = offset.new_zeros(m, dimension, dimension).index_add(0, target, share[:, None, None]*offset[:, :, None]*offset[:, None])
-    gradient = share[:, None]*torch.einsum("eij,ej->ei", torch.linalg.pinv(moments, rtol=1e-6, hermitian=True)[target], offset)
-    weights = torch.cat([2*dimension*share[None], gradient.T]).flatten()  # (d + 1) e
-    operator = torch.arange(dimension + 1, device=offset.device).repeat_interleave(len(source))*m
+    offset = offset / (length / count)
+    share = 1 / torch.bincount(target, minlength=m)[target].to(offset.dtype)
+    moments = offset.new_zeros(m, dimension, dimension).index_add(
+        0, target, share[:, None, None] * offset[:, :, None] * offset[:, None]
+    )
+    gradient = share[:, None] * torch.einsum(
+        "eij,ej->ei", torch.linalg.pinv(moments, rtol=1e-6, hermitian=True)[target], offset
+    )
+    weights = torch.cat([2 * dimension * share[None], gradient.T]).flatten()  # (d + 1) e
+    operator = torch.arange(dimension + 1, device=offset.device).repeat_interleave(len(source)) * m
     rows, columns = operator + target.repeat(dimension + 1), source.repeat(dimension + 1)
     own = target.repeat(dimension + 1)
-    return torch.sparse_coo_tensor(torch.cat([torch.stack([rows, columns]), torch.stack([rows, own])], dim=1),
-                                   torch.cat([weights, -weights]), ((dimension + 1)*m, n), device=offset.device,
-                                   check_invariants=True).coalesce()
+    return torch.sparse_coo_tensor(
+        torch.cat([torch.stack([rows, columns]), torch.stack([rows, own])], dim=1),
+        torch.cat([weights, -weights]),
+        ((dimension + 1) * m, n),
+        device=offset.device,
+        check_invariants=True,
+    ).coalesce()
 
 
 class _SparseProduct(nn.Module):
     """A constant sparse matrix times dense ones: shape (n, k) to (m, k).
 
-    Stored by rows, and so is the transpose: several times as fast as torch's other formats, and as its own derivative, which
-    transposes the matrix in each backward pass. Of the three arrays of each, since torch cannot copy or convert such matrices.
+    Stored by rows, and so is the transpose: several times as fast as torch's other formats, and as
+    its own derivative, which transposes the matrix in each backward pass. Of the three arrays of
+    each, since torch cannot copy or convert such matrices.
     """
 
     def __init__(self, matrix: torch.Tensor):
@@ -411,7 +512,10 @@ class _SparseProduct(nn.Module):
         self.shape = tuple(matrix.shape)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            for name, by_rows in (("matrix", matrix.to_sparse_csr()), ("transposed", matrix.T.to_sparse_csr())):
+            for name, by_rows in (
+                ("matrix", matrix.to_sparse_csr()),
+                ("transposed", matrix.T.to_sparse_csr()),
+            ):
                 self.register_buffer(f"{name}_rows", by_rows.crow_indices(), persistent=False)
                 self.register_buffer(f"{name}_columns", by_rows.col_indices(), persistent=False)
                 self.register_buffer(f"{name}_values", by_rows.values(), persistent=False)
@@ -420,7 +524,9 @@ class _SparseProduct(nn.Module):
         return tuple(getattr(self, f"{name}_{part}") for part in ("rows", "columns", "values"))
 
     def _apply(self, fn, recurse: bool = True) -> _SparseProduct:
-        """What ``to`` and ``half`` do to each module; but weights that add up to zero are not rounded so far that they do not."""
+        """What ``to`` and ``half`` do to each module; but weights that add up to zero are not
+        rounded so far that they do not.
+        """
         before = {name: values for name, values in self.named_buffers() if name.endswith("_values")}
         super()._apply(fn, recurse)
         for name, values in before.items():
@@ -433,14 +539,23 @@ class _SparseProduct(nn.Module):
         matrix = self._parts("matrix")
         if transforms_are_active():
             rows, columns, values = matrix
-            rows = torch.repeat_interleave(torch.arange(self.shape[0], device=rows.device), rows.diff())
-            terms = values[:, None]*x[columns].to(values.dtype)
-            return torch.zeros_like(terms[:1]).expand(self.shape[0], -1).index_add(0, rows, terms).to(x.dtype)
+            rows = torch.repeat_interleave(
+                torch.arange(self.shape[0], device=rows.device), rows.diff()
+            )
+            terms = values[:, None] * x[columns].to(values.dtype)
+            return (
+                torch.zeros_like(terms[:1])
+                .expand(self.shape[0], -1)
+                .index_add(0, rows, terms)
+                .to(x.dtype)
+            )
         return _MatrixProduct.apply(self.shape, matrix, self._parts("transposed"), x)
 
 
 class _MatrixProduct(torch.autograd.Function):
-    """In the type of the matrix, which may be more accurate than that of what it is multiplied with, as under autocast."""
+    """In the type of the matrix, which may be more accurate than that of what it is multiplied
+    with, as under autocast.
+    """
 
     @staticmethod
     def forward(ctx, shape, matrix, transposed, x):
@@ -455,4 +570,11 @@ class _MatrixProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cotangent):
-        return None, None, None, _MatrixProduct.apply(ctx.shape[::-1], ctx.transposed, ctx.matrix, cotangent.contiguous())
+        return (
+            None,
+            None,
+            None,
+            _MatrixProduct.apply(
+                ctx.shape[::-1], ctx.transposed, ctx.matrix, cotangent.contiguous()
+            ),
+        )

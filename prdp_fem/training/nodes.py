@@ -1,4 +1,5 @@
 """The nodes of a space: where they are, how ranks number them, and which are of the same cell."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class Nodes:
     space : FunctionSpace
         Scalar or vector-valued, not mixed, with unknowns that are values at points.
     period : Sequence of float or None
-        Extent of a periodic mesh in each direction, infinite in directions in which it is not periodic.
+        Extent of a periodic mesh in each direction, infinite in directions in which it is not
+        periodic.
 
     Attributes
     ----------
@@ -70,7 +72,7 @@ class Nodes:
         if period is not None:
             _check_period(space.mesh(), period)
         self.sizes = self.comm.allgather(len(self.coordinates))
-        self.first = sum(self.sizes[:self.comm.rank])
+        self.first = sum(self.sizes[: self.comm.rank])
 
     def __len__(self) -> int:
         return len(self.coordinates)
@@ -79,12 +81,16 @@ class Nodes:
         """Raise for what a damaged mesh has."""
         wrong = np.flatnonzero(~np.isfinite(self.coordinates).all(axis=1))
         if wrong.size:
-            raise ValueError(f"coordinates of nodes must be finite, found "
-                             f"{self.coordinates[wrong[0]].tolist()} and {wrong.size - 1} more: "
-                             "look for NaN or infinity in the coordinates of the mesh")
+            raise ValueError(
+                "coordinates of nodes must be finite, found "
+                f"{self.coordinates[wrong[0]].tolist()} and {wrong.size - 1} more: "
+                "look for NaN or infinity in the coordinates of the mesh"
+            )
 
     def bounding_box(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mesh's lowest and highest coordinates; of a periodic one those of both of its ends. Collective."""
+        """The mesh's lowest and highest coordinates; of a periodic one those of both of its ends.
+        Collective.
+        """
         mesh = self._scalar.mesh()
         local = mesh.coordinates.dat.data_ro.reshape(-1, mesh.geometric_dimension)
         ends = np.stack([local.min(axis=0, initial=np.inf), -local.max(axis=0, initial=-np.inf)])
@@ -92,14 +98,17 @@ class Nodes:
         return ends[0], -ends[1]
 
     def cells(self) -> np.ndarray:
-        """Shape (cells, nodes of a cell): the nodes, by number, of the cells that this rank owns."""
+        """The nodes, by number, of the cells this rank owns: shape (cells, nodes of a cell)."""
         cell_nodes = self._scalar.cell_node_map()
         local = cell_nodes.values
         if self._scalar.mesh().extruded:  # the map has the lowest layer's
             layers = self._scalar.mesh().layers
             if np.ndim(layers):
-                raise ValueError("expected an extruded mesh of as many layers everywhere, found one whose layers vary")
-            local = local[:, None] + np.arange(layers - 1)[:, None]*cell_nodes.offset
+                raise ValueError(
+                    "expected an extruded mesh of as many layers everywhere, found one whose layers"
+                    " vary"
+                )
+            local = local[:, None] + np.arange(layers - 1)[:, None] * cell_nodes.offset
         numbers = self._scalar.dof_dset.lgmap.apply(local.ravel().astype(PETSc.IntType))
         return numbers.astype(np.int64).reshape(-1, cell_nodes.arity)
 
@@ -113,16 +122,19 @@ def _checked(space, period: Sequence[float] | None) -> tuple[str, list[float] | 
         Where they cannot.
     """
     if len(space) > 1:
-        raise ValueError(f"{space} is mixed: take its parts one by one, and give the layer one "
-                         "output for each")
+        raise ValueError(
+            f"{space} is mixed: take its parts one by one, and give the layer one output for each"
+        )
     element = space.ufl_element()
     if (family := element.family()) not in _NODAL:
-        raise ValueError(f"unknowns of {family} elements are not values at points: expected "
-                         f"{', '.join(_NODAL)}")
+        raise ValueError(
+            f"unknowns of {family} elements are not values at points: expected {', '.join(_NODAL)}"
+        )
     mesh = space.mesh()
     if period is None and mesh.coordinates.function_space().ufl_element() not in H1:
-        raise ValueError(f"{mesh} is periodic: name its period, so that its ends are taken for the "
-                         "same points")
+        raise ValueError(
+            f"{mesh} is periodic: name its period, so that its ends are taken for the same points"
+        )
     return str(element), checked_period(period, mesh.geometric_dimension)
 
 
@@ -141,15 +153,20 @@ def checked_period(period: Sequence[float] | None, dimension: int) -> list[float
     except TypeError:
         lengths = None
     if lengths is None:
-        raise TypeError(f"period must have a number for each direction, such as [1.0, inf], found "
-                        f"{shown(period)}")
+        raise TypeError(
+            "period must have a number for each direction, such as [1.0, inf], found "
+            f"{shown(period)}"
+        )
     if len(lengths) != dimension:
-        raise ValueError(f"expected {dimension} periods, one for each direction, found "
-                         f"{len(lengths)}")
+        raise ValueError(
+            f"expected {dimension} periods, one for each direction, found {len(lengths)}"
+        )
     for length in lengths:
         if isinstance(length, bool) or not isinstance(length, Real) or not length > 0:
-            raise ValueError(f"a period must be a positive number, or infinite where a mesh is not "
-                             f"periodic, found {shown(length)}")
+            raise ValueError(
+                "a period must be a positive number, or infinite where a mesh is not "
+                f"periodic, found {shown(length)}"
+            )
     return [float(length) for length in lengths]
 
 
@@ -167,18 +184,27 @@ def _check_period(mesh, period: Sequence[float]) -> None:
         jumps = np.abs(Function(by_cell).interpolate(at_nodes - coordinates).dat.data_ro)
     jumps = jumps.reshape(-1, len(period))
     finite = np.isfinite(period)
-    multiples = np.where(finite, np.rint(jumps/period), 0)
-    off = np.abs(jumps - multiples*np.where(finite, period, 0))
+    multiples = np.where(finite, np.rint(jumps / period), 0)
+    off = np.abs(jumps - multiples * np.where(finite, period, 0))
     size = np.where(finite, period, np.abs(mesh.coordinates.dat.data_ro).max(initial=0))
-    found = np.stack([jumps.max(axis=0, initial=0), (off > _ROUNDING*size).max(axis=0, initial=0),
-                      multiples.max(axis=0, initial=0)])
+    found = np.stack(
+        [
+            jumps.max(axis=0, initial=0),
+            (off > _ROUNDING * size).max(axis=0, initial=0),
+            multiples.max(axis=0, initial=0),
+        ]
+    )
     mesh.comm.Allreduce(MPI.IN_PLACE, found, MPI.MAX)
     for direction, (largest, is_wrong, multiple) in enumerate(found.T):
         if is_wrong or (finite[direction] and multiple != 1):
-            has = f"a period of {largest:g}" if largest > _ROUNDING*size[direction] else "no period"
-            raise ValueError(f"{mesh} has {has} in direction {direction}, found period "
-                             f"{period[direction]:g}: give its extent in "
-                             "directions in which it is periodic, and infinity in others")
+            has = (
+                f"a period of {largest:g}" if largest > _ROUNDING * size[direction] else "no period"
+            )
+            raise ValueError(
+                f"{mesh} has {has} in direction {direction}, found period "
+                f"{period[direction]:g}: give its extent in "
+                "directions in which it is periodic, and infinity in others"
+            )
 
 
 def pairs_of(cells: np.ndarray) -> np.ndarray:
@@ -191,12 +217,17 @@ def pairs_of(cells: np.ndarray) -> np.ndarray:
     """
     width = cells.shape[1]
     if width == 1:
-        raise ValueError("there are no edges between nodes of a cell where each cell has a single one: use a continuous space")
-    return unique_pairs(np.concatenate([cells[:, [i, j]] for i in range(width) for j in range(width) if i != j]))
+        raise ValueError(
+            "there are no edges between nodes of a cell where each cell has a single one: use a"
+            " continuous space"
+        )
+    return unique_pairs(
+        np.concatenate([cells[:, [i, j]] for i in range(width) for j in range(width) if i != j])
+    )
 
 
 def unique_pairs(pairs: np.ndarray) -> np.ndarray:
     """Rows (from, to) of an array, sorted, each once."""
     count = pairs.max(initial=0) + 1
     # As single numbers: several times as fast as NumPy compares rows.
-    return np.stack(np.divmod(np.unique(pairs[:, 0]*count + pairs[:, 1]), count), axis=1)
+    return np.stack(np.divmod(np.unique(pairs[:, 0] * count + pairs[:, 1]), count), axis=1)

@@ -1,4 +1,5 @@
-"""Fields as networks see them where the mesh is distributed: each rank its own nodes, and ghosts."""
+"""Fields as networks see them on a distributed mesh: each rank its own nodes, and ghosts."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ __all__ = ["Partition"]
 class Partition:
     """The nodes of a space that this rank owns, and their neighbours on other ranks (ghosts).
 
-    For networks that look at neighbours only, such as a :class:`~prdp_fem.torch.GraphNetwork`, or at single nodes: each rank computes
-    its own part, where with a :class:`~prdp_fem.torch.Gathering` each computes the whole. Ghosts are numbered behind the rank's own nodes,
-    and :attr:`halo` fetches their values. What a rank's backward pass gives is the part of a gradient that comes from its part of
-    the loss and of the network; the sum over the ranks is the gradient.
+    For networks that look at neighbours only, such as a :class:`~prdp_fem.torch.GraphNetwork`, or
+    at single nodes: each rank computes its own part, where with a
+    :class:`~prdp_fem.torch.Gathering` each computes the whole. Ghosts are numbered behind the
+    rank's own nodes, and :attr:`halo` fetches their values. What a rank's backward pass gives is
+    the part of a gradient that comes from its part of the loss and of the network; the sum over the
+    ranks is the gradient.
 
     Parameters
     ----------
@@ -37,10 +40,11 @@ class Partition:
     coordinates : np.ndarray
         Shape (nodes, d), ghosts included.
     edges : torch.Tensor
-        Shape (2, e): from which node to which own node of the same cell. On all ranks together, those of a
-        :class:`~prdp_fem.torch.Gathering`.
+        Shape (2, e): from which node to which own node of the same cell. On all ranks together,
+        those of a :class:`~prdp_fem.torch.Gathering`.
     halo : Exchange
-        From values of own nodes, shape (own nodes, ...), to those of own nodes and ghosts, shape (nodes, ...); collective.
+        From values of own nodes, shape (own nodes, ...), to those of own nodes and ghosts, shape
+        (nodes, ...); collective.
 
     Raises
     ------
@@ -55,7 +59,9 @@ class Partition:
         own = np.arange(nodes.first, nodes.first + len(nodes))
         numbers = np.concatenate([own, np.setdiff1d(source, own)])
         place = np.argsort(numbers)
-        self.edges = torch.from_numpy(np.stack([place[np.searchsorted(numbers, source, sorter=place)], target - nodes.first]))
+        self.edges = torch.from_numpy(
+            np.stack([place[np.searchsorted(numbers, source, sorter=place)], target - nodes.first])
+        )
         self.halo = Exchange(self.comm, len(nodes), numbers)
         self.coordinates = self.halo(torch.tensor(nodes.coordinates, device="cpu")).numpy()
 
@@ -82,24 +88,30 @@ class Partition:
             For what is no tensor, and for another last axis.
         """
         instance("local", local, torch.Tensor, "a tensor")
-        if local.shape[-1:] != (self._owned*self.components,):
-            raise ValueError(f"expected a last axis of {self._owned*self.components} (the unknowns "
-                             f"that this rank owns), found shape "
-                             f"{tuple(local.shape)}")
+        if local.shape[-1:] != (self._owned * self.components,):
+            raise ValueError(
+                f"expected a last axis of {self._owned * self.components} (the unknowns "
+                "that this rank owns), found shape "
+                f"{tuple(local.shape)}"
+            )
         return local.unflatten(-1, (self._owned, self.components)).movedim(-1, -2)
 
     def by_unknown(self, values: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``by_node``: shape (..., components, own nodes) to (..., m); raises as it."""
+        """The inverse of ``by_node``, and raises as it: (..., components, nodes) to (..., m)."""
         instance("values", values, torch.Tensor, "a tensor")
         if values.shape[-2:] != (self.components, self._owned):
-            raise ValueError(f"expected last axes of {(self.components, self._owned)} (components, "
-                             f"and the nodes that this rank owns), "
-                             f"found shape {tuple(values.shape)}")
+            raise ValueError(
+                f"expected last axes of {(self.components, self._owned)} (components, "
+                "and the nodes that this rank owns), "
+                f"found shape {tuple(values.shape)}"
+            )
         return values.movedim(-2, -1).flatten(-2)
 
 
 def _edges_to_own_nodes(nodes: Nodes) -> np.ndarray:
-    """Shape (e, 2): all edges (from, to) to nodes of this rank, by number. The cell that makes one may be another rank's."""
+    """Shape (e, 2): all edges (from, to) to nodes of this rank, by number. The cell that makes one
+    may be another rank's.
+    """
     pairs = pairs_of(nodes.cells())
     bounds = np.searchsorted(np.cumsum(nodes.sizes), pairs[:, 1], side="right")
     received = nodes.comm.alltoall([pairs[bounds == rank] for rank in range(nodes.comm.size)])

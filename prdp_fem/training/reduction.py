@@ -1,8 +1,9 @@
 """Sums over ranks: of gradients, while the backward pass goes on, and of parts of an error.
 
-Each rank's loss is a part of the loss, and the sum over the ranks is the gradient, of a network's parameters as of anything that all
-ranks have alike.
+Each rank's loss is a part of the loss, and the sum over the ranks is the gradient, of a network's
+parameters as of anything that all ranks have alike.
 """
+
 from __future__ import annotations
 
 import warnings
@@ -49,8 +50,9 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
     def find() -> tuple:
         instance("part", part, torch.Tensor, "a tensor")
         if part.dtype == torch.bool:
-            raise TypeError("part must be a tensor of numbers, found one of torch.bool: call "
-                            ".long() first")
+            raise TypeError(
+                "part must be a tensor of numbers, found one of torch.bool: call .long() first"
+            )
         return list(part.shape), part.dtype
 
     agree(comm, find, "shapes of what is added up")
@@ -63,10 +65,11 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
 
 
 def shared(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
-    """A tensor that all ranks have alike, and hand to a solver layer as a Constant, or in a Real space.
+    """A tensor that all ranks have alike, and hand to a solver layer as a Constant, or in a Real
+    space.
 
-    The layer gives each rank the whole gradient by it. Behind this function each has an equal part, so that the sum over the ranks is the
-    gradient, as it is for fields.
+    The layer gives each rank the whole gradient by it. Behind this function each has an equal part,
+    so that the sum over the ranks is the gradient, as it is for fields.
 
     Parameters
     ----------
@@ -98,18 +101,20 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, cotangent: torch.Tensor):
-        return cotangent/ctx.ranks, None
+        return cotangent / ctx.ranks, None
 
 
 class GradientReduction:
     """The gradients of a network's parameters, added up over ranks while the backward pass goes on.
 
-    They are kept in buckets, one array each, and gradients are parts of these. The reduction of a bucket starts as soon as the backward
-    pass, of which there is one for each step, has come through all of its parameters. As in torch's DistributedDataParallel, parameters
-    fill buckets from the last one to the first, as backward passes come to them.
+    They are kept in buckets, one array each, and gradients are parts of these. The reduction of a
+    bucket starts as soon as the backward pass, of which there is one for each step, has come
+    through all of its parameters. As in torch's DistributedDataParallel, parameters fill buckets
+    from the last one to the first, as backward passes come to them.
 
-    Which parameters are trained may change from step to step, as in a loop without buckets: what is frozen, and what no rank's
-    backward pass has come to, has no gradient after a step, so that optimisers leave it alone.
+    Which parameters are trained may change from step to step, as in a loop without buckets: what is
+    frozen, and what no rank's backward pass has come to, has no gradient after a step, so that
+    optimisers leave it alone.
 
     What comes after :meth:`finish` sees the gradient, as does a hook that
     ``optimiser.register_step_pre_hook`` takes. Hooks of parameters (``register_hook``,
@@ -128,14 +133,16 @@ class GradientReduction:
     Attributes
     ----------
     buckets : list of torch.Tensor
-        One-dimensional: gradients, and behind them on how many ranks the backward pass has come to each.
+        One-dimensional: gradients, and behind them on how many ranks the backward pass has come to
+        each.
 
     Raises
     ------
     TypeError
         For what is no network, or no communicator.
     ValueError
-        For a network without parameters to train; on all ranks, where their networks have other parameters.
+        For a network without parameters to train; on all ranks, where their networks have other
+        parameters.
 
     Warns
     -----
@@ -176,7 +183,9 @@ class GradientReduction:
         self.zero()
 
     def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self._network.parameters() if parameter.requires_grad][::-1]
+        return [parameter for parameter in self._network.parameters() if parameter.requires_grad][
+            ::-1
+        ]
 
     def _put_in_buckets(self, parameters: list[torch.nn.Parameter]) -> None:
         self._remove_hooks()
@@ -186,10 +195,14 @@ class GradientReduction:
         self._parts: list[list[tuple[torch.nn.Parameter, torch.Tensor]]] = []
         for group in _grouped(parameters, self._bucket_size):
             sizes = [parameter.numel() for parameter in group]
-            bucket = torch.zeros(sum(sizes) + len(group), dtype=group[0].dtype, device=group[0].device)
-            parts = bucket[:sum(sizes)].split(sizes)
+            bucket = torch.zeros(
+                sum(sizes) + len(group), dtype=group[0].dtype, device=group[0].device
+            )
+            parts = bucket[: sum(sizes)].split(sizes)
             self.buckets.append(bucket)
-            self._parts.append([(parameter, part.view_as(parameter)) for parameter, part in zip(group, parts)])
+            self._parts.append(
+                [(parameter, part.view_as(parameter)) for parameter, part in zip(group, parts)]
+            )
             for place, parameter in enumerate(group):
                 note = partial(self._note, len(self.buckets) - 1, place)
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(note))
@@ -204,8 +217,12 @@ class GradientReduction:
         """
         parameters = self._trained()
         is_new = list(map(id, parameters)) != list(map(id, self._parameters))
-        agree(self._ranks, lambda: _shapes(parameters) if is_new else "those of before", "parameters that are trained",
-              "freeze and unfreeze parameters on all ranks at the same step")
+        agree(
+            self._ranks,
+            lambda: _shapes(parameters) if is_new else "those of before",
+            "parameters that are trained",
+            "freeze and unfreeze parameters on all ranks at the same step",
+        )
         if is_new:
             self._put_in_buckets(parameters)
         self._requests: list[MPI.Request] = []
@@ -222,28 +239,38 @@ class GradientReduction:
     def _note(self, bucket: int, place: int, _: torch.nn.Parameter) -> None:
         """The backward pass has come through a parameter of a bucket."""
         if bucket < len(self._requests):
-            raise RuntimeError("a second backward pass has come to gradients whose reduction has "
-                               "started: add losses up, and call backward once between zero() and "
-                               "finish(), or leave it to train(), which does so; a checkpoint "
-                               "inside the network needs use_reentrant=False")
+            raise RuntimeError(
+                "a second backward pass has come to gradients whose reduction has "
+                "started: add losses up, and call backward once between zero() and "
+                "finish(), or leave it to train(), which does so; a checkpoint "
+                "inside the network needs use_reentrant=False"
+            )
         self._missing[bucket].discard(place)
         if self._comm.size > 1:
-            # In the order of the buckets, which is the same on all ranks, however their backward passes run.
-            while len(self._requests) < len(self.buckets) and not self._missing[len(self._requests)]:
+            # In the order of the buckets, which is the same on all ranks, however their backward
+            # passes run.
+            while (
+                len(self._requests) < len(self.buckets) and not self._missing[len(self._requests)]
+            ):
                 self._start()
 
     def _start(self) -> None:
-        """Start to reduce the next bucket: itself, or a copy of one on a device, or of a type that MPI does not know."""
+        """Start to reduce the next bucket: itself, or a copy of one on a device, or of a type that
+        MPI does not know.
+        """
         place = len(self._requests)
         bucket, count, missing = self.buckets[place], len(self._parts[place]), self._missing[place]
-        bucket[-count:] = torch.tensor([one not in missing for one in range(count)], device="cpu").to(bucket)
+        bucket[-count:] = torch.tensor(
+            [one not in missing for one in range(count)], device="cpu"
+        ).to(bucket)
         self._versions.append(bucket._version)
         self._reduced.append(_for_mpi(bucket))
         self._requests.append(self._comm.Iallreduce(MPI.IN_PLACE, self._reduced[-1].numpy()))
 
     @PETSc.Log.EventDecorator("PRDPReduce")
     def finish(self) -> None:
-        """After the backward pass: gradients are sums over the ranks, and None where no rank has any. Collective.
+        """After the backward pass: gradients are sums over the ranks, and None where no rank has
+        any. Collective.
 
         Raises
         ------
@@ -256,29 +283,46 @@ class GradientReduction:
                 self._start()
             # Before any error: MPI must not write to what Python has thrown away.
             MPI.Request.Waitall(self._requests)
-        if any(parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr()
-               for parts in self._parts for parameter, part in parts):
-            raise RuntimeError("gradients have been replaced since zero(): leave optimiser.zero_grad() and create_graph=True away")
+        if any(
+            parameter.grad is None or parameter.grad.data_ptr() != part.data_ptr()
+            for parts in self._parts
+            for parameter, part in parts
+        ):
+            raise RuntimeError(
+                "gradients have been replaced since zero(): leave optimiser.zero_grad() and"
+                " create_graph=True away"
+            )
         if self._comm.size > 1:
             if [bucket._version for bucket in self.buckets] != self._versions:
-                raise RuntimeError("gradients have been changed while they were added up, as by a "
-                                   "hook of a parameter, and the change would be lost: make it "
-                                   "after finish(), as hooks of optimiser.register_step_pre_hook do")
+                raise RuntimeError(
+                    "gradients have been changed while they were added up, as by a "
+                    "hook of a parameter, and the change would be lost: make it "
+                    "after finish(), as hooks of optimiser.register_step_pre_hook do"
+                )
             for bucket, reduced in zip(self.buckets, self._reduced):
                 if bucket is not reduced:
                     bucket.copy_(reduced)
-            self._missing = [{place for place, ranks in enumerate(bucket[-len(parts):].tolist()) if ranks == 0}
-                             for bucket, parts in zip(self.buckets, self._parts)]
+            self._missing = [
+                {place for place, ranks in enumerate(bucket[-len(parts) :].tolist()) if ranks == 0}
+                for bucket, parts in zip(self.buckets, self._parts)
+            ]
             self._add_up_latecomers()
         for parts, missing in zip(self._parts, self._missing):
             for place in missing:
                 parts[place][0].grad = None
 
     def _add_up_latecomers(self) -> None:
-        """Add up the gradients of what has been unfrozen, or has joined the network, since :meth:`zero`."""
+        """Add up the gradients of what has been unfrozen, or has joined the network, since
+        :meth:`zero`.
+        """
         before = set(map(id, self._parameters))
         late = [parameter for parameter in self._trained() if id(parameter) not in before]
-        agree(self._ranks, lambda: _shapes(late), "parameters that are trained", "unfreeze parameters on all ranks at the same step")
+        agree(
+            self._ranks,
+            lambda: _shapes(late),
+            "parameters that are trained",
+            "unfreeze parameters on all ranks at the same step",
+        )
         for parameter in late:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             has_gradient = gradient.new_full((1,), float(parameter.grad is not None))
@@ -298,7 +342,8 @@ class GradientReduction:
         if self._comm.size > 1:
             if error_type is None:
                 self._comm.Free()
-            else:  # reductions may be under way, and freeing a communicator waits for the other ranks
+            else:
+                # reductions may be under way, and freeing a communicator waits for the other ranks
                 _ABANDONED.append((self._comm, self._reduced, self._requests))
 
 
@@ -308,12 +353,18 @@ _ABANDONED: list[tuple] = []
 
 def _warn_of_hooks(network: torch.nn.Module) -> None:
     # There are no public names.
-    hooked = [name for name, parameter in network.named_parameters()
-              if parameter._backward_hooks or parameter._post_accumulate_grad_hooks]
+    hooked = [
+        name
+        for name, parameter in network.named_parameters()
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    ]
     if hooked:
-        warnings.warn(f"'{hooked[0]}' of the network has hooks, which see a rank's part of its "
-                      "gradient, and not the sum over the ranks: optimiser.register_step_pre_hook "
-                      "takes hooks that see the sum", stacklevel=3)
+        warnings.warn(
+            f"'{hooked[0]}' of the network has hooks, which see a rank's part of its "
+            "gradient, and not the sum over the ranks: optimiser.register_step_pre_hook "
+            "takes hooks that see the sum",
+            stacklevel=3,
+        )
 
 
 def _checked_shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
@@ -324,7 +375,10 @@ def _checked_shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
 
 def _shapes(parameters: list[torch.nn.Parameter]) -> list[tuple]:
     if any(map(is_lazy, parameters)):
-        raise ValueError("the network has parameters whose shapes are not known before its first call: call it with a sample first")
+        raise ValueError(
+            "the network has parameters whose shapes are not known before its first call: call it"
+            " with a sample first"
+        )
     return [(*parameter.shape, parameter.dtype) for parameter in parameters]
 
 
@@ -336,7 +390,9 @@ def _for_mpi(tensor: torch.Tensor) -> torch.Tensor:
 _UNKNOWN_TO_MPI = (torch.float16, torch.bfloat16)
 
 
-def _grouped(parameters: list[torch.nn.Parameter], bucket_size: int) -> list[list[torch.nn.Parameter]]:
+def _grouped(
+    parameters: list[torch.nn.Parameter], bucket_size: int
+) -> list[list[torch.nn.Parameter]]:
     """Parameters of one type and device each, in their order."""
     groups: list[list[torch.nn.Parameter]] = []
     for kind in dict.fromkeys((parameter.dtype, parameter.device) for parameter in parameters):
@@ -348,11 +404,13 @@ def _grouped(parameters: list[torch.nn.Parameter], bucket_size: int) -> list[lis
                 groups.append([])
                 filled = 0
             groups[-1].append(parameter)
-            filled += parameter.numel()*parameter.element_size()
+            filled += parameter.numel() * parameter.element_size()
     return groups
 
 
-def check_replicas(network: torch.nn.Module, optimiser: torch.optim.Optimizer, comm: MPI.Comm) -> None:
+def check_replicas(
+    network: torch.nn.Module, optimiser: torch.optim.Optimizer, comm: MPI.Comm
+) -> None:
     """Make sure that ranks have equal networks and optimisers, to the bit.
 
     Raises
@@ -370,16 +428,33 @@ def check_replicas(network: torch.nn.Module, optimiser: torch.optim.Optimizer, c
     weights, buffers = dict(network.named_parameters()), network.state_dict()
     for name in weights:
         del buffers[name]
-    agree(comm, lambda: f"{_checksum(weights):08x}", "weights", "call torch.manual_seed before the network is made")
-    agree(comm, lambda: f"{_checksum(buffers):08x}", "the network's buffers",
-          "each rank sees a part of a batch, of which layers like BatchNorm take statistics; LayerNorm and GroupNorm do not")
-    agree(comm, lambda: f"{_checksum(optimiser.state_dict()):08x}", "the optimiser's states", "give it the same parameters and options")
+    agree(
+        comm,
+        lambda: f"{_checksum(weights):08x}",
+        "weights",
+        "call torch.manual_seed before the network is made",
+    )
+    agree(
+        comm,
+        lambda: f"{_checksum(buffers):08x}",
+        "the network's buffers",
+        "each rank sees a part of a batch, of which layers like BatchNorm take statistics;"
+        " LayerNorm and GroupNorm do not",
+    )
+    agree(
+        comm,
+        lambda: f"{_checksum(optimiser.state_dict()):08x}",
+        "the optimiser's states",
+        "give it the same parameters and options",
+    )
 
 
 def _checksum(state) -> int:
     """Of nested dictionaries and lists of tensors and numbers."""
     if isinstance(state, torch.Tensor):
-        return zlib.crc32(state.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        return zlib.crc32(
+            state.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data
+        )
     if isinstance(state, dict):
         return zlib.crc32(repr([(key, _checksum(value)) for key, value in state.items()]).encode())
     if isinstance(state, (list, tuple)):

@@ -1,4 +1,7 @@
-"""Samples and batches: in an order that a seed decides, and dealt out to the members of an ensemble."""
+"""Samples and batches: in an order that a seed decides, and dealt out to the members of an
+ensemble.
+"""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -20,7 +23,8 @@ def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
     Parameters
     ----------
     samples : torch.Tensor
-        Sample numbers, or what there is for each sample, along the first axis; the same on all ranks.
+        Sample numbers, or what there is for each sample, along the first axis; the same on all
+        ranks.
     ensemble : firedrake.Ensemble or None
         None for a single member.
 
@@ -38,14 +42,19 @@ def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
     if samples.ndim == 0:
         raise ValueError(f"samples must lie along an axis, found {shown(samples)}")
     _check_ensemble(ensemble)
-    return samples if ensemble is None else samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
+    return (
+        samples
+        if ensemble is None
+        else samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
+    )
 
 
 class EnsembleSampler:
     """Batches of an epoch, and of each the part that a member of an ensemble works on.
 
-    Each iteration over it is an epoch. Which samples make a batch depends on the seed alone; so training is the same on any number
-    of members, where each weights its part of the loss by its share.
+    Each iteration over it is an epoch. Which samples make a batch depends on the seed alone; so
+    training is the same on any number of members, where each weights its part of the loss by its
+    share.
 
     Parameters
     ----------
@@ -71,27 +80,40 @@ class EnsembleSampler:
     ...         (share*loss(samples)).backward()
     """
 
-    def __init__(self, samples: int, batch_size: int, *, seed: int = 0, ensemble: Ensemble | None = None):
+    def __init__(
+        self, samples: int, batch_size: int, *, seed: int = 0, ensemble: Ensemble | None = None
+    ):
         _check_ensemble(ensemble)
-        agree(MPI.COMM_SELF if ensemble is None else ensemble.global_comm, lambda: _checked(samples, batch_size, seed),
-              "numbers of samples, batch sizes and seeds")
+        agree(
+            MPI.COMM_SELF if ensemble is None else ensemble.global_comm,
+            lambda: _checked(samples, batch_size, seed),
+            "numbers of samples, batch sizes and seeds",
+        )
         self._samples, self._batch_size, self._ensemble = int(samples), int(batch_size), ensemble
         self._order = torch.Generator().manual_seed(int(seed))
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        return -(-self._samples//self._batch_size)
+        return -(-self._samples // self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, float]]:
-        """Sample numbers of this member, and their share of the batch; none where a batch is smaller than the ensemble."""
-        for batch in torch.randperm(self._samples, generator=self._order, device="cpu").split(self._batch_size):
+        """Sample numbers of this member, and their share of the batch; none where a batch is
+        smaller than the ensemble.
+        """
+        for batch in torch.randperm(self._samples, generator=self._order, device="cpu").split(
+            self._batch_size
+        ):
             mine = deal(batch, self._ensemble)
-            yield mine, len(mine)/len(batch)
+            yield mine, len(mine) / len(batch)
 
 
 def _check_ensemble(ensemble: Ensemble | None) -> None:
-    instance("ensemble", ensemble, (Ensemble, type(None)),
-             "a firedrake.Ensemble, or None for a single member")
+    instance(
+        "ensemble",
+        ensemble,
+        (Ensemble, type(None)),
+        "a firedrake.Ensemble, or None for a single member",
+    )
 
 
 def _checked(samples: int, batch_size: int, seed: int) -> tuple[int, int, int]:
@@ -99,5 +121,8 @@ def _checked(samples: int, batch_size: int, seed: int) -> tuple[int, int, int]:
         if isinstance(count, Integral) and count < 1:
             raise ValueError(f"{name} must be at least 1, found {count!r}")
     # PyTorch's seeds have 64 bits.
-    return (whole_number("samples", samples), whole_number("batch_size", batch_size),
-            whole_number("seed", seed, -2**63, 2**64 - 1))
+    return (
+        whole_number("samples", samples),
+        whole_number("batch_size", batch_size),
+        whole_number("seed", seed, -(2**63), 2**64 - 1),
+    )

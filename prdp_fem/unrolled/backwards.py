@@ -1,4 +1,5 @@
 """How iterations are played backwards, from checkpoints."""
+
 from __future__ import annotations
 
 import math
@@ -27,16 +28,23 @@ class Backwards:
         How many states are kept; None keeps all.
     """
 
-    def __init__(self, method, system: PreconditionedSystem, pool: VectorPool,
-                 checkpoints: int | None):
+    def __init__(
+        self, method, system: PreconditionedSystem, pool: VectorPool, checkpoints: int | None
+    ):
         self._method = method
         self._system = system
         self._pool = pool
         self._checkpoints = checkpoints
 
-    def cotangents(self, right: Vector, start: Vector | None, iterations: int, cotangent: Vector,
-                   of_operator: OperatorCotangent | None,
-                   of_preconditioner: OperatorCotangent | None) -> list:
+    def cotangents(
+        self,
+        right: Vector,
+        start: Vector | None,
+        iterations: int,
+        cotangent: Vector,
+        of_operator: OperatorCotangent | None,
+        of_preconditioner: OperatorCotangent | None,
+    ) -> list:
         """The cotangents of right-hand side and guess, each as a factor and a vector.
 
         Parameters
@@ -56,8 +64,9 @@ class Backwards:
         # What is linear in b and the guess keeps no vectors for their cotangents, so that
         # checkpoints would spare none.
         is_linear = method.is_linear and of_operator is None and of_preconditioner is None
-        stretches, states = self._stretches(right, start, iterations,
-                                            None if is_linear else self._checkpoints)
+        stretches, states = self._stretches(
+            right, start, iterations, None if is_linear else self._checkpoints
+        )
         # The cotangents of the state at the end of a stretch, from the stretch that follows it.
         bars: list = []
         for number in reversed(range(len(stretches))):
@@ -81,15 +90,16 @@ class Backwards:
             bars = [_cotangent(part, pool) for part in lifted]
         return bars
 
-    def _stretches(self, b: Vector, guess: Vector | None, iterations: int,
-                   checkpoints: int | None) -> tuple[list[list[int]], list[tuple]]:
+    def _stretches(
+        self, b: Vector, guess: Vector | None, iterations: int, checkpoints: int | None
+    ) -> tuple[list[list[int]], list[tuple]]:
         """The steps between checkpoints, and the states where each stretch but the first begins."""
         method = self._method
         steps = method.steps(iterations)
         if checkpoints is None or len(steps) <= 1:
             return [steps], []
-        length = math.ceil(len(steps)/(checkpoints + 1))
-        stretches = [steps[i:i + length] for i in range(0, len(steps), length)]
+        length = math.ceil(len(steps) / (checkpoints + 1))
+        stretches = [steps[i : i + length] for i in range(0, len(steps), length)]
         on = Values(self._system, self._pool)
         state = method.initial(on, b, guess)
         states = []

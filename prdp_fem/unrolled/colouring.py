@@ -2,6 +2,7 @@
 
 It is the idea of Curtis, Powell and Reid (1974).
 """
+
 from __future__ import annotations
 
 import numpy as np
@@ -48,7 +49,7 @@ def colour_columns(matrix: PETSc.Mat, wanted: np.ndarray) -> np.ndarray:
         vector.setArray(values)
         return pattern.at_columns(vector, at_columns)
 
-    weights = (own*_SCRAMBLE % 2**_BITS)*2.0**_BITS + own % 2**_BITS + 1
+    weights = (own * _SCRAMBLE % 2**_BITS) * 2.0**_BITS + own % 2**_BITS + 1
     weights[~wanted] = 0.0
     colours = np.full(last - first, _UNCOLOURED)
     comm = matrix.comm.tompi4py()

@@ -1,4 +1,5 @@
 """The small least-squares problem of GMRES."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ def hessenberg(columns: list[Column]) -> np.ndarray:
     size = len(columns)
     H = np.zeros((size + 1, size))
     for j, column in enumerate(columns):
-        H[:j + 1, j] = column.products
+        H[: j + 1, j] = column.products
         H[j + 1, j] = column.norm
     return H
 
@@ -40,8 +41,8 @@ def hessenberg(columns: list[Column]) -> np.ndarray:
 def least_squares(beta: float, H: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """y that makes ‖β e₁ - H y‖ least, shape (k,), and β e₁ - H y, shape (k + 1,)."""
     Q, R = np.linalg.qr(H)
-    y = _solve(R, beta*Q[0])
-    residual = -H@y
+    y = _solve(R, beta * Q[0])
+    residual = -H @ y
     residual[0] += beta
     return y, residual
 
@@ -59,5 +60,7 @@ def _solve(R: np.ndarray, right: np.ndarray) -> np.ndarray:
     try:
         return np.linalg.solve(R, right)
     except np.linalg.LinAlgError:
-        raise ConvergenceError("the iterations of GMRES have no derivative where they break down: "
-                               "look for an operator that is singular") from None
+        raise ConvergenceError(
+            "the iterations of GMRES have no derivative where they break down: "
+            "look for an operator that is singular"
+        ) from None

@@ -15,6 +15,7 @@ that is set. It has a state, a tuple of vectors and scalars (None where there is
 ``on`` is the arithmetic: see :class:`prdp_fem.unrolled.values.Values`. The recursions, and in which
 order they are evaluated, are those of PETSc's sources in src/ksp/ksp/impls, named at each.
 """
+
 from __future__ import annotations
 
 import re
@@ -25,8 +26,17 @@ from prdp_fem.krylov.petsc_types import pc_facts
 from prdp_fem.unrolled.registry import KSPAsSet, unrolled_methods
 from prdp_fem.unrolled.steepest_descent import SteepestDescent
 
-__all__ = ["BiCGStab", "Chebyshev", "ConjugateGradients", "FGMRES", "GMRES", "Iteration",
-           "Richardson", "SelfScaledRichardson", "SteepestDescentIteration"]
+__all__ = [
+    "BiCGStab",
+    "Chebyshev",
+    "ConjugateGradients",
+    "FGMRES",
+    "GMRES",
+    "Iteration",
+    "Richardson",
+    "SelfScaledRichardson",
+    "SteepestDescentIteration",
+]
 
 # Below it PETSc takes the next vector of a Krylov basis for zero (haptol in gmres.c).
 _HAPPY_BREAKDOWN = 1e-30
@@ -48,7 +58,7 @@ class Iteration:
         return cls()
 
     def steps(self, iterations: int) -> list[int]:
-        return [1]*iterations
+        return [1] * iterations
 
     def solution(self, on, state):
         return state[0]
@@ -74,17 +84,21 @@ class Richardson(Iteration):
         does_own = pc_facts(kind).does_own_richardson
         if "self-scale" in found.text:
             if does_own:
-                raise ValueError(f"with pc_type {kind} PETSc does not heed "
-                                 "ksp_richardson_self_scale unless there is a monitor: "
-                                 "self-scaled Richardson iterations are unrolled for other "
-                                 "preconditioners only")
+                raise ValueError(
+                    f"with pc_type {kind} PETSc does not heed "
+                    "ksp_richardson_self_scale unless there is a monitor: "
+                    "self-scaled Richardson iterations are unrolled for other "
+                    "preconditioners only"
+                )
             return SelfScaledRichardson()
         scale = found.number(r"damping factor=(\S+)", "ksp_richardson_scale")
         A, P = found.ksp.getOperators()
         if scale == 1 and does_own and A.handle != P.handle:
-            raise ValueError(f"with pc_type {kind} and a ksp_richardson_scale of 1 PETSc iterates "
-                             "with the matrix that the preconditioner is made from, instead of the "
-                             "operator: this is unrolled only where they are the same")
+            raise ValueError(
+                f"with pc_type {kind} and a ksp_richardson_scale of 1 PETSc iterates "
+                "with the matrix that the preconditioner is made from, instead of the "
+                "operator: this is unrolled only where they are the same"
+            )
         return cls(scale)
 
     def initial(self, on, b, guess):
@@ -107,7 +121,7 @@ class SelfScaledRichardson(Iteration):
         squared = on.dot(y, y)
         if float(squared) == 0:
             return state
-        scale = on.dot(z, y)/squared
+        scale = on.dot(z, y) / squared
         return on.add(x, scale, z), on.add(z, -scale, y)
 
 
@@ -125,21 +139,26 @@ class Chebyshev(Iteration):
     counts_unfinished = True
 
     def __init__(self, smallest: float, largest: float):
-        self.scale = 2/(largest + smallest)
-        self.mu = 1/(1 - self.scale*smallest)
+        self.scale = 2 / (largest + smallest)
+        self.mu = 1 / (1 - self.scale * smallest)
 
     @classmethod
     def of(cls, found):
         kind = re.search(r"polynomial of (.*) kind", found.text)[1]
         if kind != "first":
-            raise ValueError(f"Chebyshev polynomials of the {kind} kind have no unrolled "
-                             "derivative: use ksp_chebyshev_kind first")
+            raise ValueError(
+                f"Chebyshev polynomials of the {kind} kind have no unrolled "
+                "derivative: use ksp_chebyshev_kind first"
+            )
         if "estimated" in found.text:
-            raise ValueError("unrolled differentiation must know the bounds of the eigenvalues "
-                             "that Chebyshev's iteration uses, and PETSc does not tell what it has "
-                             "estimated: set ksp_chebyshev_eigenvalues smallest,largest")
-        return cls(*found.numbers(r"targets used: min (\S+), max (\S+)",
-                                  "ksp_chebyshev_eigenvalues"))
+            raise ValueError(
+                "unrolled differentiation must know the bounds of the eigenvalues "
+                "that Chebyshev's iteration uses, and PETSc does not tell what it has "
+                "estimated: set ksp_chebyshev_eigenvalues smallest,largest"
+            )
+        return cls(
+            *found.numbers(r"targets used: min (\S+), max (\S+)", "ksp_chebyshev_eigenvalues")
+        )
 
     def initial(self, on, b, guess):
         return guess, None, b, None, None
@@ -149,10 +168,10 @@ class Chebyshev(Iteration):
         z = on.precondition(_residual(on, b, x))
         if c is None:
             return on.add(x, self.scale, z), x, b, self.mu, 1.0
-        c_next = 2*self.mu*c - c_previous
-        omega = 2*self.mu*c/c_next
+        c_next = 2 * self.mu * c - c_previous
+        omega = 2 * self.mu * c / c_next
         terms = () if previous is None else (1 - omega, previous)
-        return on.add(None, omega, x, omega*self.scale, z, *terms), x, b, c_next, c
+        return on.add(None, omega, x, omega * self.scale, z, *terms), x, b, c_next, c
 
 
 @unrolled_methods("cg")
@@ -166,16 +185,16 @@ class ConjugateGradients(Iteration):
         x, r, p_previous, rho_previous, curvature_previous = state
         z = on.precondition(r)
         rho = on.dot(z, r)
-        if float(rho) == 0 or (p_previous is not None and float(rho)*float(rho_previous) < 0):
+        if float(rho) == 0 or (p_previous is not None and float(rho) * float(rho_previous) < 0):
             return state
-        p = z if p_previous is None else on.add(z, rho/rho_previous, p_previous)
+        p = z if p_previous is None else on.add(z, rho / rho_previous, p_previous)
         w = on.operator(p)
         curvature = on.dot(p, w)
         if float(curvature) == 0:
             return state
-        if curvature_previous is not None and float(curvature)*float(curvature_previous) < 0:
+        if curvature_previous is not None and float(curvature) * float(curvature_previous) < 0:
             return state
-        alpha = rho/curvature
+        alpha = rho / curvature
         return on.add(x, alpha, p), on.add(r, -alpha, w), p, rho, float(curvature)
 
 
@@ -193,7 +212,7 @@ class SteepestDescentIteration(Iteration):
         curvature = on.dot(z, w)
         if float(curvature) == 0:
             return state
-        alpha = on.dot(z, r)/curvature
+        alpha = on.dot(z, r) / curvature
         return on.add(x, alpha, z), on.add(r, -alpha, w)
 
 
@@ -204,8 +223,10 @@ class BiCGStab(Iteration):
     @classmethod
     def of(cls, found):
         if found.ksp.getPCSide() != PETSc.PC.Side.LEFT:
-            raise ValueError("bcgs with ksp_pc_side right may add the guess of an earlier solve: "
-                             "use ksp_pc_side left, or gmres")
+            raise ValueError(
+                "bcgs with ksp_pc_side right may add the guess of an earlier solve: "
+                "use ksp_pc_side left, or gmres"
+            )
         return cls()
 
     def initial(self, on, b, guess):
@@ -220,20 +241,20 @@ class BiCGStab(Iteration):
         else:
             if float(rho_previous) == 0 or float(omega) == 0:
                 return state
-            beta = (rho/rho_previous)*(alpha/omega)
-            p = on.add(r, -omega*beta, v, beta, p)
+            beta = (rho / rho_previous) * (alpha / omega)
+            p = on.add(r, -omega * beta, v, beta, p)
         v = on.precondition(on.operator(p))
         against_shadow = on.dot(v, shadow)
         if float(against_shadow) == 0:
             return state
-        alpha = rho/against_shadow
+        alpha = rho / against_shadow
         s = on.add(r, -alpha, v)
         t = on.precondition(on.operator(s))
         squared = on.dot(t, t)
         if float(squared) == 0:
             # There is nothing left to do, or nothing that can be done.
             return (on.add(x, alpha, p), s, *state[2:]) if float(on.dot(s, s)) == 0 else state
-        omega = on.dot(s, t)/squared
+        omega = on.dot(s, t) / squared
         return on.add(x, alpha, p, omega, s), on.add(s, -omega, t), shadow, p, v, rho, alpha, omega
 
 
@@ -266,7 +287,7 @@ class GMRES:
 
     def steps(self, iterations):
         cycles, rest = divmod(iterations, self.restart)
-        return [self.restart]*cycles + [rest]*(rest > 0)
+        return [self.restart] * cycles + [rest] * (rest > 0)
 
     def initial(self, on, b, guess):
         return guess, b
@@ -329,7 +350,9 @@ class FGMRES(GMRES):
 def _restart(found: KSPAsSet) -> int:
     """How many iterations of (F)GMRES there are between restarts."""
     if "classical" not in found.text or "no iterative refinement" not in found.text:
-        raise ValueError(f"{found.ksp.getType()} is unrolled with PETSc's default "
-                         "orthogonalisation only: set ksp_orthogonalization cgs, without "
-                         "refinement")
+        raise ValueError(
+            f"{found.ksp.getType()} is unrolled with PETSc's default "
+            "orthogonalisation only: set ksp_orthogonalization cgs, without "
+            "refinement"
+        )
     return int(re.search(r"restart=(\d+)", found.text)[1])

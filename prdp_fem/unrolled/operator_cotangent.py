@@ -1,4 +1,5 @@
 """The cotangent of a sparse matrix, on the matrix's own nonzero pattern."""
+
 from __future__ import annotations
 
 from functools import cached_property
@@ -44,9 +45,11 @@ class SparsityPattern:
 
     def __init__(self, matrix: PETSc.Mat):
         if not is_assembled(matrix):
-            raise ValueError("the derivative with respect to an operator of type "
-                             f"{matrix.getType()} has no nonzero pattern to be kept on: assemble "
-                             "it as aij (mat_type)")
+            raise ValueError(
+                "the derivative with respect to an operator of type "
+                f"{matrix.getType()} has no nonzero pattern to be kept on: assemble "
+                "it as aij (mat_type)"
+            )
         self.indptr, columns, _ = matrix.getValuesCSR()
         self.columns = columns.astype(np.intp)
         self.rows = np.repeat(np.arange(len(self.indptr) - 1), np.diff(self.indptr))
@@ -66,8 +69,11 @@ class SparsityPattern:
         """
         ghosts = np.unique(self.columns[~self.owned_columns])
         size = self.last_column - self.first_column
-        positions = np.where(self.owned_columns, self.columns - self.first_column,
-                             size + np.searchsorted(ghosts, self.columns))
+        positions = np.where(
+            self.owned_columns,
+            self.columns - self.first_column,
+            size + np.searchsorted(ghosts, self.columns),
+        )
         values = PETSc.Vec().createSeq(len(ghosts), comm=PETSc.COMM_SELF)
         of_columns = self._matrix.createVecRight()
         source = PETSc.IS().createGeneral(ghosts.astype(PETSc.IntType), comm=PETSc.COMM_SELF)
@@ -79,8 +85,9 @@ class SparsityPattern:
         if vector.comm.size == 1:
             return np.take(vector.array_r, self.columns, out=out, mode="clip")
         scatter, ghosts, positions, values = self._ghosts
-        scatter.scatter(vector, ghosts, addv=PETSc.InsertMode.INSERT_VALUES,
-                        mode=PETSc.ScatterMode.FORWARD)
+        scatter.scatter(
+            vector, ghosts, addv=PETSc.InsertMode.INSERT_VALUES, mode=PETSc.ScatterMode.FORWARD
+        )
         size = vector.getLocalSize()
         values[:size] = vector.array_r
         values[size:] = ghosts.array_r
@@ -120,7 +127,7 @@ class OperatorCotangent:
 
     def add_product(self, left: PETSc.Vec, right: PETSc.Vec, weight: float = 1.0) -> None:
         """Add weight · left rightᵀ, where the pattern has entries; collective."""
-        products = self.pattern.at_rows(weight*left.array_r, self._left)
+        products = self.pattern.at_rows(weight * left.array_r, self._left)
         products *= self.pattern.at_columns(right, self._right)
         self.values += products
 

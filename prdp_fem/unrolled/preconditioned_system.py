@@ -1,4 +1,5 @@
 """The operator and the preconditioner of a KSP, with their transposes."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

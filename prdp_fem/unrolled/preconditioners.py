@@ -4,6 +4,7 @@ Jacobi's, point-block Jacobi's and a forward or backward sweep are the inverses 
 the matrix, each with a weight: B = (W ∘ P)⁻¹. Then Ḃ r = -B (W ∘ Ṗ) z where z = B r, and the
 cotangent of P is -W ∘ (Bᵀ z̄) zᵀ. A symmetric sweep is made of two such.
 """
+
 from __future__ import annotations
 
 import re
@@ -95,19 +96,21 @@ class Preconditioner:
             self._is_transposable = self._try_transpose()
         if not self._is_transposable:
             known = [f"{entry.name} {entry.note}".rstrip() for entry in _differentiated()]
-            raise ValueError("the derivative of unrolled iterations needs the transpose of the "
-                             f"preconditioner, and pc_type {self.kind}, as it is set, has none: "
-                             f"use {listed([*known, *_TRANSPOSABLE])}, or implicit differentiation")
+            raise ValueError(
+                "the derivative of unrolled iterations needs the transpose of the "
+                f"preconditioner, and pc_type {self.kind}, as it is set, has none: "
+                f"use {listed([*known, *_TRANSPOSABLE])}, or implicit differentiation"
+            )
 
     def _try_transpose(self) -> bool:
         """Whether PETSc has the transpose, which only trying tells."""
         (x, Bx), (y, By) = self.matrix.createVecs(), self.matrix.createVecs()
         _fill(x)
-        y.setArray(np.cos(2 + 0.7*np.arange(*y.getOwnershipRange())))
+        y.setArray(np.cos(2 + 0.7 * np.arange(*y.getOwnershipRange())))
         try:
             self.pc.apply(x, Bx)
             self.pc.applyTranspose(y, By)
-            return abs(Bx.dot(y) - By.dot(x)) <= _AGREEMENT*Bx.norm()*y.norm()
+            return abs(Bx.dot(y) - By.dot(x)) <= _AGREEMENT * Bx.norm() * y.norm()
         except PETSc.Error:
             for vector in (x, Bx, y, By):
                 # Some preconditioners destroy, at their reset, what they had when an error left
@@ -119,8 +122,15 @@ class Preconditioner:
             self.pc.setUp()
             return False
 
-    def add_cotangent(self, cotangent: OperatorCotangent, factor: float, z_cotangent: PETSc.Vec,
-                      r_cotangent: PETSc.Vec, r: PETSc.Vec, z: PETSc.Vec) -> None:
+    def add_cotangent(
+        self,
+        cotangent: OperatorCotangent,
+        factor: float,
+        z_cotangent: PETSc.Vec,
+        r_cotangent: PETSc.Vec,
+        r: PETSc.Vec,
+        z: PETSc.Vec,
+    ) -> None:
         """Add what z = B r gives to the cotangent of the matrix.
 
         Parameters
@@ -143,8 +153,10 @@ class Preconditioner:
         """Refuse, on all ranks, a matrix with another number of entries than that of B."""
         differs = len(local_values(tangent)) != len(local_values(self.matrix))
         if self.pc.comm.tompi4py().allreduce(differs, op=MPI.LOR):
-            raise ValueError("the tangent of the matrix that a preconditioner is made from must "
-                             "have the nonzero pattern of that matrix")
+            raise ValueError(
+                "the tangent of the matrix that a preconditioner is made from must "
+                "have the nonzero pattern of that matrix"
+            )
 
     def warn_once(self) -> None:
         """Say that the preconditioner is taken for constant."""
@@ -156,7 +168,8 @@ class Preconditioner:
             firedrake.logging.warning(
                 "unrolled differentiation takes the preconditioner for a constant: how pc_type "
                 f"{self.kind} (as it is set) depends on the operator is not differentiated; that "
-                f"of {', '.join(others)} and {last} is")
+                f"of {', '.join(others)} and {last} is"
+            )
 
 
 _Derivative = Callable[[PETSc.Vec, PETSc.Vec, PETSc.Vec], None]
@@ -200,23 +213,25 @@ class _Entries:
         self.columns = pattern.columns[self.where] - pattern.first_column
         self.weights = weights[self.where]
         self.size = len(pattern.indptr) - 1
-        self._is_diagonal = (np.array_equal(self.rows, np.arange(self.size))
-                             and np.array_equal(self.columns, self.rows))
+        self._is_diagonal = np.array_equal(self.rows, np.arange(self.size)) and np.array_equal(
+            self.columns, self.rows
+        )
 
     def of(self, matrix: PETSc.Mat) -> np.ndarray:
         """W ∘ M, shape (m,), for a matrix with the same pattern."""
-        return self.weights*local_values(matrix)[self.where]
+        return self.weights * local_values(matrix)[self.where]
 
     def product(self, values: np.ndarray, x: np.ndarray) -> np.ndarray:
         """The matrix of these values, as ``of`` gives them, times a vector."""
-        return np.bincount(self.rows, weights=values*x[self.columns], minlength=self.size)
+        return np.bincount(self.rows, weights=values * x[self.columns], minlength=self.size)
 
-    def add_product(self, cotangent: OperatorCotangent, factor: float, left: np.ndarray,
-                    right: np.ndarray) -> None:
+    def add_product(
+        self, cotangent: OperatorCotangent, factor: float, left: np.ndarray, right: np.ndarray
+    ) -> None:
         """Add factor · W ∘ (left rightᵀ)."""
         if not self._is_diagonal:
             left, right = left[self.rows], right[self.columns]
-        cotangent.add_to_entries(self.where, (factor*self.weights)*left*right)
+        cotangent.add_to_entries(self.where, (factor * self.weights) * left * right)
 
 
 @restated_preconditioners("pbjacobi")
@@ -244,15 +259,15 @@ class DiagonalBlocks(Preconditioner):
             # (W ∘ P) B r = r
             z.setArray(self._entries.product(self._entries.of(self.matrix), z.array_r))
             z.axpy(-1.0, r)
-            self._agrees = bool(z.norm() <= _AGREEMENT*r.norm())
+            self._agrees = bool(z.norm() <= _AGREEMENT * r.norm())
             self._state = state
         return self._agrees
 
     def _find_entries(self) -> None:
         pattern = SparsityPattern(self.matrix)
         size = self._block_size()
-        column_blocks = (pattern.columns - pattern.first_column)//size
-        chosen = pattern.owned_columns & (pattern.rows//size == column_blocks)
+        column_blocks = (pattern.columns - pattern.first_column) // size
+        chosen = pattern.owned_columns & (pattern.rows // size == column_blocks)
         self._entries = _Entries(pattern, chosen, np.ones(len(pattern.rows)))
         self._work = self.matrix.createVecRight()
         self._probe = self.matrix.createVecRight()
@@ -275,6 +290,7 @@ class DiagonalBlocks(Preconditioner):
             self._work.setArray(self._entries.product(values, z.array_r))
             self.pc.apply(self._work, out)
             out.scale(-1.0)
+
         return apply
 
 
@@ -309,7 +325,8 @@ class _Sweep:
         self._indices = entries.columns.astype(PETSc.IntType)
         ones = np.ones(len(self._indices))
         self._matrix = PETSc.Mat().createAIJ(
-            (size, size), csr=(self._indptr, self._indices, ones), comm=PETSc.COMM_SELF)
+            (size, size), csr=(self._indptr, self._indices, ones), comm=PETSc.COMM_SELF
+        )
         # A factorisation of a triangle in its natural order has no more entries than it.
         self._pc = PETSc.PC().create(comm=PETSc.COMM_SELF)
         self._pc.setType("lu")
@@ -353,8 +370,9 @@ class Relaxation(Preconditioner):
     forward, backward : bool
     """
 
-    def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat, omega: float, forward: bool,
-                 backward: bool):
+    def __init__(
+        self, pc: PETSc.PC, matrix: PETSc.Mat, omega: float, forward: bool, backward: bool
+    ):
         super().__init__(pc, matrix)
         pattern = SparsityPattern(matrix)
         owned = pattern.owned_columns
@@ -365,14 +383,14 @@ class Relaxation(Preconditioner):
         node_of_row = node[pattern.rows]
         node_of_column = np.where(owned, node[np.where(owned, columns, 0)], -1)
         diagonal = owned & (node_of_row == node_of_column)
-        weights = np.where(diagonal, 1/omega, 1.0)
+        weights = np.where(diagonal, 1 / omega, 1.0)
         triangles = []
         if forward:
             triangles.append(owned & (node_of_column <= node_of_row))
         if backward:
             triangles.append(owned & (node_of_column >= node_of_row))
         self._sweeps = [_Sweep(_Entries(pattern, triangle, weights)) for triangle in triangles]
-        self._middle = _Entries(pattern, diagonal, np.full(len(columns), (2 - omega)/omega))
+        self._middle = _Entries(pattern, diagonal, np.full(len(columns), (2 - omega) / omega))
         self._state: int | None = None
         self._probe = matrix.createVecRight()
         self._work = matrix.createVecRight()
@@ -383,7 +401,8 @@ class Relaxation(Preconditioner):
         if not is_assembled(found.matrix):
             return None
         direction, sweeps, local_sweeps = re.search(
-            r"type = (\w+), iterations = (\d+), local iterations = (\d+)", found.text).groups()
+            r"type = (\w+), iterations = (\d+), local iterations = (\d+)", found.text
+        ).groups()
         direction = direction.removeprefix("local_")
         if direction not in ("forward", "backward", "symmetric"):
             return None
@@ -404,11 +423,13 @@ class Relaxation(Preconditioner):
         self.pc.apply(r, z)
         size = z.norm()
         z.setArray(z.array_r - self._apply(r.array_r)[-1])
-        if not z.norm() <= _AGREEMENT*size:
-            raise ValueError("the sor preconditioner is not what its settings say: unrolled "
-                             "differentiation knows one sweep, forwards, backwards or symmetric, "
-                             "with any pc_sor_omega and no pc_sor_diagonal_shift, set up for the "
-                             "present values of the operator")
+        if not z.norm() <= _AGREEMENT * size:
+            raise ValueError(
+                "the sor preconditioner is not what its settings say: unrolled "
+                "differentiation knows one sweep, forwards, backwards or symmetric, "
+                "with any pc_sor_omega and no pc_sor_diagonal_shift, set up for the "
+                "present values of the operator"
+            )
         self._state = state
 
     def require_transpose(self):
@@ -423,7 +444,7 @@ class Relaxation(Preconditioner):
         return results
 
     def _transposed_middle(self, x: np.ndarray) -> np.ndarray:
-        weights = self._middle_values*x[self._middle.rows]
+        weights = self._middle_values * x[self._middle.rows]
         return np.bincount(self._middle.columns, weights=weights, minlength=self._middle.size)
 
     def apply_transposed(self, x, y):
@@ -459,36 +480,44 @@ class Relaxation(Preconditioner):
             last = self._sweeps[1]
             half = first.solve(r.array_r)
             change = -first.solve(first.entries.product(changes[0], half))
-            change = (self._middle.product(middle, half)
-                      + self._middle.product(self._middle_values, change))
+            change = self._middle.product(middle, half) + self._middle.product(
+                self._middle_values, change
+            )
             out.setArray(last.solve(change - last.entries.product(changes[1], z.array_r)))
+
         return apply
 
 
 def _fill(vector: PETSc.Vec) -> None:
     """Values without a pattern, the same at every call."""
-    vector.setArray(np.sin(1 + 1.3*np.arange(*vector.getOwnershipRange())))
+    vector.setArray(np.sin(1 + 1.3 * np.arange(*vector.getOwnershipRange())))
 
 
 def _nodes(pattern: SparsityPattern, columns: np.ndarray) -> np.ndarray:
     """The group of like rows that each row is in, shape (rows,), as PETSc groups them."""
     size = len(pattern.indptr) - 1
-    patterns = [columns[start:stop][pattern.owned_columns[start:stop]]
-                for start, stop in zip(pattern.indptr[:-1], pattern.indptr[1:])]
+    patterns = [
+        columns[start:stop][pattern.owned_columns[start:stop]]
+        for start, stop in zip(pattern.indptr[:-1], pattern.indptr[1:])
+    ]
     node = np.zeros(size, dtype=np.intp)
     count = row = 0
     while row < size:
         stop = row + 1
-        while (stop < size and stop - row < _LARGEST_NODE
-               and np.array_equal(patterns[stop], patterns[row])):
+        while (
+            stop < size
+            and stop - row < _LARGEST_NODE
+            and np.array_equal(patterns[stop], patterns[row])
+        ):
             stop += 1
         node[row:stop] = count
         count, row = count + 1, stop
-    return node if count <= _FEW_NODES*size else np.arange(size)
+    return node if count <= _FEW_NODES * size else np.arange(size)
 
 
-def preconditioner_of(pc: PETSc.PC, matrix: PETSc.Mat,
-                      options: Mapping | None = None) -> Preconditioner:
+def preconditioner_of(
+    pc: PETSc.PC, matrix: PETSc.Mat, options: Mapping | None = None
+) -> Preconditioner:
     """What is known of a preconditioner.
 
     Parameters

@@ -15,6 +15,7 @@ module::
 The classes are described in :mod:`prdp_fem.unrolled.methods`, and by
 :class:`~prdp_fem.unrolled.preconditioners.Preconditioner`.
 """
+
 from __future__ import annotations
 
 import pkgutil
@@ -26,8 +27,14 @@ from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.view import described, setting, settings
 
-__all__ = ["Entry", "KSPAsSet", "PCAsSet", "Registry", "restated_preconditioners",
-           "unrolled_methods"]
+__all__ = [
+    "Entry",
+    "KSPAsSet",
+    "PCAsSet",
+    "Registry",
+    "restated_preconditioners",
+    "unrolled_methods",
+]
 
 _PYTHON = "python"
 
@@ -84,8 +91,10 @@ class Registry:
             Where there is one already.
         """
         if kind in self._entries:
-            raise ValueError(f"{self.option} {self._entries[kind].name} is stated again already, "
-                             f"by {self._entries[kind].restated.__qualname__}")
+            raise ValueError(
+                f"{self.option} {self._entries[kind].name} is stated again already, "
+                f"by {self._entries[kind].restated.__qualname__}"
+            )
         if isinstance(kind, type):
             shown = f"{_PYTHON} with {name or f'{kind.__module__}.{kind.__qualname__}'}"
         else:
@@ -94,12 +103,17 @@ class Registry:
         def register(restated: type) -> type:
             self._entries[kind] = Entry(shown, restated, note)
             return restated
+
         return register
 
     def __iter__(self) -> Iterator[Entry]:
         """All there is: PETSc's types by their names, and then classes."""
-        return iter(sorted(self._entries.values(),
-                           key=lambda entry: (entry.name.startswith(_PYTHON), entry.name)))
+        return iter(
+            sorted(
+                self._entries.values(),
+                key=lambda entry: (entry.name.startswith(_PYTHON), entry.name),
+            )
+        )
 
     def find(self, thing: PETSc.KSP | PETSc.PC) -> Entry | None:
         """What states an object of PETSc's again; None where nothing does."""

@@ -1,4 +1,5 @@
 """Steepest descent as a PETSc KSP."""
+
 from __future__ import annotations
 
 import math
@@ -69,5 +70,5 @@ class SteepestDescent:
             if reason:
                 ksp.setConvergedReason(reason)
                 return
-            x.axpy(slope/curvature, z)
-            r.axpy(-slope/curvature, w)
+            x.axpy(slope / curvature, z)
+            r.axpy(-slope / curvature, w)

@@ -1,4 +1,5 @@
 """The tangent-linear arithmetic of methods."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -49,13 +50,14 @@ class _TangentScalar:
 
     def __mul__(self, other):
         other = _lifted(other)
-        return _TangentScalar(self.value*other.value,
-                              self.tangent*other.value + self.value*other.tangent)
+        return _TangentScalar(
+            self.value * other.value, self.tangent * other.value + self.value * other.tangent
+        )
 
     def __truediv__(self, other):
         other = _lifted(other)
-        quotient = self.value/other.value
-        return _TangentScalar(quotient, (self.tangent - quotient*other.tangent)/other.value)
+        quotient = self.value / other.value
+        return _TangentScalar(quotient, (self.tangent - quotient * other.tangent) / other.value)
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -63,7 +65,7 @@ class _TangentScalar:
         return _lifted(other) - self
 
     def __rtruediv__(self, other):
-        return _lifted(other)/self
+        return _lifted(other) / self
 
 
 def _lifted(number) -> _TangentScalar:
@@ -81,8 +83,13 @@ class Tangents:
         Of A, and of the matrix that the preconditioner is made from.
     """
 
-    def __init__(self, system: PreconditionedSystem, pool: VectorPool,
-                 operator_tangent: PETSc.Mat | None, preconditioner_tangent: PETSc.Mat | None):
+    def __init__(
+        self,
+        system: PreconditionedSystem,
+        pool: VectorPool,
+        operator_tangent: PETSc.Mat | None,
+        preconditioner_tangent: PETSc.Mat | None,
+    ):
         self._on = Values(system, pool)
         self.system = system
         self.pool = pool
@@ -132,8 +139,9 @@ class Tangents:
     def add(self, x, *terms):
         scalars, vectors = [_lifted(a) for a in terms[::2]], terms[1::2]
         values = [y.value for y in vectors]
-        value = self._on.add(None if x is None else x.value,
-                             *_alternate([a.value for a in scalars], values))
+        value = self._on.add(
+            None if x is None else x.value, *_alternate([a.value for a in scalars], values)
+        )
         moving = [(a.value, y.tangent) for a, y in zip(scalars, vectors) if y.tangent is not None]
         coefficients = [a.tangent for a in scalars] + [a for a, _ in moving]
         parts = values + [tangent for _, tangent in moving]
@@ -147,14 +155,18 @@ class Tangents:
         weights = np.concatenate([coefficients.tangent, [c for c, _ in parts]])
         start = None if x is None else x.tangent
         return _TangentVector(
-            value, self._on.combine(start, weights, *values, *[v for _, v in parts]))
+            value, self._on.combine(start, weights, *values, *[v for _, v in parts])
+        )
 
     def orthonormalised(self, x, basis):
         value, (products, norm, _) = self._on.orthonormalised(x.value, [v.value for v in basis])
         tangent = None
         if norm != 0:
-            parts = [(c/norm, v.tangent) for c, v in zip([1.0, *-products], [x, *basis])
-                     if v.tangent is not None]
+            parts = [
+                (c / norm, v.tangent)
+                for c, v in zip([1.0, *-products], [x, *basis])
+                if v.tangent is not None
+            ]
             if parts:
                 tangent = self._on.combine(None, [c for c, _ in parts], *[v for _, v in parts])
                 tangent = self._on.without(tangent, [*(v.value for v in basis), value])
@@ -168,8 +180,9 @@ class Tangents:
             return _TangentScalar(y, np.zeros(len(y)))  # nothing has a tangent
         # From differentiating Wᵀ(r - W y) = 0, where W = V H.
         change = self._on.combine(r.derivative, -y, *changes)
-        right = (self._on.dots(changes, self._on.combine(None, residual, *values))
-                 + H.T@self._on.dots(values, change))
+        right = self._on.dots(
+            changes, self._on.combine(None, residual, *values)
+        ) + H.T @ self._on.dots(values, change)
         return _TangentScalar(y, solve_normal_equations(H, right))
 
 

@@ -1,4 +1,5 @@
 """The arithmetic of methods that is recorded, to be played backwards."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -41,7 +42,7 @@ class Cotangent:
         if factor != 0:
             terms = self._terms
             terms += (factor, vector)
-            if len(terms) >= 2*_WAITING:
+            if len(terms) >= 2 * _WAITING:
                 self._add_up(pool)
 
     def add_owned(self, factor: float, vector: Vector, pool: VectorPool) -> None:
@@ -72,14 +73,14 @@ class Cotangent:
             if abs(coefficients[0]) < abs(coefficients[1]):
                 coefficients[:2], vectors[:2] = coefficients[1::-1], vectors[1::-1]
             self._factor = coefficients[0]
-            self._sum.vec.waxpy(coefficients[1]/self._factor, vectors[1].vec, vectors[0].vec)
+            self._sum.vec.waxpy(coefficients[1] / self._factor, vectors[1].vec, vectors[0].vec)
             coefficients, vectors = coefficients[2:], vectors[2:]
         if not _SMALL < abs(self._factor) < _LARGE:
             self._sum.vec.scale(self._factor)
             self._factor = 1.0
         if vectors:
             factor = self._factor
-            add_to(self._sum.vec, [c/factor for c in coefficients], vectors)
+            add_to(self._sum.vec, [c / factor for c in coefficients], vectors)
 
 
 class TracedVector:
@@ -100,8 +101,9 @@ class TracedVector:
 
     __slots__ = ("cotangent", "recipe", "source", "value")
 
-    def __init__(self, value: Vector | None, recipe: tuple | None = None,
-                 source: TracedVector | None = None):
+    def __init__(
+        self, value: Vector | None, recipe: tuple | None = None, source: TracedVector | None = None
+    ):
         self.value = value
         self.recipe = recipe
         self.source = source
@@ -143,14 +145,18 @@ class TracedScalar:
 
     def __mul__(self, other):
         if isinstance(other, TracedScalar):
-            return self._record(self.value*other.value, ((self, other.value), (other, self.value)))
-        return self._record(self.value*other, ((self, other),))
+            return self._record(
+                self.value * other.value, ((self, other.value), (other, self.value))
+            )
+        return self._record(self.value * other, ((self, other),))
 
     def __truediv__(self, other):
         if isinstance(other, TracedScalar):
-            quotient = self.value/other.value
-            return self._record(quotient, ((self, 1/other.value), (other, -quotient/other.value)))
-        return self._record(self.value/other, ((self, 1/other),))
+            quotient = self.value / other.value
+            return self._record(
+                quotient, ((self, 1 / other.value), (other, -quotient / other.value))
+            )
+        return self._record(self.value / other, ((self, 1 / other),))
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -158,8 +164,8 @@ class TracedScalar:
         return self._record(other - self.value, ((self, -1.0),))
 
     def __rtruediv__(self, other):
-        quotient = other/self.value
-        return self._record(quotient, ((self, -quotient/self.value),))
+        quotient = other / self.value
+        return self._record(quotient, ((self, -quotient / self.value),))
 
     def _record(self, value, partials: tuple) -> TracedScalar:
         result = TracedScalar(value, self._nodes)
@@ -169,7 +175,7 @@ class TracedScalar:
 
 def _pull_scalar(result: TracedScalar, partials: tuple) -> None:
     for argument, derivative in partials:
-        argument.cotangent = argument.cotangent + result.cotangent*derivative
+        argument.cotangent = argument.cotangent + result.cotangent * derivative
 
 
 class Trace:
@@ -187,9 +193,14 @@ class Trace:
         It is for methods that never read them, without cotangents of the matrices.
     """
 
-    def __init__(self, system: PreconditionedSystem, pool: VectorPool,
-                 operator_cotangent: OperatorCotangent | None,
-                 preconditioner_cotangent: OperatorCotangent | None, puts_off: bool = False):
+    def __init__(
+        self,
+        system: PreconditionedSystem,
+        pool: VectorPool,
+        operator_cotangent: OperatorCotangent | None,
+        preconditioner_cotangent: OperatorCotangent | None,
+        puts_off: bool = False,
+    ):
         self._on = Values(system, pool)
         self._puts_off = puts_off
         self.system = system
@@ -250,8 +261,9 @@ class Trace:
         self._nodes.append(partial(self._pull_precondition, z.cotangent, r.cotangent, *kept))
         return z
 
-    def _pull_precondition(self, of_z: Cotangent, of_r: Cotangent, r: Vector | None,
-                           z: Vector | None) -> None:
+    def _pull_precondition(
+        self, of_z: Cotangent, of_r: Cotangent, r: Vector | None, z: Vector | None
+    ) -> None:
         factor, bar = of_z.total(self.pool)
         if bar is None:
             return
@@ -264,7 +276,8 @@ class Trace:
         self.system.preconditioner.apply_transposed(bar.vec, product.vec)
         if self._preconditioner_cotangent is not None:
             self.system.preconditioner.add_cotangent(
-                self._preconditioner_cotangent, factor, bar.vec, product.vec, r.vec, z.vec)
+                self._preconditioner_cotangent, factor, bar.vec, product.vec, r.vec, z.vec
+            )
         of_r.add_owned(factor, product, self.pool)
 
     def dot(self, x: TracedVector, y: TracedVector) -> TracedScalar:
@@ -282,10 +295,11 @@ class Trace:
         return s
 
     def _pull_square(self, s: TracedScalar, of_x: Cotangent, y: Vector) -> None:
-        of_x.add(2*s.cotangent, y, self.pool)
+        of_x.add(2 * s.cotangent, y, self.pool)
 
-    def _pull_dot(self, s: TracedScalar, of_x: Cotangent, of_y: Cotangent, x: Vector,
-                  y: Vector) -> None:
+    def _pull_dot(
+        self, s: TracedScalar, of_x: Cotangent, of_y: Cotangent, x: Vector, y: Vector
+    ) -> None:
         of_x.add(s.cotangent, y, self.pool)
         of_y.add(s.cotangent, x, self.pool)
 
@@ -312,75 +326,108 @@ class Trace:
             return
         for a, y, of_y in of_terms:
             if y is not None:
-                a.cotangent = a.cotangent + factor*bar.vec.dot(y.vec)
+                a.cotangent = a.cotangent + factor * bar.vec.dot(y.vec)
                 a = a.value
-            of_y.add(factor*a, bar, self.pool)
+            of_y.add(factor * a, bar, self.pool)
         if of_x is not None:
             of_x.add(factor, bar, self.pool)
 
-    def combine(self, x: TracedVector | None, coefficients: TracedScalar,
-                *basis: TracedVector) -> TracedVector:
+    def combine(
+        self, x: TracedVector | None, coefficients: TracedScalar, *basis: TracedVector
+    ) -> TracedVector:
         """x + V c, for the vectors in V."""
         total = TracedVector(None, (self._on.combine, (x, coefficients.value, *basis)))
         of_x = None if x is None else x.cotangent
         of_basis = [v.cotangent for v in basis]
         values = [_read(v) for v in basis]
-        self._nodes.append(partial(self._pull_combine, total.cotangent, of_x, coefficients,
-                                   of_basis, values))
+        self._nodes.append(
+            partial(self._pull_combine, total.cotangent, of_x, coefficients, of_basis, values)
+        )
         return total
 
-    def _pull_combine(self, of_total: Cotangent, of_x: Cotangent | None,
-                      coefficients: TracedScalar, of_basis: list[Cotangent],
-                      basis: list[Vector]) -> None:
+    def _pull_combine(
+        self,
+        of_total: Cotangent,
+        of_x: Cotangent | None,
+        coefficients: TracedScalar,
+        of_basis: list[Cotangent],
+        basis: list[Vector],
+    ) -> None:
         factor, bar = of_total.total(self.pool)
         if bar is None:
             return
-        coefficients.cotangent = coefficients.cotangent + factor*self._on.dots(basis, bar)
+        coefficients.cotangent = coefficients.cotangent + factor * self._on.dots(basis, bar)
         for c, of_v in zip(coefficients.value.tolist(), of_basis):
-            of_v.add(factor*c, bar, self.pool)
+            of_v.add(factor * c, bar, self.pool)
         if of_x is not None:
             of_x.add(factor, bar, self.pool)
 
-    def orthonormalised(self, x: TracedVector,
-                        basis: list[TracedVector]) -> tuple[TracedVector, Column]:
+    def orthonormalised(
+        self, x: TracedVector, basis: list[TracedVector]
+    ) -> tuple[TracedVector, Column]:
         """The next vector of a basis; see :meth:`Values.orthonormalised`."""
         vectors = [_read(u) for u in basis]
         value, (products, norm, _) = self._on.orthonormalised(_read(x), vectors)
         v = TracedVector(value)
         of_basis = [u.cotangent for u in basis]
-        self._nodes.append(partial(self._pull_orthonormalised, v.cotangent, x.cotangent, of_basis,
-                                   products, norm, [*vectors, value]))
+        self._nodes.append(
+            partial(
+                self._pull_orthonormalised,
+                v.cotangent,
+                x.cotangent,
+                of_basis,
+                products,
+                norm,
+                [*vectors, value],
+            )
+        )
         return v, Column(products, norm, x.cotangent)
 
-    def _pull_orthonormalised(self, of_v: Cotangent, of_x: Cotangent, of_basis: list[Cotangent],
-                              products: np.ndarray, norm: float, basis: list[Vector]) -> None:
+    def _pull_orthonormalised(
+        self,
+        of_v: Cotangent,
+        of_x: Cotangent,
+        of_basis: list[Cotangent],
+        products: np.ndarray,
+        norm: float,
+        basis: list[Vector],
+    ) -> None:
         factor, bar = of_v.total(self.pool)
         if bar is None:
             return
         bar = self._on.without(bar, basis)
         for h, of_u in zip(products.tolist(), of_basis):
-            of_u.add(-factor*h/norm, bar, self.pool)
-        of_x.add(factor/norm, bar, self.pool)
+            of_u.add(-factor * h / norm, bar, self.pool)
+        of_x.add(factor / norm, bar, self.pool)
 
-    def minimiser(self, r: Column, columns: list[Column],
-                  basis: list[TracedVector]) -> TracedScalar:
+    def minimiser(
+        self, r: Column, columns: list[Column], basis: list[TracedVector]
+    ) -> TracedScalar:
         """The solution of the least-squares problem of GMRES; see :meth:`Values.minimiser`."""
         H = hessenberg(columns)
         y, residual = least_squares(r.norm, H)
         traced = TracedScalar(y, self._nodes)
         of_products = [column.derivative for column in columns]
         values = [_read(v) for v in basis]
-        self._nodes.append(partial(self._pull_minimiser, traced, r.derivative, of_products, H,
-                                   residual, values))
+        self._nodes.append(
+            partial(self._pull_minimiser, traced, r.derivative, of_products, H, residual, values)
+        )
         return traced
 
-    def _pull_minimiser(self, y: TracedScalar, of_r: Cotangent, of_products: list[Cotangent],
-                        H: np.ndarray, residual: np.ndarray, basis: list[Vector]) -> None:
+    def _pull_minimiser(
+        self,
+        y: TracedScalar,
+        of_r: Cotangent,
+        of_products: list[Cotangent],
+        H: np.ndarray,
+        residual: np.ndarray,
+        basis: list[Vector],
+    ) -> None:
         # With W = V H and ȳ given, s = (WᵀW)⁻¹ȳ: to the cotangent of r is added W s, and to that of
         # W (r - W y) sᵀ - W s yᵀ.
         s = solve_normal_equations(H, np.broadcast_to(y.cotangent, y.value.shape))
         rest = self._on.combine(None, residual, *basis)
-        image = self._on.combine(None, H@s, *basis)
+        image = self._on.combine(None, H @ s, *basis)
         of_r.add(1.0, image, self.pool)
         for of_w, a, b in zip(of_products, s.tolist(), y.value.tolist()):
             of_w.add(a, rest, self.pool)

@@ -1,4 +1,5 @@
 """The derivative of the K-th iterate of a KSP."""
+
 from __future__ import annotations
 
 import math
@@ -61,8 +62,14 @@ class UnrolledKSP:
     What is not finite, or breaks down, is a :class:`firedrake.exceptions.ConvergenceError`.
     """
 
-    def __init__(self, ksp: PETSc.KSP, *, checkpoints: int | None = None,
-                 options: Mapping | None = None, name: str | None = None):
+    def __init__(
+        self,
+        ksp: PETSc.KSP,
+        *,
+        checkpoints: int | None = None,
+        options: Mapping | None = None,
+        name: str | None = None,
+    ):
         if checkpoints is not None and checkpoints < 1:
             raise ValueError(f"checkpoints={checkpoints}: expected None or at least 1")
         self.ksp = ksp
@@ -132,8 +139,9 @@ class UnrolledKSP:
             return iterations - 1
         return iterations
 
-    def iterate(self, b: PETSc.Vec, guess: PETSc.Vec | None, iterations: int,
-                out: PETSc.Vec) -> None:
+    def iterate(
+        self, b: PETSc.Vec, guess: PETSc.Vec | None, iterations: int, out: PETSc.Vec
+    ) -> None:
         """The K-th iterate.
 
         Parameters
@@ -159,10 +167,18 @@ class UnrolledKSP:
             solution.vec.copy(out)
         self._require_finite(iterations, "iterate", out)
 
-    def tangent(self, b: PETSc.Vec, guess: PETSc.Vec | None, iterations: int, out: PETSc.Vec, *,
-                b_tangent: PETSc.Vec | None = None, guess_tangent: PETSc.Vec | None = None,
-                operator_tangent: PETSc.Mat | None = None,
-                preconditioner_tangent: PETSc.Mat | None = None) -> None:
+    def tangent(
+        self,
+        b: PETSc.Vec,
+        guess: PETSc.Vec | None,
+        iterations: int,
+        out: PETSc.Vec,
+        *,
+        b_tangent: PETSc.Vec | None = None,
+        guess_tangent: PETSc.Vec | None = None,
+        operator_tangent: PETSc.Mat | None = None,
+        preconditioner_tangent: PETSc.Mat | None = None,
+    ) -> None:
         """How the K-th iterate changes with its inputs: the derivative in a direction.
 
         Parameters
@@ -187,10 +203,14 @@ class UnrolledKSP:
         on = Tangents(system, self._pool, operator_tangent, preconditioner_tangent)
         start = None
         if guess is not None or guess_tangent is not None:
-            start = on.lifted(self._zero() if guess is None else Vector(guess),
-                              None if guess_tangent is None else Vector(guess_tangent))
-        right = on.lifted(self._right_hand_side(b),
-                          None if b_tangent is None else self._right_hand_side(b_tangent))
+            start = on.lifted(
+                self._zero() if guess is None else Vector(guess),
+                None if guess_tangent is None else Vector(guess_tangent),
+            )
+        right = on.lifted(
+            self._right_hand_side(b),
+            None if b_tangent is None else self._right_hand_side(b_tangent),
+        )
         state = advance(on, method, method.initial(on, right, start), method.steps(iterations))
         solution = method.solution(on, state)
         if solution is None or solution.tangent is None:
@@ -199,11 +219,19 @@ class UnrolledKSP:
             solution.tangent.vec.copy(out)
         self._require_finite(iterations, "tangent", out)
 
-    def adjoint(self, b: PETSc.Vec, guess: PETSc.Vec | None, iterations: int, cotangent: PETSc.Vec,
-                *, b_cotangent: PETSc.Vec, guess_cotangent: PETSc.Vec | None = None,
-                operator_cotangent: OperatorCotangent | None = None,
-                preconditioner_cotangent: OperatorCotangent | None = None,
-                symmetric: bool = False) -> None:
+    def adjoint(
+        self,
+        b: PETSc.Vec,
+        guess: PETSc.Vec | None,
+        iterations: int,
+        cotangent: PETSc.Vec,
+        *,
+        b_cotangent: PETSc.Vec,
+        guess_cotangent: PETSc.Vec | None = None,
+        operator_cotangent: OperatorCotangent | None = None,
+        preconditioner_cotangent: OperatorCotangent | None = None,
+        symmetric: bool = False,
+    ) -> None:
         """From the derivative of a number by the K-th iterate, those by the inputs of that.
 
         Parameters
@@ -233,8 +261,14 @@ class UnrolledKSP:
         if start is None and guess_cotangent is not None:
             start = self._zero()
         backwards = Backwards(self._method, system, self._pool, self.checkpoints)
-        bars = backwards.cotangents(right, start, iterations, Vector(cotangent),
-                                    operator_cotangent, preconditioner_cotangent)
+        bars = backwards.cotangents(
+            right,
+            start,
+            iterations,
+            Vector(cotangent),
+            operator_cotangent,
+            preconditioner_cotangent,
+        )
         _write(bars[0], b_cotangent)
         system.project_right_hand_side(b_cotangent)
         results = [b_cotangent]
@@ -249,10 +283,16 @@ class UnrolledKSP:
             whose = "" if self._name is None else f" for '{self._name}'"
             comm = self.ksp.comm.tompi4py()
             rows = [vector.array_r[None] for vector in suspicious]
-            require_finite(comm, rows, lambda _: (
-                f"the {what} of {iterations} iterations of ksp_type {self.ksp.getType()}{whose} "
-                "holds NaN or infinity: look for them in what it is made of, or for an iteration "
-                "that diverges"))
+            require_finite(
+                comm,
+                rows,
+                lambda _: (
+                    f"the {what} of {iterations} iterations of ksp_type {self.ksp.getType()}{whose}"
+                    " holds NaN or infinity: look for them in what it is made of, or for an"
+                    " iteration that diverges"
+                ),
+            )
+
 
 def _write(bar: tuple[float, Vector | None], out: PETSc.Vec) -> None:
     factor, vector = bar
@@ -269,8 +309,10 @@ def _entry_of(ksp: PETSc.KSP) -> Entry:
     entry = unrolled_methods.find(ksp)
     if entry is None:
         known = ", ".join(entry.name for entry in unrolled_methods)
-        raise ValueError(f"ksp_type {ksp.getType()} has no unrolled derivative: use one of "
-                         f"{known}, or implicit differentiation")
+        raise ValueError(
+            f"ksp_type {ksp.getType()} has no unrolled derivative: use one of "
+            f"{known}, or implicit differentiation"
+        )
     return entry
 
 
@@ -278,18 +320,26 @@ def _method_of(entry: Entry, found: KSPAsSet):
     """The method of a KSP that is set up, as it is set."""
     ksp = found.ksp
     if ksp.getInitialGuessKnoll():
-        raise ValueError("ksp_knoll makes a guess of the right-hand side: unrolled differentiation "
-                         "needs to be given the guess")
+        raise ValueError(
+            "ksp_knoll makes a guess of the right-hand side: unrolled differentiation "
+            "needs to be given the guess"
+        )
     if "diagonally scaled" in found.text:
-        raise ValueError("ksp_diagonal_scale changes the operator for the time of a solve, which "
-                         "is not unrolled: use pc_type jacobi")
+        raise ValueError(
+            "ksp_diagonal_scale changes the operator for the time of a solve, which "
+            "is not unrolled: use pc_type jacobi"
+        )
     kind = ksp.getPC().getType()
     if pc_facts(kind).changes_system:
-        raise ValueError(f"pc_type {kind} changes the system for the time of a solve, which is not "
-                         "unrolled: use pc_type sor")
+        raise ValueError(
+            f"pc_type {kind} changes the system for the time of a solve, which is not "
+            "unrolled: use pc_type sor"
+        )
     inner = krylov_method_inside(ksp)
     if inner is not None:
-        raise ValueError(f"there is a {inner} inside the preconditioner, which is not linear then, "
-                         "and cannot be unrolled: use implicit differentiation, or "
-                         f"{listed(types_with(KSP_TYPES, 'is_linear'))} there")
+        raise ValueError(
+            f"there is a {inner} inside the preconditioner, which is not linear then, "
+            "and cannot be unrolled: use implicit differentiation, or "
+            f"{listed(types_with(KSP_TYPES, 'is_linear'))} there"
+        )
     return entry.restated.of(found)

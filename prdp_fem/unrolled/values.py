@@ -1,4 +1,5 @@
 """Vectors that go back to where they came from, and the plain arithmetic of methods."""
+
 from __future__ import annotations
 
 import sys
@@ -137,7 +138,7 @@ class Values:
             x.vec.copy(part.vec)
         norm = part.vec.norm()
         if norm >= sys.float_info.min:
-            part.vec.scale(1/norm)
+            part.vec.scale(1 / norm)
         return part, Column(products, norm)
 
     def without(self, x: Vector, basis: list[Vector]) -> Vector:
