@@ -113,7 +113,7 @@ test-device:
 	mpiexec -n 2 python demos/heat_emulator/heat_emulator.py --quick --epochs 20 --schedules prdp
 
 lint: install
-	$(ACTIVATE) && ruff check && mypy
+	$(ACTIVATE) && ruff check && ruff format --check && mypy
 
 install:
 	@./install.sh

@@ -101,7 +101,10 @@ def step(
 def measure(cells: int, iterations: int, repetitions: int) -> tuple[int, int, float]:
     """Rows, entries, and median seconds of a step on the host."""
     V = FunctionSpace(UnitCubeMesh(cells, cells, cells), "CG", 1)
-    w, v, u0, u = TrialFunction(V), TestFunction(V), Function(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u0 = Function(V)
+    u = Function(V)
     problem = LinearVariationalProblem(
         (w * v + 1e-2 * inner(grad(w), grad(v))) * dx,
         u0 * v * dx,

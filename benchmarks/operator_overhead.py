@@ -303,7 +303,9 @@ def heat(case: str, make_mesh: Callable) -> Contest:
     A, B, BT = bare.matrices()
     ksp = krylov(A, CG, rtol=FLOOR, max_it=ITERATIONS)
     u, b = A.createVecs()
-    multiplier, gradient, vectors = u.duplicate(), u.duplicate(), []
+    multiplier = u.duplicate()
+    gradient = u.duplicate()
+    vectors = []
     for sample in samples.numpy():
         vectors.append(u.duplicate())
         vectors[-1].setArray(sample)
@@ -362,7 +364,10 @@ def diffusivity(cells: int) -> Contest:
     stock, ours, bare = (DiffusivityStep(cells) for _ in range(3))
     samples = 0.5 + torch.rand(2, bare.V.dim(), dtype=torch.float64)
 
-    kappa, u, multiplier, gradient = bare.kappa, bare.u, Function(bare.V), Cofunction(bare.V.dual())
+    kappa = bare.kappa
+    u = bare.u
+    multiplier = Function(bare.V)
+    gradient = Cofunction(bare.V.dual())
     assembler = get_assembler(bare.a, bcs=bare.bcs)
     gradient_assembler = get_assembler(derivative(-action(action(bare.a, u), multiplier), kappa))
     operator = assembler.assemble()
@@ -453,7 +458,10 @@ def nonlinear(
     )
     samples = torch.from_numpy(np.stack([flow.dat.data_ro.ravel(), -flow.dat.data_ro.ravel()]))
 
-    u0, u, multiplier, gradient = bare.u0, bare.u, Function(bare.V), Cofunction(bare.V.dual())
+    u0 = bare.u0
+    u = bare.u
+    multiplier = Function(bare.V)
+    gradient = Cofunction(bare.V.dual())
     newton = firedrake.NonlinearVariationalSolver(bare.problem, solver_parameters=stock_parameters)
     assembler = get_assembler(adjoint(derivative(bare.F, u)), bcs=bare.bcs)
     gradient_assembler = get_assembler(derivative(-action(bare.F, multiplier), u0))
@@ -586,7 +594,9 @@ def measure(contest: Contest, batch: int, repetitions: int) -> dict[str, list[fl
     What is too short for the clock is done several times over. Stock does one sample after the
     other whatever the batch, so where a batch takes it long, a part of the batch tells as much.
     """
-    samples, calls, slices = {}, {}, {}
+    samples = {}
+    calls = {}
+    slices = {}
     for name, contestant in contest.contestants.items():
         affordable = max(1, int(LONGEST / elapsed(contestant, slice(0, 1))))
         samples[name] = min(batch, affordable) if name == "stock" else batch

@@ -89,7 +89,10 @@ class Training:
         self.ensemble = ensemble  # when nobody holds it any more, its communicators are gone
         mesh = UnitCubeMesh(cells, cells, cells, comm=ensemble.comm)
         V = FunctionSpace(mesh, "CG", 1)
-        w, v, u0, increment = TrialFunction(V), TestFunction(V), Function(V, name="u0"), Function(V)
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u0 = Function(V, name="u0")
+        increment = Function(V)
         a = w * v * dx(scheme="KMV", degree=1) + DIFFUSION * inner(grad(w), grad(v)) * dx
         L = -DIFFUSION * inner(grad(u0), grad(v)) * dx
         problem = LinearVariationalProblem(
@@ -170,7 +173,9 @@ class Measurement:
     """One layout, on the ranks of a communicator; None on the others."""
 
     def __init__(self, layout: Layout, training: Training, comm: MPI.Comm):
-        self.layout, self.training, self.comm = layout, training, comm
+        self.layout = layout
+        self.training = training
+        self.comm = comm
         self.stage = PETSc.Log.Stage(f"{layout.kind}, {layout.ranks}")
         self.times: list[tuple[float, ...]] = []  # of the slowest rank
         self.own: list[float] = []  # steps of this rank
@@ -221,16 +226,12 @@ class Measurement:
                 1e3 * PETSc.Log.Event(event).getPerfInfo(self.stage.id)["time"] for event in events
             ) / len(self.times)
 
-        solves, halos_of_network = (
-            milliseconds("PRDPForward", "PRDPAdjoint"),
-            milliseconds("PRDPExchange"),
-        )
+        solves = milliseconds("PRDPForward", "PRDPAdjoint")
+        halos_of_network = milliseconds("PRDPExchange")
         halos = milliseconds("VecScatterBegin", "VecScatterEnd")  # of the network, too
-        dots, gradients, agreement = (
-            milliseconds("VecTDot", "VecNorm"),
-            milliseconds("PRDPReduce"),
-            milliseconds("PRDPAgree"),
-        )
+        dots = milliseconds("VecTDot", "VecNorm")
+        gradients = milliseconds("PRDPReduce")
+        agreement = milliseconds("PRDPAgree")
         of_solver = halos - halos_of_network
         rest = statistics.fmean(self.own) - solves - halos_of_network - gradients - agreement
         return dict(

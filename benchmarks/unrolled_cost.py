@@ -69,7 +69,9 @@ def layer_of(
 ) -> SolverLayer:
     """A heat step with Jacobi's preconditioner."""
     V = FunctionSpace(UnitSquareMesh(cells, cells), "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="u")
     controls = {
         "initial temperature": Function(V, name="u0").assign(1),
         "diffusivity": Function(V, name="kappa").assign(1),
@@ -317,9 +319,13 @@ def main() -> None:
         parser.error("this measures one core: run it without mpiexec")
     if min(arguments.cells, arguments.iterations, arguments.repetitions) < 1:
         parser.error("--cells, --iterations and --repetitions must be at least 1")
-    cells, repetitions, counts = arguments.cells, arguments.repetitions, (50, 100, 200, 400)
+    cells = arguments.cells
+    repetitions = arguments.repetitions
+    counts = (50, 100, 200, 400)
     if arguments.quick:
-        cells, repetitions, counts = 16, 3, (50, 100)
+        cells = 16
+        repetitions = 3
+        counts = (50, 100)
     arguments.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(1)
     times, memory = time_rows(cells, arguments.iterations, repetitions), memory_rows(cells, counts)

@@ -41,7 +41,9 @@ __all__ = ["examine"]
 _AGREEMENT = 1e-6
 # Bytes: a cache line and the largest registers; what PETSc aligns to unasked; a number, at whose
 # multiples the rows of an array begin.
-_CACHE_LINE, _USUAL_ALIGNMENT, _NUMBER = 64, 16, 8
+_CACHE_LINE = 64
+_USUAL_ALIGNMENT = 16
+_NUMBER = 8
 _WANTED = {
     "OMP_NUM_THREADS": "PETSc and Firedrake run slower with more than 1",
     "SCOTCH_PTHREAD_NUMBER": "with more than 1, meshes are partitioned otherwise at each run",
@@ -302,10 +304,8 @@ def _solve(device: str) -> str:
             space = firedrake.FunctionSpace(mesh, "CG", 1)
             u, v = firedrake.TrialFunction(space), firedrake.TestFunction(space)
             x, y = firedrake.SpatialCoordinate(mesh)
-            source, solution = (
-                firedrake.Function(space).interpolate(x + y**2),
-                firedrake.Function(space),
-            )
+            source = firedrake.Function(space).interpolate(x + y**2)
+            solution = firedrake.Function(space)
             form = (firedrake.inner(firedrake.grad(u), firedrake.grad(v)) + u * v) * firedrake.dx
             problem = firedrake.LinearVariationalProblem(form, source * v * firedrake.dx, solution)
             solver = LinearVariationalSolver(
@@ -328,10 +328,8 @@ def _solve(device: str) -> str:
                     reduced(firedrake.Function(space).assign(source + sign * direction))
                     for sign in (1, -1)
                 ]
-            difference, derivative = (
-                (steps[0] - steps[1]) / 2,
-                firedrake.assemble(firedrake.action(gradient, direction)),
-            )
+            difference = (steps[0] - steps[1]) / 2
+            derivative = firedrake.assemble(firedrake.action(gradient, direction))
     finally:
         pause_annotation()
     if not error < _AGREEMENT:

@@ -73,7 +73,9 @@ class Kept(Generic[T]):
     __slots__ = ("_clock", "_made", "_make", "_on", "_seen", "_value")
 
     def __init__(self, make: Callable[[], T], clock: Clock, on: Iterable[Hashable]):
-        self._make, self._clock, self._on = make, clock, tuple(on)
+        self._make = make
+        self._clock = clock
+        self._on = tuple(on)
         self._made = self._seen = _NEVER
         self._value: T = None  # type: ignore[assignment]  # nobody sees it before it is made
 

@@ -184,10 +184,8 @@ class RefinedSolver:
                 if name not in ("post_jacobian_callback", "pre_apply_bcs")
             }
             if is_adjoint:
-                options["nullspace"], options["transpose_nullspace"] = (
-                    kwargs.get("transpose_nullspace"),
-                    kwargs.get("nullspace"),
-                )
+                options["nullspace"] = kwargs.get("transpose_nullspace")
+                options["transpose_nullspace"] = kwargs.get("nullspace")
             solver = firedrake.LinearVariationalSolver(problem, **options)
             if has_null_space:
                 detect_null_pivots(solver)

@@ -67,12 +67,10 @@ class SolveBlock(Block):
         ad_block_tag: str | None = None,
     ):
         super().__init__(ad_block_tag=ad_block_tag)
-        self._system, self._taped_meshes, self._problem, self._refinement = (
-            system,
-            taped_meshes,
-            problem,
-            refinement,
-        )
+        self._system = system
+        self._taped_meshes = taped_meshes
+        self._problem = problem
+        self._refinement = refinement
         self._setting, self._record = None if refinement is None else refinement.setting, record
         tape = get_working_tape()
         # Not any tape: one that its blocks have, too, goes when Python looks for cycles, at another

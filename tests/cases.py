@@ -63,7 +63,9 @@ class Reaction(Case):
     def __init__(self):
         mesh = UnitSquareMesh(4, 4)
         V, R = FunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "R", 0)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        self.u = Function(V, name="u")
         rate, f = Function(R, name="rate").assign(1.5), smooth(V, 3)
         self.problem = LinearVariationalProblem(
             (rate * w * v + inner(grad(w), grad(v))) * dx,
@@ -78,7 +80,9 @@ class Elasticity(Case):
     def __init__(self):
         mesh = UnitSquareMesh(3, 3)
         V = VectorFunctionSpace(mesh, "CG", 1)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="displacement")
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        self.u = Function(V, name="displacement")
         modulus, load = smooth(FunctionSpace(mesh, "DG", 0), 4), smooth(V, 5)
         with stop_annotating():
             modulus.assign(2 + 0.3 * modulus)
@@ -96,11 +100,11 @@ class Darcy(Case):
     def __init__(self):
         mesh = UnitSquareMesh(3, 3)
         W = FunctionSpace(mesh, "RT", 1) * FunctionSpace(mesh, "DG", 0)
-        (s, p), (t, q), self.u = TrialFunctions(W), TestFunctions(W), Function(W, name="flow")
-        resistance, source = (
-            smooth(FunctionSpace(mesh, "CG", 1), 6),
-            smooth(FunctionSpace(mesh, "DG", 0), 7),
-        )
+        (s, p) = TrialFunctions(W)
+        (t, q) = TestFunctions(W)
+        self.u = Function(W, name="flow")
+        resistance = smooth(FunctionSpace(mesh, "CG", 1), 6)
+        source = smooth(FunctionSpace(mesh, "DG", 0), 7)
         self.problem = LinearVariationalProblem(
             (exp(0.3 * resistance) * inner(s, t) - p * div(t) - q * div(s) - p * q) * dx,
             -source * q * dx,
@@ -119,7 +123,9 @@ class Load(Case):
     def __init__(self):
         mesh = UnitSquareMesh(4, 4)
         V = FunctionSpace(mesh, "CG", 1)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        self.u = Function(V, name="u")
         f = smooth(V, 8)
         load = assemble(f * v * dx)
         self.problem = LinearVariationalProblem(
@@ -137,7 +143,9 @@ class Moving(Case):
         coordinates = heat.mesh.coordinates
         displacement = Function(coordinates.function_space(), name="displacement")
         coordinates.assign(coordinates + displacement)
-        self.u, self.problem, self.controls = heat.u, heat.problem, {"mesh": displacement}
+        self.u = heat.u
+        self.problem = heat.problem
+        self.controls = {"mesh": displacement}
 
 
 class NonlinearDiffusion(Case):
@@ -145,7 +153,9 @@ class NonlinearDiffusion(Case):
         mesh = UnitSquareMesh(4, 4)
         V = FunctionSpace(mesh, "CG", 1)
         self.u, v = Function(V, name="u"), TestFunction(V)
-        f, c, g = smooth(V, 1, "f"), Constant(0.7, name="c"), smooth(V, 2, "g")
+        f = smooth(V, 1, "f")
+        c = Constant(0.7, name="c")
+        g = smooth(V, 2, "g")
         F = ((1 + c * self.u**2) * inner(grad(self.u), grad(v)) + self.u * v - f * v) * dx
         self.problem = NonlinearVariationalProblem(F, self.u, bcs=DirichletBC(V, g, (2, 3)))
         self.controls = {"source": f, "constant": c, "boundary": g}
@@ -155,12 +165,10 @@ class Burgers(Case):
     def __init__(self):
         mesh = UnitSquareMesh(4, 4)
         V = VectorFunctionSpace(mesh, "CG", 1)
-        self.u, u0, v, nu = (
-            Function(V, name="u"),
-            smooth(V, 2, "u0"),
-            TestFunction(V),
-            smooth(FunctionSpace(mesh, "CG", 1), 4),
-        )
+        self.u = Function(V, name="u")
+        u0 = smooth(V, 2, "u0")
+        v = TestFunction(V)
+        nu = smooth(FunctionSpace(mesh, "CG", 1), 4)
         with stop_annotating():
             nu.assign(0.3 + 0.1 * nu)
         F = (

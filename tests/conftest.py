@@ -49,10 +49,8 @@ def pytest_generate_tests(metafunc):
     """Give a test the mark of its module, as of the numbers of ranks in a mark mpi-pytest makes
     tests only if the function has it.
     """
-    own, inherited = (
-        getattr(metafunc.function, "pytestmark", []),
-        metafunc.definition.get_closest_marker("parallel"),
-    )
+    own = getattr(metafunc.function, "pytestmark", [])
+    inherited = metafunc.definition.get_closest_marker("parallel")
     if inherited is not None and all(mark.name != "parallel" for mark in own):
         metafunc.function.pytestmark = [*own, inherited]
 

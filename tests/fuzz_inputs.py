@@ -48,11 +48,9 @@ def refused(error: Exception) -> None:
 
 # Options
 
-INTEGERS, REALS, SWITCHES = (
-    ("start", "step", "stop", "ema_window", "error_window"),
-    ("tau_step", "tau_stop"),
-    ("monitor", "view"),
-)
+INTEGERS = ("start", "step", "stop", "ema_window", "error_window")
+REALS = ("tau_step", "tau_stop")
+SWITCHES = ("monitor", "view")
 NAMES = (*INTEGERS, *REALS, *SWITCHES, "ladder", "device")
 numbers = st.one_of(
     st.integers().map(str),

@@ -75,7 +75,9 @@ def test_truncated_solves_are_those_of_the_constructor():
 def test_until_then_the_matrix_has_the_values_that_it_was_assembled_with():
     problem = HeatStep()
     A, x = assemble(problem.a, bcs=problem.bcs), Function(problem.V)
-    solver, expected, b = controlled(A), solution(problem), assemble(problem.L)
+    solver = controlled(A)
+    expected = solution(problem)
+    b = assemble(problem.L)
     scale(problem.kappa, 2.0)
     for _ in range(2):
         solver.solve(x, b)
@@ -126,7 +128,9 @@ CHANGES = {
 def test_what_no_form_describes_is_refused(change):
     problem = HeatStep()
     A, x = assemble(problem.a, bcs=problem.bcs), Function(problem.V)
-    solver, b, expected = controlled(A), assemble(problem.L), solution(problem)
+    solver = controlled(A)
+    b = assemble(problem.L)
+    expected = solution(problem)
     solver.solve(x, b)
     with stop_annotating():
         CHANGES[change](A, problem)

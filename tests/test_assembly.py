@@ -43,7 +43,9 @@ def one_component(mesh):
 
 def interior_facets(mesh):
     V = VectorFunctionSpace(mesh, "DG", 1)
-    w, v, n = TrialFunction(V), TestFunction(V), FacetNormal(mesh)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    n = FacetNormal(mesh)
     return (
         inner(grad(w), grad(v)) * dx
         - inner(avg(grad(w)), outer(v("+"), n("+")) + outer(v("-"), n("-"))) * dS
@@ -136,7 +138,10 @@ def test_meshes_without_interior_facets():
 @pytest.mark.parallel([1, 2])
 def test_callbacks_may_change_the_pattern():
     V = FunctionSpace(UnitSquareMesh(5, 5), "CG", 1)
-    w, v, u, kappa = TrialFunction(V), TestFunction(V), Function(V), Constant(1.0)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
+    kappa = Constant(1.0)
     problem = LinearVariationalProblem(
         (w * v + kappa * inner(grad(w), grad(v))) * dx,
         exp(SpatialCoordinate(V.mesh())[0]) * v * dx,

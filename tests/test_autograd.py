@@ -41,9 +41,15 @@ class Diffusion:
     def __init__(self, differentiation="implicit", refinement=None):
         mesh = UnitSquareMesh(4, 4)
         V = FunctionSpace(mesh, "CG", 1)
-        w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
-        f, kappa, g = smooth(V, 1, "f"), Function(V, name="kappa").assign(1.5), smooth(V, 2, "g")
-        self.density, self.shift, self.weight = Constant(1.0), smooth(V, 3), smooth(V, 4)
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u = Function(V, name="u")
+        f = smooth(V, 1, "f")
+        kappa = Function(V, name="kappa").assign(1.5)
+        g = smooth(V, 2, "g")
+        self.density = Constant(1.0)
+        self.shift = smooth(V, 3)
+        self.weight = smooth(V, 4)
         self.fixed = Function(V).assign(2.0)
         problem = LinearVariationalProblem(
             (self.density * self.fixed * w * v + kappa * inner(grad(w), grad(v))) * dx,
@@ -81,7 +87,9 @@ class Diffusion:
 def reaction(differentiation):
     """A layer of a nonlinear solver."""
     V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
-    u, v, f = Function(V, name="u"), TestFunction(V), smooth(V, 1, "f")
+    u = Function(V, name="u")
+    v = TestFunction(V)
+    f = smooth(V, 1, "f")
     F = ((1 + u**2) * inner(grad(u), grad(v)) + u * v - f * v) * dx
     solver = prdp_fem.NonlinearVariationalSolver(
         NonlinearVariationalProblem(F, u),

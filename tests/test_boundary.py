@@ -381,7 +381,9 @@ def test_boundary_values_that_depend_on_a_mesh_by_more_than_its_position_are_no_
         V, g = FunctionSpace(mesh, *element), field(FunctionSpace(mesh, "CG", 1), 1)
     shift, t = Function(mesh.coordinates.function_space()), Constant(0.7)
     mesh.coordinates.assign(mesh.coordinates + shift)
-    u, v, w = Function(V), TestFunction(V), TrialFunction(V)
+    u = Function(V)
+    v = TestFunction(V)
+    w = TrialFunction(V)
     problem = LinearVariationalProblem(
         inner(w, v) * dx,
         inner(Constant(np.ones(v.ufl_shape)) if v.ufl_shape else 1, v) * dx,
@@ -408,7 +410,9 @@ def test_mixed_spaces_with_expressions_on_parts_and_components():
         V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
         W, g = V * Q, field(Q, 3)
     x, y = SpatialCoordinate(mesh)
-    t, c, u = Constant(0.6), Constant((0.3, 0.8)), Function(W)
+    t = Constant(0.6)
+    c = Constant((0.3, 0.8))
+    u = Function(W)
     bcs = [
         DirichletBC(W.sub(0), as_vector((sin(t) * y * (1 - y) + 0.1 * g**2, c[1] * t)), 1),
         DirichletBC(W.sub(0).sub(0), t * g, 3),
@@ -477,8 +481,15 @@ def channel(solvers, viscosity, inflow, schedule=None):
     tape = get_working_tape()
     if schedule is not None:
         tape.enable_checkpointing(schedule)
-    u0, u1, p, t, dt = Function(V), Function(V), Function(Q), Constant(0.0), 0.1
-    u, v, r, q = TrialFunction(V), TestFunction(V), TrialFunction(Q), TestFunction(Q)
+    u0 = Function(V)
+    u1 = Function(V)
+    p = Function(Q)
+    t = Constant(0.0)
+    dt = 0.1
+    u = TrialFunction(V)
+    v = TestFunction(V)
+    r = TrialFunction(Q)
+    q = TestFunction(Q)
     walls = DirichletBC(V, 0, (3, 4))
     bcs = [DirichletBC(V, sin(pi * t) * profile, 1), walls]
     step = [
@@ -547,7 +558,11 @@ def test_time_loops_in_which_boundary_values_are_given_anew(nonlinear):
         start = field(V, 2)
 
     def loop(module):
-        g, t, u0, u, v = Function(V), Constant(0.5), Function(V), Function(V), TestFunction(V)
+        g = Function(V)
+        t = Constant(0.5)
+        u0 = Function(V)
+        u = Function(V)
+        v = TestFunction(V)
         g.assign(start)
         bcs = [DirichletBC(V, t * g**2, 1)]
 
@@ -606,7 +621,10 @@ def test_solves_are_replayed_with_what_conditions_had_been_given_then():
     with stop_annotating():
         V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
         f, g = field(V, 1), field(V, 2)
-    u0, u, w, v = Function(V), Function(V), TrialFunction(V), TestFunction(V)
+    u0 = Function(V)
+    u = Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
     condition = DirichletBC(V, 2 * g, 1)
     problem = LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v))) * dx, (f + u0) * v * dx, u, bcs=condition
@@ -639,7 +657,10 @@ def test_solves_are_replayed_with_what_conditions_had_been_given_then():
 
 def test_layers_by_what_lists_of_boundary_values_are_made_from():
     V = VectorFunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
-    u, w, v, c = Function(V), TrialFunction(V), TestFunction(V), Constant(0.7)
+    u = Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    c = Constant(0.7)
     problem = LinearVariationalProblem(
         inner(grad(w), grad(v)) * dx, v[0] * dx, u, bcs=DirichletBC(V, (sin(c), 0), 1)
     )
@@ -657,7 +678,11 @@ def test_layers_by_what_lists_of_boundary_values_are_made_from():
 
 def test_numbers_from_the_tape_are_no_silent_constants_in_conditions():
     V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
-    f, u, w, v, number = field(V, 1), Function(V), TrialFunction(V), TestFunction(V), Constant(0.0)
+    f = field(V, 1)
+    u = Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    number = Constant(0.0)
 
     def solve_with(value):
         problem = LinearVariationalProblem(
@@ -687,7 +712,9 @@ def test_values_that_jump_where_cells_meet_are_no_silent_average(values, given, 
         mesh = UnitSquareMesh(3, 3)
         V, g = FunctionSpace(mesh, *target), field(FunctionSpace(mesh, *given), 1, "wall")
         direction = field(g.function_space(), 2)
-    u, w, v = Function(V), TrialFunction(V), TestFunction(V)
+    u = Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
     right = inner(Constant(np.ones(v.ufl_shape)) if v.ufl_shape else 1, v) * dx
     condition = DirichletBC(V, values(g), "on_boundary")
     problem = LinearVariationalProblem(inner(w, v) * dx, right, u, bcs=condition)

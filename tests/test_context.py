@@ -108,10 +108,8 @@ def heat(owner):
         if owner == "operator"
         else Function(problem.V, name="of the preconditioner").assign(1.0)
     )
-    keep, other = (
-        Function(problem.V).assign(kappa),
-        Function(problem.V).interpolate(1 + 50 * SpatialCoordinate(problem.mesh)[1]),
-    )
+    keep = Function(problem.V).assign(kappa)
+    other = Function(problem.V).interpolate(1 + 50 * SpatialCoordinate(problem.mesh)[1])
     return problem, kappa, keep, other
 
 
@@ -180,7 +178,9 @@ def test_a_preconditioner_has_the_state_forward_and_backward(kind, appctx, monke
     the same preconditioner.
     """
     V = FunctionSpace(UnitSquareMesh(5, 5), "CG", 1)
-    u, v, f = Function(V, name="solution"), TestFunction(V), smooth(V, 3)
+    u = Function(V, name="solution")
+    v = TestFunction(V)
+    f = smooth(V, 3)
     ByName.u = u
     seen = []
     apply, transposed = kind.apply, kind.applyTranspose
@@ -243,7 +243,10 @@ def test_steps_of_a_preconditioner_with_a_coefficient_on_the_tape():
 def test_newton_steps_with_a_coefficient_of_the_preconditioner_alone():
     with stop_annotating():
         V = FunctionSpace(UnitSquareMesh(5, 5), "CG", 1)
-        u, v, f, kappa = Function(V), TestFunction(V), smooth(V, 3), Function(V).assign(1.0)
+        u = Function(V)
+        v = TestFunction(V)
+        f = smooth(V, 3)
+        kappa = Function(V).assign(1.0)
         problem = NonlinearVariationalProblem(
             ((1 + u**2) * inner(grad(u), grad(v)) + u * v - f * v) * dx, u
         )

@@ -61,7 +61,9 @@ def test_the_solver_keeps_its_identity_its_ksp_and_what_was_set_on_it():
         problem.problem, solver_parameters=CG, options_prefix="heat", ad_block_tag="step"
     )
     solver.solve()
-    norms, snes, ksp = [], solver.snes, solver.snes.getKSP()
+    norms = []
+    snes = solver.snes
+    ksp = solver.snes.getKSP()
     ksp.setMonitor(lambda ksp, iteration, norm: norms.append(norm))
     refinement = ScheduledRefinement(IterationLadder(3, 2), {1: 1})
     prdp_fem.control(solver, refinement)
@@ -103,7 +105,9 @@ def test_forward_replay_adjoint_tangent_and_hessian_follow_the_level():
 def test_nonlinear_solvers_come_under_control():
     mesh = UnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)
-    u, v, f = Function(V, name="u"), TestFunction(V), smooth(V, 1)
+    u = Function(V, name="u")
+    v = TestFunction(V)
+    f = smooth(V, 1)
     problem = NonlinearVariationalProblem(
         ((1 + u**2) * inner(grad(u), grad(v)) - f * v) * dx, u, bcs=DirichletBC(V, 0, "on_boundary")
     )
@@ -251,7 +255,9 @@ def test_values_that_a_schedule_has_let_go_of_are_noticed():
 
 def _smoothing_of_the_old_state(V, old, u):
     """The derivative by the time step depends on the old state, though its own matrix does not."""
-    w, v, step = TrialFunction(V), TestFunction(V), Constant(0.5)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    step = Constant(0.5)
     problem = LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v))) * dx, step * old * v * dx, u
     )
@@ -266,7 +272,9 @@ def _square_of_the_old_state(V, old, u):
 
 def _unrolled_from_the_last_solution(V, old, u):
     """The derivative of an iteration from a guess depends on that."""
-    w, v, source = TrialFunction(V), TestFunction(V), Function(V).assign(0.5)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    source = Function(V).assign(0.5)
     problem = LinearVariationalProblem((w * v + inner(grad(w), grad(v))) * dx, source * v * dx, u)
     solver = prdp_fem.LinearVariationalSolver(
         problem,
@@ -403,7 +411,9 @@ def test_what_cannot_be_controlled_is_refused_and_left_as_it_was():
 @pytest.mark.parametrize("make", [LinearVariationalSolver, NonlinearVariationalSolver])
 def test_a_solve_that_was_looked_up_before_is_no_silent_one(make):
     V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="heat")
     linear = make is LinearVariationalSolver
     problem = (
         LinearVariationalProblem(w * v * dx, v * dx, u)

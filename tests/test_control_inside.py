@@ -204,7 +204,10 @@ class Diffusion:
     def __init__(self):
         mesh = MeshHierarchy(UnitSquareMesh(4, 4), 1)[-1]
         V = FunctionSpace(mesh, "CG", 2)
-        self.u, w, v, f = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1)
+        self.u = Function(V)
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        f = smooth(V, 1)
         self.kappa = Function(FunctionSpace(mesh, "CG", 1)).interpolate(
             1 + SpatialCoordinate(mesh)[0]
         )
@@ -224,12 +227,14 @@ class Flow:
         mesh = MeshHierarchy(UnitSquareMesh(3, 3), 1)[-1]
         V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
         W = V * Q
-        (w, p), (v, q), self.u = TrialFunctions(W), TestFunctions(W), Function(W)
+        (w, p) = TrialFunctions(W)
+        (v, q) = TestFunctions(W)
+        self.u = Function(W)
         f, self.kappa = smooth(V, 1), Constant(0.7)
-        self.a, self.L = (
-            (self.kappa * inner(grad(w), grad(v)) - p * div(v) - q * div(w) - 0.01 * p * q) * dx,
-            inner(f, v) * dx,
-        )
+        self.a = (
+            self.kappa * inner(grad(w), grad(v)) - p * div(v) - q * div(w) - 0.01 * p * q
+        ) * dx
+        self.L = inner(f, v) * dx
         w, p = split(self.u)
         self.F = (
             self.kappa * (1 + inner(w, w)) * inner(grad(w), grad(v))
@@ -387,10 +392,8 @@ def test_iterates_are_those_of_the_constructor(name, kind):
 @pytest.mark.parametrize("is_solved", [False, True])
 def test_a_solver_that_is_refused_solves_on_as_it_did(name, is_solved):
     parameters = {**ROWS[name], "ksp_rtol": 1e-8}
-    expected, solves = (
-        Solves(name, "linear", parameters).stock().solve(),
-        Solves(name, "linear", parameters).stock(),
-    )
+    expected = Solves(name, "linear", parameters).stock().solve()
+    solves = Solves(name, "linear", parameters).stock()
     if is_solved:
         solves.solve()
     with pytest.raises(ValueError, match="no iterative KSP with the options prefix 'nowhere_'"):
@@ -488,10 +491,8 @@ def test_a_preconditioner_in_python_that_was_set_by_hand_stays(is_solved):
     pc.setPythonContext(Diagonal())
     if is_solved:
         solves.solve()
-    found, wanted = (
-        solves.controlled().outcomes(),
-        Solves("jacobi", "linear").constructed().outcomes(),
-    )
+    found = solves.controlled().outcomes()
+    wanted = Solves("jacobi", "linear").constructed().outcomes()
     for (one, count), (other, wanted_count) in zip(found, wanted):
         assert count == wanted_count and np.linalg.norm(
             whole(one - other)

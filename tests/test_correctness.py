@@ -62,7 +62,9 @@ def step_function(f):
 def test_right_hand_sides_that_look_affine_to_a_derivative(source):
     mesh = UnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     f, g = smooth(V, 1, "f"), smooth(V, 2, "g")
     problem = LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v))) * dx,
@@ -83,7 +85,9 @@ def test_right_hand_sides_that_look_affine_to_a_derivative(source):
 def test_terms_are_integrated_as_the_whole_and_derivatives_as_what_they_derive(parameters):
     mesh = UnitSquareMesh(3, 3)
     V, P4 = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "CG", 4)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     f, g = smooth(P4, 1, "f"), smooth(V, 2, "g")
     L = (f + exp(3 * g)) * v * dx
     problem = LinearVariationalProblem(w * v * dx, L, u, form_compiler_parameters=parameters)
@@ -162,7 +166,9 @@ def test_operators_that_change_and_return_give_the_same_bits(parameters):
 def stokes():
     mesh = UnitSquareMesh(4, 4)
     W = VectorFunctionSpace(mesh, "CG", 2) * FunctionSpace(mesh, "CG", 1)
-    (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (w, p) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
+    u = Function(W)
     force = smooth(W.sub(0).collapse(), 4, "force")
     a = (inner(grad(w), grad(v)) - p * div(v) - q * div(w)) * dx
     return (
@@ -221,7 +227,9 @@ def test_preconditioners_of_firedrake_inside_a_fieldsplit(kind):
 def test_a_matrix_free_hybridised_problem_has_an_adjoint():
     mesh = UnitSquareMesh(3, 3)
     W = FunctionSpace(mesh, "RT", 1) * FunctionSpace(mesh, "DG", 0)
-    (s, p), (t, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (s, p) = TrialFunctions(W)
+    (t, q) = TestFunctions(W)
+    u = Function(W)
     source = smooth(W.sub(1).collapse(), 6, "source")
     problem = LinearVariationalProblem(
         (inner(s, t) - p * div(t) + q * div(s) + p * q) * dx, source * q * dx, u
@@ -268,7 +276,9 @@ def test_warm_starts_from_far_away_and_users_tolerances():
 def test_components_of_vector_functions_are_coefficients():
     mesh = UnitSquareMesh(3, 3)
     V, X = FunctionSpace(mesh, "CG", 1), VectorFunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     wind = smooth(X, 8, "wind")
     problem = LinearVariationalProblem((w * v + wind.sub(1) * w * v) * dx, wind.sub(0) * v * dx, u)
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED})
@@ -300,7 +310,9 @@ def test_where_conditions_overlap_the_last_one_is_differentiated():
     mesh = UnitSquareMesh(4, 4)
     V = FunctionSpace(mesh, "CG", 1)
     g = [smooth(V, seed) for seed in (1, 2)]
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     problem = LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v))) * dx,
         smooth(V, 3) * v * dx,
@@ -353,11 +365,9 @@ def test_results_that_one_rank_keeps():
     for _ in range(3):
         solver.solve()
         problem.u0.assign(problem.u)
-    reduced, kept, kappa = (
-        ReducedFunctional(assemble(problem.u**2 * dx), control),
-        [],
-        problem.kappa.copy(deepcopy=True),
-    )
+    reduced = ReducedFunctional(assemble(problem.u**2 * dx), control)
+    kept = []
+    kappa = problem.kappa.copy(deepcopy=True)
     with stop_annotating():
         reduced(kappa)
         expected = reduced.derivative().dat.data_ro.copy()
@@ -377,10 +387,8 @@ def test_results_that_are_kept_do_not_change():
     solver = prdp_fem.LinearVariationalSolver(problem.problem, solver_parameters=CG)
     control = Control(problem.u0)
     solver.solve()
-    reduced, start = (
-        ReducedFunctional(problem.u.copy(deepcopy=True), control),
-        problem.u0.copy(deepcopy=True),
-    )
+    reduced = ReducedFunctional(problem.u.copy(deepcopy=True), control)
+    start = problem.u0.copy(deepcopy=True)
     with stop_annotating():
         first = reduced(start)
         values = first.dat.data_ro.copy()
@@ -407,7 +415,11 @@ def test_results_that_are_kept_do_not_change():
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_multigrid_inside_a_preconditioner_does_not_remember(parameters, nonlinear):
     V = FunctionSpace(UnitSquareMesh(12, 12), "CG", 1)
-    u, v, w, k, f = Function(V), TestFunction(V), TrialFunction(V), Function(V), smooth(V, 1)
+    u = Function(V)
+    v = TestFunction(V)
+    w = TrialFunction(V)
+    k = Function(V)
+    f = smooth(V, 1)
     if nonlinear:
         problem = NonlinearVariationalProblem(
             (k * (1 + u**2) * inner(grad(u), grad(v)) + u * v - f * v) * dx, u
@@ -434,7 +446,7 @@ def test_multigrid_inside_a_preconditioner_does_not_remember(parameters, nonline
     rough = torch.exp(6 * (samples(k, seed=1) - 1))
     used = layer()
     evaluate(used, torch.ones_like(rough))
-    (batch,) = (layer()(torch.stack([torch.ones_like(rough), rough])),)
+    batch = layer()(torch.stack([torch.ones_like(rough), rough]))
     equal = equality(parameters)
     for one, again in zip(evaluate(layer(), rough), evaluate(used, rough)):
         assert equal(one, again)
@@ -472,7 +484,10 @@ def test_a_solver_recovers_from_nan_in_its_operator(parameters, words):
 def test_an_operator_that_turns_singular_is_an_error_with_the_name_of_the_solution(parameters):
     mesh = UnitSquareMesh(4, 4)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u, c = TrialFunction(V), TestFunction(V), Function(V, name="flame"), Constant(1.0)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="flame")
+    c = Constant(1.0)
     problem = LinearVariationalProblem(c * w * v * dx, v * dx, u)
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=parameters)
     solver.solve()
@@ -610,7 +625,11 @@ def test_an_additive_schwarz_star_is_looked_into_before_it_is_set_up():
 
 def test_inputs_that_the_users_jacobian_lacks_change_the_adjoint():
     V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
-    u, v, w, k, f = Function(V), TestFunction(V), TrialFunction(V), Constant(1.0), Function(V)
+    u = Function(V)
+    v = TestFunction(V)
+    w = TrialFunction(V)
+    k = Constant(1.0)
+    f = Function(V)
     F = (k * inner(grad(u), grad(v)) + k * u * v - f * v) * dx
     picard = (inner(grad(w), grad(v)) + w * v) * dx
 
@@ -638,7 +657,11 @@ def test_inputs_that_the_users_jacobian_lacks_change_the_adjoint():
 
 def test_boundary_controls_keep_the_other_coefficients_of_their_forward_pass():
     V = FunctionSpace(UnitSquareMesh(4, 4), "CG", 1)
-    w, v, u, a, t = TrialFunction(V), TestFunction(V), Function(V), Constant(1.0), Constant(1.0)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
+    a = Constant(1.0)
+    t = Constant(1.0)
     problem = LinearVariationalProblem(
         (inner(grad(w), grad(v)) + w * v) * dx, v * dx, u, bcs=DirichletBC(V, a * t, 1)
     )
@@ -699,7 +722,9 @@ def test_real_spaces_beside_fields():
     mesh = UnitSquareMesh(5, 5)
     V, R = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "R", 0)
     W = V * R
-    (w, r), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (w, r) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
+    u = Function(W)
     source = smooth(V, 3, "source")
     problem = LinearVariationalProblem(
         (inner(grad(w), grad(v)) + 0.1 * w * v + w * q + v * r) * dx, source * v * dx, u
@@ -720,7 +745,9 @@ def test_real_spaces_in_operators_that_are_not_symmetric(method):
     """PyOP2 multiplies by the transpose of their blocks wrongly, which is no error of PETSc's."""
     mesh = UnitSquareMesh(4, 4)
     W = FunctionSpace(mesh, "CG", 1) * FunctionSpace(mesh, "R", 0)
-    (w, r), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (w, r) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
+    u = Function(W)
     V = FunctionSpace(mesh, "CG", 1)
     weight, source = smooth(V, 2), smooth(V, 3)
     a = (inner(grad(w), grad(v)) + w * v + 3 * w.dx(0) * v + weight * r * v + 2 * w * q) * dx

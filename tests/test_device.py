@@ -218,13 +218,11 @@ def test_transposes_are_those_of_the_present_operator(device):
     gradients = []
     for on, winds in ((HOST, (3.0,)), (device, (0.0, 3.0, 1.0, 3.0))):
         V = FunctionSpace(square(6), "CG", 1)
-        w, v, u, f, wind = (
-            TrialFunction(V),
-            TestFunction(V),
-            Function(V),
-            smooth(V, 2),
-            Constant(0.0),
-        )
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u = Function(V)
+        f = smooth(V, 2)
+        wind = Constant(0.0)
         problem = LinearVariationalProblem(
             (inner(grad(w), grad(v)) + w * v + wind * w.dx(0) * v) * dx, f * v * dx, u
         )
@@ -292,7 +290,9 @@ class Neumann:
 
     def __init__(self, space):
         V = space(square(6))
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V)
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        self.u = Function(V)
         self.source = Cofunction(V.dual(), name="load")
         load = assemble(inner(smooth(V, 3), v) * dx)
         if V.value_size == 1:
@@ -343,7 +343,9 @@ def test_nonlinear_problems(device, place, differentiation):
     results = []
     for on in (HOST, device):
         V = FunctionSpace(square(6), "CG", 1)
-        u, v, f = Function(V, name="u"), TestFunction(V), smooth(V, 1)
+        u = Function(V, name="u")
+        v = TestFunction(V)
+        f = smooth(V, 1)
         problem = NonlinearVariationalProblem(
             ((1 + u**2) * inner(grad(u), grad(v)) - f * v) * dx,
             u,
@@ -477,7 +479,10 @@ NESTED = {"ksp_type": "preonly", "pc_type": "ksp", "ksp_ksp_type": "gmres", "ksp
 @pytest.mark.parametrize("nonlinear", [False, True])
 def test_solvers_go_to_a_device_and_back(device, nonlinear, parameters):
     V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
-    u, w, v, f = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1)
+    u = Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    f = smooth(V, 1)
     if nonlinear:
         problem = NonlinearVariationalProblem(
             (inner(grad(u), grad(v)) + (u + u**3) * v - f * v) * dx, u

@@ -53,21 +53,19 @@ class Diffusion:
     def __init__(self, nonlinear: bool = False):
         self.mesh = UnitSquareMesh(8, 8)
         V = self.V = FunctionSpace(self.mesh, "CG", 1)
-        w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u = Function(V, name="u")
         self.source, self.kappa = Function(V, name="source"), Function(V, name="kappa").assign(1.0)
         bc = DirichletBC(V, 0, "on_boundary")
         if nonlinear:
             F = self.kappa * (1 + u**2) * inner(grad(u), grad(v)) * dx - self.source * v * dx
-            self.problem, self.setting = (
-                NonlinearVariationalProblem(F, u, bcs=bc),
-                NewtonSteps(2, Iterations(3)),
-            )
+            self.problem = NonlinearVariationalProblem(F, u, bcs=bc)
+            self.setting = NewtonSteps(2, Iterations(3))
         else:
             a = self.kappa * inner(grad(w), grad(v)) * dx
-            self.problem, self.setting = (
-                LinearVariationalProblem(a, self.source * v * dx, u, bcs=bc),
-                Iterations(3),
-            )
+            self.problem = LinearVariationalProblem(a, self.source * v * dx, u, bcs=bc)
+            self.setting = Iterations(3)
         self.good = tuple(1 + 0.3 * to_torch(smooth(V, seed), copy=True) ** 2 for seed in (1, 2))
         self.cotangent = to_torch(smooth(V, 3), copy=True)
 

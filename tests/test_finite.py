@@ -73,7 +73,9 @@ class Diffusion:
     ):
         mesh = UnitSquareMesh(4, 4)
         V = self.V = FunctionSpace(mesh, "CG", 1)
-        w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u = Function(V, name="heat")
         f, k, g = (smooth(V, seed, name) for seed, name in enumerate(("source", "k", "g")))
         c = Constant(1.0, name="c")
         self.u, self.controls = u, [f, k, c, g]
@@ -256,7 +258,10 @@ def test_where_a_solve_starts(where):
 def test_boundary_values_that_nobody_else_sees():
     mesh = UnitSquareMesh(1, 1)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u, g = TrialFunction(V), TestFunction(V), Function(V, name="heat"), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="heat")
+    g = Function(V)
     problem = LinearVariationalProblem(w * v * dx, v * dx, u, bcs=DirichletBC(V, g, "on_boundary"))
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG)
     solver.solve()
@@ -338,7 +343,9 @@ def test_functionals():
 def test_boundary_values_without_a_derivative():
     mesh = UnitSquareMesh(3, 3)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="heat")
     g = Constant(1.0, name="g")
     problem = LinearVariationalProblem(
         inner(grad(w), grad(v)) * dx, v * dx, u, bcs=DirichletBC(V, sqrt(g), 1)
@@ -380,7 +387,9 @@ def test_unrolled_iterations_by_themselves():
 def neumann(source, shift=0.0):
     mesh = UnitSquareMesh(8, 8)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="heat")
     a = (inner(grad(w), grad(v)) + Constant(shift) * w * v) * dx
     return LinearVariationalProblem(a, source(*SpatialCoordinate(mesh)) * v * dx, u)
 
@@ -388,7 +397,9 @@ def neumann(source, shift=0.0):
 def flow(*, nonlinear=False, fixed=False):
     mesh = UnitSquareMesh(6, 6)
     W = VectorFunctionSpace(mesh, "CG", 2) * FunctionSpace(mesh, "CG", 1)
-    (v, q), up, (x, y) = TestFunctions(W), Function(W, name="flow"), SpatialCoordinate(mesh)
+    (v, q) = TestFunctions(W)
+    up = Function(W, name="flow")
+    (x, y) = SpatialCoordinate(mesh)
     force = Function(W.sub(0).collapse(), name="force").interpolate(as_vector((sin(x * y), x * y)))
     bcs = [
         DirichletBC(W.sub(0), as_vector((y * (1 - y), 0 * x)), (1, 2)),
@@ -471,7 +482,9 @@ def test_operators_that_leave_few_digits(nonlinear):
     """A large penalty takes digits, and somebody may mean it: a warning, on one rank, once."""
     mesh = UnitSquareMesh(8, 8)
     V = VectorFunctionSpace(mesh, "CG", 2)
-    v, u, w = TestFunction(V), Function(V, name="flow"), TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="flow")
+    w = TrialFunction(V)
     force = Function(V, name="force").interpolate(as_vector((SpatialCoordinate(mesh)[1], 0)))
     penalty, bcs = Constant(1e13, name="penalty"), DirichletBC(V, 0, "on_boundary")
 
@@ -511,7 +524,9 @@ def test_one_sample_has_an_operator_that_is_singular(kind):
     """Its solution is one all the same; the adjoint's, for another right-hand side, is not."""
     mesh = UnitSquareMesh(8, 8)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="heat")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="heat")
     c = Constant(1.0, name="c")
     x, _ = SpatialCoordinate(mesh)
 

@@ -99,7 +99,9 @@ def test_a_clock_tells_which_sources_have_changed_since_a_moment():
 def test_vectors_and_batches_are_those_of_the_memory():
     layout = PETSc.Vec().createSeq(3)
     place = Place(Memory())
-    vector, row, batches = place.vector(layout), place.row(layout), place.batches(layout)
+    vector = place.vector(layout)
+    row = place.row(layout)
+    batches = place.batches(layout)
     before = vector(), row(), batches(2)
     place.clock.changed(MESH)
     assert all(one is other for one, other in zip(before, (vector(), row(), batches(2))))

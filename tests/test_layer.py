@@ -85,7 +85,9 @@ def test_boundary_values_are_controls(make, value):
 def test_a_control_may_be_in_the_forms_and_give_boundary_values():
     mesh, V = mesh_and_space()
     g = smooth(V, 1, "g")
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     problem = LinearVariationalProblem(
         (w * v + exp(g) * inner(grad(w), grad(v))) * dx,
         g * v * dx,
@@ -100,7 +102,9 @@ def test_boundary_values_of_a_component_and_conditions_that_overlap():
     mesh, _ = mesh_and_space()
     V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
     W = V * Q
-    (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (w, p) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
+    u = Function(W)
     g, c = smooth(V, 14, "g"), Constant(0.5, name="c")
     a = (inner(grad(w), grad(v)) - p * div(v) - q * div(w) + 10 * p * q) * dx
     bcs = [DirichletBC(W.sub(0), g, (1, 2)), DirichletBC(W.sub(0).sub(1), c, (2, 3))]
@@ -117,7 +121,9 @@ def test_boundary_values_of_a_component_and_conditions_that_overlap():
 def test_conditions_without_controls_keep_the_values_of_the_moment():
     mesh, V = mesh_and_space()
     g, other = smooth(V, 1, "g"), Constant(2.0)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     problem = LinearVariationalProblem(
         inner(grad(w), grad(v)) * dx,
         smooth(V, 2) * v * dx,
@@ -142,10 +148,8 @@ def test_a_guess_is_a_control_whose_derivative_is_zero():
         refinement=FixedRefinement(Iterations(2)),
         warm_start=True,
     )
-    guesses, u0 = (
-        samples(problem.u, (3,), 1).requires_grad_(),
-        samples(problem.u0, (), 2).requires_grad_(),
-    )
+    guesses = samples(problem.u, (3,), 1).requires_grad_()
+    u0 = samples(problem.u0, (), 2).requires_grad_()
     out = layer(guesses, u0)
     out.sum().backward()
     assert guesses.grad is None and u0.grad.abs().max() > 0
@@ -162,7 +166,9 @@ def mixed_layer(output_of):
     mesh, Q = mesh_and_space()
     V = VectorFunctionSpace(mesh, "CG", 2)
     W = V * Q
-    (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W, name="state")
+    (w, p) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
+    u = Function(W, name="state")
     f, c = smooth(V, 15, "force"), Constant(0.3, name="c")
     a = (inner(grad(w), grad(v)) - p * div(v) - q * div(w) + 0.1 * p * q) * dx
     problem = LinearVariationalProblem(
@@ -228,7 +234,9 @@ def test_boundary_controls_and_functionals_agree_with_serial():
         V = FunctionSpace(mesh, "CG", 1)
         x, y = SpatialCoordinate(mesh)
         g, c = smooth(V, 1, "g"), Constant([0.3, 0.7], name="c")
-        w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u = Function(V)
         problem = LinearVariationalProblem(
             (w * v + inner(grad(w), grad(v))) * dx,
             smooth(V, 2) * v * dx,
@@ -284,7 +292,10 @@ class LogGamma(MathFunction):
 
 def test_what_ufl_cannot_differentiate_by_is_named():
     mesh, V = mesh_and_space()
-    w, v, u, f = TrialFunction(V), TestFunction(V), Function(V, name="u"), smooth(V, 1, "f")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="u")
+    f = smooth(V, 1, "f")
     solver = prdp_fem.LinearVariationalSolver(
         LinearVariationalProblem(w * v * dx, LogGamma(f) * v * dx, u), solver_parameters=GMRES
     )
@@ -305,10 +316,8 @@ def test_what_ufl_cannot_differentiate_by_is_named():
 def test_batches_without_samples():
     problem = HeatStep(cells=3)
     layer = layer_of(problem.problem, [problem.u0, problem.kappa])
-    x, kappa = (
-        torch.zeros(0, layer.solver.system.size, dtype=torch.float64),
-        samples(problem.kappa, batch=()).requires_grad_(),
-    )
+    x = torch.zeros(0, layer.solver.system.size, dtype=torch.float64)
+    kappa = samples(problem.kappa, batch=()).requires_grad_()
     y = layer(x, kappa)
     y.sum().backward()
     assert y.shape == x.shape and not kappa.grad.any()

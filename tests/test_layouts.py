@@ -97,7 +97,9 @@ def control(ensemble):
     """
     V = FunctionSpace(UnitSquareMesh(5, 4, comm=ensemble.comm), "CG", 1)
     w, v = TrialFunction(V), TestFunction(V)
-    diffusivity, load, u = Constant(1.0), Constant(1.0), Function(V)
+    diffusivity = Constant(1.0)
+    load = Constant(1.0)
+    u = Function(V)
     problem = LinearVariationalProblem(
         diffusivity * inner(grad(w), grad(v)) * dx, load * v * dx, u, bcs=DirichletBC(V, 0, 1)
     )
@@ -143,10 +145,8 @@ def control(ensemble):
 
 def check_against_one_rank(members, network):
     train_on = control if network == "control" else partial(losses, network=network)
-    found, expected = (
-        train_on(Ensemble(COMM_WORLD, COMM_WORLD.size // members)),
-        train_on(Ensemble(COMM_SELF, 1)),
-    )
+    found = train_on(Ensemble(COMM_WORLD, COMM_WORLD.size // members))
+    expected = train_on(Ensemble(COMM_SELF, 1))
     np.testing.assert_allclose(found.metric, expected.metric, rtol=1e-9, atol=0)
     assert (
         found.level == expected.level

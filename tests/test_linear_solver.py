@@ -45,7 +45,9 @@ def dense_right_hand_side(problem, A_full, boundary):
 
 def poisson_vector(mesh):
     V = VectorFunctionSpace(mesh, "CG", 2)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     g = smooth(V, 5)
     return LinearVariationalProblem(
         inner(grad(w), grad(v)) * dx,
@@ -57,7 +59,9 @@ def poisson_vector(mesh):
 
 def poisson_dg(mesh):
     V = FunctionSpace(mesh, "DG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     n, h = FacetNormal(mesh), CellSize(mesh)
     a = (
         inner(grad(w), grad(v)) * dx
@@ -71,7 +75,9 @@ def poisson_dg(mesh):
 
 def darcy_mixed(mesh):
     W = FunctionSpace(mesh, "RT", 1) * FunctionSpace(mesh, "DG", 0)
-    (s, p), (t, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (s, p) = TrialFunctions(W)
+    (t, q) = TestFunctions(W)
+    u = Function(W)
     a = (inner(s, t) - p * div(t) + q * div(s) + p * q) * dx
     return LinearVariationalProblem(
         a,
@@ -83,7 +89,9 @@ def darcy_mixed(mesh):
 
 def cofunction_source(mesh):
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     load = assemble(smooth(V, 9) * v * dx)
     return LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v))) * dx,
@@ -135,7 +143,9 @@ def test_solves_what_firedrake_solves(make, quadrilateral):
 def test_solves_with_firedrakes_default_direct_solver_and_with_nullspaces():
     mesh = UnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     x, _ = SpatialCoordinate(mesh)
     problem = LinearVariationalProblem(inner(grad(w), grad(v)) * dx, (x - 0.5) * v * dx, u)
     nullspace = VectorSpaceBasis(constant=True)

@@ -79,7 +79,9 @@ def test_calls_with_an_operator_that_varies():
 def test_calls_of_a_nonlinear_solver_with_a_functional():
     problem = HeatStep(4)
     V = problem.V
-    u, v, f = Function(V), TestFunction(V), smooth(V, 1)
+    u = Function(V)
+    v = TestFunction(V)
+    f = smooth(V, 1)
     solver = prdp_fem.NonlinearVariationalSolver(
         NonlinearVariationalProblem(
             ((1 + u**2) * inner(grad(u), grad(v)) - f * v) * dx,

@@ -37,10 +37,8 @@ class TwoParts:
         V = FunctionSpace(one, "CG", 1) * FunctionSpace(two, "CG", 1)
         self.u = u = Function(V, name="solution")
         v1, v2 = TestFunctions(V)
-        dx1, dx2 = (
-            Measure("dx", one, metadata={"quadrature_degree": 4}),
-            Measure("dx", two, metadata={"quadrature_degree": 4}),
-        )
+        dx1 = Measure("dx", one, metadata={"quadrature_degree": 4})
+        dx2 = Measure("dx", two, metadata={"quadrature_degree": 4})
         self.dx1, self.dx2 = dx1, dx2
         self.c, self.k = Constant(2.0, name="c"), Constant((0.5, 1.5), name="k")
         c, k = self.c, self.k
@@ -153,13 +151,11 @@ def test_unrolled_derivatives_by_constants_on_two_meshes(linear):
     parts.solver(refinement=FixedRefinement(setting), differentiation="unrolled").solve()
     reduced = ReducedFunctional(assemble(parts.form()), [Control(parts.c), Control(parts.k)])
     with stop_annotating():
-        start, direction = (
-            [Constant(2.0), Constant((0.5, 1.5))],
-            [
-                Constant(0.3),
-                Constant((0.2, -0.4)),
-            ],
-        )
+        start = [Constant(2.0), Constant((0.5, 1.5))]
+        direction = [
+            Constant(0.3),
+            Constant((0.2, -0.4)),
+        ]
         assert taylor_test(reduced, start, direction) > 1.95
         reduced(start)
         slope = sum(way._ad_dot(part) for way, part in zip(direction, reduced.derivative()))

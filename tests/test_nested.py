@@ -51,11 +51,9 @@ class Stokes:
         V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
         W = self.W = V * Q
         (w, p), (v, q) = TrialFunctions(W), TestFunctions(W)
-        self.u, self.f, self.nu = (
-            Function(W, name="flow"),
-            smooth(V, 1, "force"),
-            Constant(0.7, name="viscosity"),
-        )
+        self.u = Function(W, name="flow")
+        self.f = smooth(V, 1, "force")
+        self.nu = Constant(0.7, name="viscosity")
         a = (self.nu * inner(grad(w), grad(v)) - p * div(v) - q * div(w)) * dx
         bcs = [DirichletBC(W.sub(0), 0, (1, 2, 3)), DirichletBC(W.sub(0), Constant((1.0, 0.0)), 4)]
         self.problem = LinearVariationalProblem(a, inner(self.f, v) * dx, self.u, bcs=bcs)
@@ -204,7 +202,9 @@ def test_a_smoother_can_be_named():
 
 def test_newton_steps_with_a_nested_ksp():
     problem = HeatStep()
-    u, v, f = Function(problem.V), TestFunction(problem.V), smooth(problem.V, 1)
+    u = Function(problem.V)
+    v = TestFunction(problem.V)
+    f = smooth(problem.V, 1)
     nonlinear = NonlinearVariationalProblem(
         ((1 + u**2) * inner(grad(u), grad(v)) + u * v - f * v) * dx, u
     )
@@ -428,7 +428,9 @@ def test_taylor_remainders_on_other_cells_and_spaces(kind):
         if discontinuous
         else FunctionSpace(mesh, "CG", 1)
     )
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     kappa = Function(FunctionSpace(mesh, "DG", 0), name="kappa").interpolate(1 + 0.3 * field**2)
     f = Function(V, name="f").interpolate(as_vector([field, 2 * field]) if V.value_shape else field)
     a = inner(w, v) * dx + kappa * inner(grad(w), grad(v)) * dx

@@ -57,7 +57,9 @@ class Diffusion:
         self.mesh = UnitSquareMesh(cells, cells) if mesh is None else mesh
         V = self.V = FunctionSpace(self.mesh, "CG", 1)
         self.u, v = Function(V, name="u"), TestFunction(V)
-        self.f, self.c, self.g = smooth(V, 1, "f"), Constant(0.7, name="c"), boundary
+        self.f = smooth(V, 1, "f")
+        self.c = Constant(0.7, name="c")
+        self.g = boundary
         self.F = (
             (1 + self.c * self.u**2) * inner(grad(self.u), grad(v)) + self.u * v - self.f * v
         ) * dx
@@ -71,7 +73,9 @@ class Burgers:
     def __init__(self, cells=4):
         mesh = UnitSquareMesh(cells, cells)
         V = self.V = VectorFunctionSpace(mesh, "CG", 1)
-        self.u, self.u0, v = Function(V, name="u"), smooth(V, 2, "u0"), TestFunction(V)
+        self.u = Function(V, name="u")
+        self.u0 = smooth(V, 2, "u0")
+        v = TestFunction(V)
         self.nu = Constant(0.1, name="nu")
         F = (
             inner((self.u - self.u0) / 0.1, v)
@@ -102,11 +106,11 @@ def test_steps_that_a_trust_region_refuses_leave_the_residual_where_it_was():
     """As bare PETSc does it, with a residual that nothing else writes to."""
     mesh = UnitSquareMesh(4, 4)
     V = FunctionSpace(mesh, "CG", 1)
-    u, v, (x, y) = Function(V, name="u"), TestFunction(V), SpatialCoordinate(mesh)
-    F, guess = (
-        (inner(grad(u), grad(v)) + (u**3 - u - 5 * sin(3 * u)) * v) * dx,
-        3 * sin(7 * x) * cos(5 * y),
-    )
+    u = Function(V, name="u")
+    v = TestFunction(V)
+    (x, y) = SpatialCoordinate(mesh)
+    F = (inner(grad(u), grad(v)) + (u**3 - u - 5 * sin(3 * u)) * v) * dx
+    guess = 3 * sin(7 * x) * cos(5 * y)
     parameters = {**EXACT, "snes_type": "newtontr", "snes_tr_delta0": 2.0}
 
     def residual(snes, state, values):
@@ -249,7 +253,10 @@ def test_steps_that_convergence_makes_needless_are_not_made():
 
 def test_a_picard_iteration_is_truncated_and_differentiated_by_the_exact_derivative():
     V = Diffusion().V
-    u, v, w, f = Function(V), TestFunction(V), TrialFunction(V), smooth(V, 1, "f")
+    u = Function(V)
+    v = TestFunction(V)
+    w = TrialFunction(V)
+    f = smooth(V, 1, "f")
     F = ((1 + u**2) * inner(grad(u), grad(v)) + u * v - f * v) * dx
     picard = ((1 + u**2) * inner(grad(w), grad(v)) + w * v) * dx
     problem = NonlinearVariationalProblem(F, u, J=picard)
@@ -296,10 +303,8 @@ def test_batches_are_their_samples_to_the_bit():
     (batch**2).sum().backward()
     total = torch.zeros_like(nu)
     for row in range(3):
-        one, shared = (
-            u0[row].detach().clone().requires_grad_(),
-            nu.detach().clone().requires_grad_(),
-        )
+        one = u0[row].detach().clone().requires_grad_()
+        shared = nu.detach().clone().requires_grad_()
         out = layer(one, shared)
         (out**2).sum().backward()
         assert torch.equal(out, batch[row]) and torch.equal(one.grad, u0.grad[row])
@@ -357,11 +362,9 @@ def test_replays_gradients_and_hessians_do_not_depend_on_history():
     reduced = ReducedFunctional(
         assemble(inner(problem.u, problem.u) ** 2 * dx), Control(problem.u0)
     )
-    u0, other, direction = (
-        problem.u0.copy(deepcopy=True),
-        smooth(problem.V, 9),
-        smooth(problem.V, 10),
-    )
+    u0 = problem.u0.copy(deepcopy=True)
+    other = smooth(problem.V, 9)
+    direction = smooth(problem.V, 10)
 
     def evaluate():
         value = reduced(u0)
@@ -599,7 +602,9 @@ def test_derivatives_of_methods_without_linear_solves_are_made_as_options_say(sn
     """
     mesh = UnitSquareMesh(4, 4)
     V = FunctionSpace(mesh, "CG", 1)
-    u, v, f = Function(V, name="u"), TestFunction(V), Function(V, name="f")
+    u = Function(V, name="u")
+    v = TestFunction(V)
+    f = Function(V, name="f")
     problem = NonlinearVariationalProblem((u + 0.1 * u**3 - f) * v * dx, u)
     parameters = {
         **snes,

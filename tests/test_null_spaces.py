@@ -25,8 +25,14 @@ class Singular:
     """
 
     def __init__(self, V, a, f, k, basis):
-        self.V, self.a, self.source, self.k, self.basis = V, a, f, k, basis
-        self.u, w, v = Function(V, name="u"), TrialFunction(V), TestFunction(V)
+        self.V = V
+        self.a = a
+        self.source = f
+        self.k = k
+        self.basis = basis
+        self.u = Function(V, name="u")
+        w = TrialFunction(V)
+        v = TestFunction(V)
         self.L = inner(f, v) * dx
         self.A, self.mass = dense(a), dense(inner(w, v) * dx)
         self.inverse = np.linalg.pinv(self.A, rcond=1e-10)
@@ -69,7 +75,9 @@ class Singular:
 def neumann(skew: float = 0.0) -> Singular:
     mesh = UnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, f = TrialFunction(V), TestFunction(V), Function(V, name="source")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    f = Function(V, name="source")
     k = Function(V, name="k").interpolate(1 + SpatialCoordinate(mesh)[0])
     a = k * inner(grad(w), grad(v)) * dx + (skew * w.dx(0) * v * dx if skew else 0)
     return Singular(V, a, f, k, VectorSpaceBasis(constant=True, comm=mesh.comm))
@@ -79,7 +87,9 @@ def floating() -> Singular:
     """An elastic body that nothing holds, with its rigid motions."""
     mesh = UnitSquareMesh(4, 4)
     V = VectorFunctionSpace(mesh, "CG", 1)
-    w, v, f = TrialFunction(V), TestFunction(V), Function(V, name="load")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    f = Function(V, name="load")
     k = Function(FunctionSpace(mesh, "CG", 1), name="k").assign(1.3)
     x, y = SpatialCoordinate(mesh)
     basis = VectorSpaceBasis(
@@ -180,7 +190,9 @@ def test_derivatives_on_the_tape_have_the_null_space(method):
 def test_the_pressure_of_a_closed_flow(nonlinear):
     mesh = UnitSquareMesh(3, 3)
     W = VectorFunctionSpace(mesh, "CG", 2) * FunctionSpace(mesh, "CG", 1)
-    u, (w, p), (v, q) = Function(W, name="flow"), TrialFunctions(W), TestFunctions(W)
+    u = Function(W, name="flow")
+    (w, p) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
     force = Function(VectorFunctionSpace(mesh, "CG", 1), name="force")
     x, y = SpatialCoordinate(mesh)
     force.interpolate(as_vector([sin(3 * y), x * y]))
@@ -302,7 +314,9 @@ def test_the_null_space_of_the_transpose_makes_a_right_hand_side_one_with_a_solu
     """A wind without divergence leaves constants in the null space of the transpose, too."""
     mesh = PeriodicUnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, f = TrialFunction(V), TestFunction(V), Function(V, name="source")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    f = Function(V, name="source")
     k = Function(V, name="k").interpolate(1.5 + sin(2 * pi * SpatialCoordinate(mesh)[0]))
     constants = VectorSpaceBasis(constant=True, comm=mesh.comm)
     singular = Singular(V, (k * inner(grad(w), grad(v)) + 3 * w.dx(0) * v) * dx, f, k, constants)
@@ -418,7 +432,9 @@ def test_null_spaces_that_are_ones_are_no_word_worth(scale):
     """Whatever the size of an operator is; rigid motions in a space of quadratic functions, too."""
     mesh = UnitDiskMesh(1)
     V = VectorFunctionSpace(mesh, "CG", 2)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="body")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="body")
     x, y = SpatialCoordinate(mesh)
     modes = (1, 0), (0, 1), (-y, x)
     basis = VectorSpaceBasis([Function(V).interpolate(as_vector(mode)) for mode in modes])

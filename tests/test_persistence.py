@@ -60,11 +60,9 @@ class Bent:
     def __init__(self):
         V = FunctionSpace(UnitSquareMesh(8, 8), "CG", 1)
         x, y = SpatialCoordinate(V.mesh())
-        self.u, v, f = (
-            Function(V),
-            TestFunction(V),
-            Function(V).interpolate(1 + sin(3 * x) * cos(2 * y)),
-        )
+        self.u = Function(V)
+        v = TestFunction(V)
+        f = Function(V).interpolate(1 + sin(3 * x) * cos(2 * y))
         self.kappa = Function(V)
         self.problem = NonlinearVariationalProblem(
             (self.u * v + self.kappa * (1 + self.u**2) * inner(grad(self.u), grad(v)) - f * v) * dx,
@@ -84,7 +82,9 @@ class Bent:
 @pytest.mark.parametrize("name", REFUSED)
 @pytest.mark.parametrize("where", ["parameters", "database", "control"])
 def test_options_that_keep_something_are_refused_by_name(name, where):
-    problem, parameters, prefix = Bent().problem, REFUSED[name], None
+    problem = Bent().problem
+    parameters = REFUSED[name]
+    prefix = None
     if where == "database":
         prefix, options = "kept_", PETSc.Options()
         given = {

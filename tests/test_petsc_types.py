@@ -63,7 +63,9 @@ def test_the_table_has_a_row_for_each_type_and_no_other(kind):
 
 
 def test_types_without_a_row_have_cautious_facts_and_none_has_ordinary_ones():
-    ksp, pc, snes = ksp_facts("mine"), pc_facts("mine"), snes_facts("mine")
+    ksp = ksp_facts("mine")
+    pc = pc_facts("mine")
+    snes = snes_facts("mine")
     assert not (ksp.is_transposable or ksp.is_linear)
     assert not (ksp.only_applies_preconditioner or ksp.asks_for_symmetry)
     assert ksp.has_thresholds
@@ -222,7 +224,9 @@ def test_what_is_transposable_makes_the_iterations_of_the_transposed_operator(na
 @pytest.mark.parametrize("name", TRIED_KSP)
 def test_what_is_linear_in_the_right_hand_side(name):
     A = well_conditioned(symmetric=True)
-    ksp, b, c = solver(name, A, 3), vector(A, 1), vector(A, 2)
+    ksp = solver(name, A, 3)
+    b = vector(A, 1)
+    c = vector(A, 2)
     is_linear = difference(solved(ksp, b) + 2 * solved(ksp, c), solved(ksp, b + 2 * c)) < 1e-12
     assert is_linear == ksp_facts(name).is_linear
 
@@ -422,7 +426,9 @@ def test_what_remembers_values(name):
 def test_what_remembers_earlier_solves_with_it(name):
     A = diffusion()
     ksp = around(preconditioner(name, A), "gmres", 3)
-    b, c, x = vector(A, 1), vector(A, 2), vector(A, 3)
+    b = vector(A, 1)
+    c = vector(A, 2)
+    x = vector(A, 3)
     ksp.solve(b, x)
     first = x.copy()
     for other in (c, b):
@@ -442,7 +448,9 @@ def test_what_does_richardsons_iterations_itself(name):
 def test_what_changes_the_system_for_the_time_of_a_solve(name):
     A = diffusion()
     pc, scale = preconditioner(name, A), 0.3
-    b, r, x = vector(A, 1), vector(A, 1), vector(A, 1)
+    b = vector(A, 1)
+    r = vector(A, 1)
+    x = vector(A, 1)
     x.zeroEntries()
     for _ in range(2):
         A.mult(x, r)

@@ -55,7 +55,9 @@ def field_in_the_operator():
 def nonlinear():
     mesh = UnitSquareMesh(6, 6)
     V = FunctionSpace(mesh, "CG", 1)
-    v, u, source = TestFunction(V), Function(V, name="u"), smooth(V, 1)
+    v = TestFunction(V)
+    u = Function(V, name="u")
+    source = smooth(V, 1)
     residual = ((1 + u**2) * inner(grad(u), grad(v)) - source * v) * dx
     problem = NonlinearVariationalProblem(residual, u, DirichletBC(V, 0, "on_boundary"))
     return problem, source, NewtonLadder(linear=IterationLadder())
@@ -212,7 +214,9 @@ def test_other_values_of_a_constant_are_an_error(last):
 def test_a_constant_that_one_rank_alone_changes_is_an_error_where_no_field_is_assembled():
     """Only one would assemble what depends on it, which is collective."""
     V = FunctionSpace(UnitSquareMesh(6, 6), "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V, name="u")
     factor, source = Constant(1.0), smooth(V, 1)
     problem = LinearVariationalProblem(w * v * dx, factor * source * v * dx, u)
     solver = prdp_fem.LinearVariationalSolver(problem, solver_parameters=CG)

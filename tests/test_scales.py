@@ -67,7 +67,9 @@ class Reaction:
     def __init__(self, nonlinear: bool = False):
         mesh = UnitSquareMesh(6, 6)
         V = self.V = FunctionSpace(mesh, "CG", 1)
-        w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        u = Function(V, name="u")
         self.source, self.bc = Function(V, name="source"), DirichletBC(V, 0, "on_boundary")
         self.a, self.mass = (inner(grad(w), grad(v)) + w * v) * dx, w * v * dx
         if nonlinear:
@@ -98,7 +100,9 @@ class Reaction:
         return whole(gradient.numpy())
 
     def exact(self) -> np.ndarray:
-        A, M, nodes = dense(self.a, bcs=self.bc), dense(self.mass), boundary_dofs(self.bc)
+        A = dense(self.a, bcs=self.bc)
+        M = dense(self.mass)
+        nodes = boundary_dofs(self.bc)
         cotangent = whole(self.cotangent.numpy())
         cotangent[nodes] = 0.0
         multiplier = np.linalg.solve(A.T, cotangent)

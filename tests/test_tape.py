@@ -79,7 +79,9 @@ def test_taylor_remainders_for_boundary_values_of_a_mixed_problem():
     mesh = UnitSquareMesh(4, 4)
     V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
     W = V * Q
-    (w, p), (v, q), u = TrialFunctions(W), TestFunctions(W), Function(W)
+    (w, p) = TrialFunctions(W)
+    (v, q) = TestFunctions(W)
+    u = Function(W)
     g = smooth(V, 14)
     a = (inner(grad(w), grad(v)) - p * div(v) - q * div(w) + 0.1 * p * q) * dx
     bcs = [DirichletBC(W.sub(0), g, (1, 2)), DirichletBC(W.sub(0), 0, 3)]
@@ -115,7 +117,9 @@ def test_taylor_remainders_for_mesh_coordinates():
 def test_taylor_remainders_through_a_cofunction():
     mesh = UnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     source = smooth(V, 9)
     load = assemble(source**2 * v * dx)
     problem = LinearVariationalProblem(

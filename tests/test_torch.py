@@ -63,7 +63,9 @@ def test_gradcheck_of_a_nonsymmetric_problem_with_a_vector_control():
 def test_gradcheck_of_cofunctions_and_vector_constants():
     mesh = UnitSquareMesh(3, 3)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, u = TrialFunction(V), TestFunction(V), Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    u = Function(V)
     load, wind = Cofunction(V.dual(), name="load"), Constant([0.3, 0.2], name="wind")
     problem = LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v)) + dot(wind, grad(w)) * v) * dx,

@@ -159,7 +159,9 @@ class Emulator:
         self.solver = LinearVariationalSolver(
             problem, refinement=self.refinement, solver_parameters=CG
         )
-        self.step, self.gathering, self.comm = SolverLayer(self.solver, [u0]), Gathering(V), comm
+        self.step = SolverLayer(self.solver, [u0])
+        self.gathering = Gathering(V)
+        self.comm = comm
         n = len(self.gathering)
         torch.manual_seed(2)
         self.network = double(MLP(n, n, width=6))
@@ -310,10 +312,8 @@ class Phases:
             }
         )
         self.network["again"] = tied
-        self.x, self.y = (
-            torch.randn(10, 3, dtype=torch.float64),
-            torch.randn(10, 2, dtype=torch.float64),
-        )
+        self.x = torch.randn(10, 3, dtype=torch.float64)
+        self.y = torch.randn(10, 2, dtype=torch.float64)
         self.optimiser = torch.optim.SGD(
             self.network.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1
         )
@@ -402,10 +402,8 @@ class Parts(Phases):
 
 @pytest.mark.parallel([1, 2, 3])
 def test_what_is_trained_at_a_batch_is_what_a_plain_loop_trains():
-    (weights, averages), (expected, expected_averages) = (
-        Phases(COMM_WORLD).train(),
-        Parts(COMM_SELF).plain(COMM_WORLD.size),
-    )
+    (weights, averages) = Phases(COMM_WORLD).train()
+    (expected, expected_averages) = Parts(COMM_SELF).plain(COMM_WORLD.size)
     for one, other in zip(weights, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
     assert [one is None for one in averages] == [other is None for other in expected_averages]
@@ -495,7 +493,9 @@ def wrong_gradient(network):
 def test_what_is_not_finite_moves_nothing(wrong, words, make):
     """Of one rank's part, too; whatever the validation makes of it."""
     network, loss = regression()
-    optimiser, before, calls = make(network.parameters()), [], []
+    optimiser = make(network.parameters())
+    before = []
+    calls = []
 
     def spoiled(samples):
         calls.append(samples)
@@ -553,10 +553,8 @@ def test_weights_that_the_last_step_has_spoiled_are_an_error():
 def test_a_closure_is_that_of_a_plain_loop(options):
     network, loss = regression()
     start = copy.deepcopy(network.state_dict())
-    optimiser, order = (
-        torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe", **options),
-        torch.Generator().manual_seed(7),
-    )
+    optimiser = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe", **options)
+    order = torch.Generator().manual_seed(7)
     for _ in range(2):
         for samples in torch.randperm(10, generator=order).split(4):
 
@@ -588,10 +586,8 @@ def test_a_closure_in_an_ensemble_adds_up_parts_to_the_bit():
     """
     network, loss = regression()
     start = copy.deepcopy(network.state_dict())
-    optimiser, order = (
-        torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"),
-        torch.Generator().manual_seed(7),
-    )
+    optimiser = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe")
+    order = torch.Generator().manual_seed(7)
     parameters = list(network.parameters())
     for _ in range(4):
         for samples in torch.randperm(10, generator=order).split(5):
@@ -696,11 +692,9 @@ def test_what_a_closure_returns_is_a_tensor():
 
 def test_an_error_among_the_evaluations_of_a_step_leaves_all_as_it_was():
     network, loss = regression()
-    optimiser, before, calls = (
-        torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe"),
-        [],
-        [],
-    )
+    optimiser = torch.optim.LBFGS(network.parameters(), line_search_fn="strong_wolfe")
+    before = []
+    calls = []
 
     def spoiled(samples):
         if not calls or not torch.equal(calls[-1], samples):
@@ -763,7 +757,9 @@ def test_schedulers_are_stepped_after_each_epoch(make):
 
 def heat_solver(refinement):
     V = FunctionSpace(UnitSquareMesh(3, 3), "CG", 1)
-    f, w, v = Function(V), TrialFunction(V), TestFunction(V)
+    f = Function(V)
+    w = TrialFunction(V)
+    v = TestFunction(V)
     problem = LinearVariationalProblem(
         (w * v + inner(grad(w), grad(v))) * dx, f * v * dx, Function(V, name="u")
     )

@@ -167,10 +167,8 @@ def test_richardson_from_zero_is_its_own_adjoint(iterations):
             differentiation=differentiation,
             refinement=fixed(iterations),
         )
-        layer, x = (
-            SolverLayer(solver, [problem.u0]),
-            torch.ones(2, problem.V.dim(), dtype=torch.float64, requires_grad=True),
-        )
+        layer = SolverLayer(solver, [problem.u0])
+        x = torch.ones(2, problem.V.dim(), dtype=torch.float64, requires_grad=True)
         (layer(x) ** 2).sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients, rtol=1e-13, atol=1e-16)
@@ -260,12 +258,12 @@ class Plain:
     def __init__(self, *, neumann=False, wind=False):
         mesh = UnitSquareMesh(4, 4)
         V = self.V = FunctionSpace(mesh, "CG", 1)
-        w, v, self.u = TrialFunction(V), TestFunction(V), Function(V, name="u")
-        self.kappa, self.f, self.c = (
-            smooth(V, 1, "kappa"),
-            smooth(V, 2, "f"),
-            Constant(float(wind), name="c"),
-        )
+        w = TrialFunction(V)
+        v = TestFunction(V)
+        self.u = Function(V, name="u")
+        self.kappa = smooth(V, 1, "kappa")
+        self.f = smooth(V, 2, "f")
+        self.c = Constant(float(wind), name="c")
         with stop_annotating():
             self.kappa.assign(2 + 0.5 * self.kappa)
         x, y = SpatialCoordinate(mesh)
@@ -506,7 +504,9 @@ def test_a_backward_pass_uses_the_iterations_of_its_forward_pass():
 
 
 def test_a_tolerance_unrolls_the_iterations_that_it_took():
-    problem, gradients, setting = HeatStep(5), [], Tolerance(1e-3)
+    problem = HeatStep(5)
+    gradients = []
+    setting = Tolerance(1e-3)
     for _ in range(2):
         solver = prdp_fem.LinearVariationalSolver(
             problem.problem,

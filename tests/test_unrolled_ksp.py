@@ -144,7 +144,9 @@ def dense_preconditioner(A, name):
     import torch
 
     d, n = torch.diagonal(A), A.shape[0]
-    lower, upper, D = torch.tril(A, -1), torch.triu(A, 1), torch.diag(d)
+    lower = torch.tril(A, -1)
+    upper = torch.triu(A, 1)
+    D = torch.diag(d)
     pairs = torch.block_diag(*[torch.ones(2, 2, dtype=A.dtype)] * (n // 2))
     match name:
         case "none":
@@ -281,7 +283,10 @@ def test_against_petsc_and_torch(matrices, method, preconditioner):
     unrolled = UnrolledKSP(ksp)
     b, x0, c, b_dot, x0_dot = (vector(A, seed) for seed in range(5))
     A_dot, _ = direction(A, 3)
-    out, b_bar, x0_bar, A_bar = b.duplicate(), b.duplicate(), b.duplicate(), OperatorCotangent(A)
+    out = b.duplicate()
+    b_bar = b.duplicate()
+    x0_bar = b.duplicate()
+    A_bar = OperatorCotangent(A)
     pattern = A_bar.pattern
     tensors = dense(A), torch.tensor(b.array), torch.tensor(x0.array)
     tangents = dense(A_dot), torch.tensor(b_dot.array), torch.tensor(x0_dot.array)
@@ -375,7 +380,9 @@ def test_adjoint_is_that_of_the_tangent(matrices, preconditioner):
         ksp = solver(A, **options, **PRECONDITIONERS[preconditioner])
         b, x0, c, b_dot, x0_dot = (vector(A, seed) for seed in range(5))
         A_dot, values = direction(A, 5)
-        out, b_bar, x0_bar = b.duplicate(), b.duplicate(), b.duplicate()
+        out = b.duplicate()
+        b_bar = b.duplicate()
+        x0_bar = b.duplicate()
         for iterations, guess in ((1, None), (4, x0), (7, None)):
             unrolled = UnrolledKSP(ksp)
             unrolled.iterate(b, guess, iterations, out)
@@ -745,7 +752,9 @@ def test_long_cycles_of_gmres_stay_accurate(kind, side):
     """Tangents of a basis must not grow from vector to vector, and rounding errors with them."""
     mesh = UnitSquareMesh(24, 24)
     V = FunctionSpace(mesh, "CG", 1)
-    w, v, kappa = TrialFunction(V), TestFunction(V), Function(FunctionSpace(mesh, "DG", 0))
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    kappa = Function(FunctionSpace(mesh, "DG", 0))
     kappa.dat.data[:] = np.exp(0.5 * np.random.default_rng(1).standard_normal(kappa.dat.data.size))
     conditions = DirichletBC(V, 0, "on_boundary")
     A = assemble(kappa * inner(grad(w), grad(v)) * dx, bcs=conditions).petscmat

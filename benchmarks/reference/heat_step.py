@@ -25,7 +25,10 @@ os.environ |= {
 
 import numpy as np
 
-NODES, BATCH, ITERATIONS, DIFFUSION = 30, 25, 20, 1e-3
+NODES = 30
+BATCH = 25
+ITERATIONS = 20
+DIFFUSION = 1e-3
 UNKNOWNS = NODES**2
 SPACING = 1 / (NODES + 1)
 COUPLING = DIFFUSION / SPACING**2
@@ -55,7 +58,10 @@ def jacobi(b: np.ndarray, iterations: int = ITERATIONS) -> np.ndarray:
 # A network makes the first step of two, the solver the second one. From one level to the next the
 # solver does one iteration more; when, is laid down beforehand, so that all do the same work.
 
-LEVELS, SAMPLES, WIDTH, LEARNING_RATE = ITERATIONS, 200, 128, 1e-3
+LEVELS = ITERATIONS
+SAMPLES = 200
+WIDTH = 128
+LEARNING_RATE = 1e-3
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
 

@@ -213,7 +213,10 @@ def train(name: str, precision: str, epochs_per_level: int) -> dict:
         )
         return step, processor_time() - start
 
-    order, compiling, losses, step = batches(LEVELS * epochs_per_level), 0.0, [], None
+    order = batches(LEVELS * epochs_per_level)
+    compiling = 0.0
+    losses = []
+    step = None
     start = processor_time()
     for epoch, rows_of_batches in enumerate(order):
         iterations = 1 + epoch // epochs_per_level

@@ -64,12 +64,10 @@ from heat_step import (
 
 import numpy as np  # isort: skip
 
-OURS, PAPER, BY_HAND, SPARSE_MATRIX = (
-    "prdp_fem, implicit",
-    "JAX: dense, unrolled",
-    "JAX: stencil, implicit",
-    "JAX: BCOO, implicit",
-)
+OURS = "prdp_fem, implicit"
+PAPER = "JAX: dense, unrolled"
+BY_HAND = "JAX: stencil, implicit"
+SPARSE_MATRIX = "JAX: BCOO, implicit"
 
 # One batch
 # ---------
@@ -347,12 +345,10 @@ def training_words(rows: list[dict]) -> str:
 
 def describe(results: dict) -> str:
     """Tables, and what is in them."""
-    rows, trainings, precisions, versions = (
-        results["batch"],
-        results["training"],
-        results["precisions"],
-        results["versions"],
-    )
+    rows = results["batch"]
+    trainings = results["training"]
+    precisions = results["precisions"]
+    versions = results["versions"]
     slowdown = max(
         row[f"{precision}_ms_by_the_clock"] / row[f"{precision}_ms"]
         for row in rows
@@ -407,10 +403,8 @@ def draw(batch: list[dict], training: list[dict], precisions: tuple[str, ...], p
     """Milliseconds per batch, and seconds per training run."""
     from matplotlib.figure import Figure
 
-    names, runs = (
-        [row["name"] for row in batch],
-        list(dict.fromkeys(row["name"] for row in training)),
-    )
+    names = [row["name"] for row in batch]
+    runs = list(dict.fromkeys(row["name"] for row in training))
     figure = Figure(figsize=(12 if runs else 6.5, 0.4 * len(names) + 1.4), layout="constrained")
     panels = figure.subplots(1, 2 if runs else 1, squeeze=False)[0]
     for precision in precisions:
@@ -433,10 +427,8 @@ def draw(batch: list[dict], training: list[dict], precisions: tuple[str, ...], p
         for place, precision in enumerate(present):
             rows = [row for row in training if row["precision"] == precision]
             heights = [k + 0.4 * (place - (len(present) - 1) / 2) for k in range(len(rows))]
-            working, compiling = (
-                [row["training"] for row in rows],
-                [row["compiling"] for row in rows],
-            )
+            working = [row["training"] for row in rows]
+            compiling = [row["compiling"] for row in rows]
             panels[1].barh(heights, working, 0.36, color=COLOURS[precision], label=precision)
             panels[1].barh(
                 heights,

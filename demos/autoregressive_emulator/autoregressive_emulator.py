@@ -127,11 +127,9 @@ def initial_concentrations(seed):
     """Shape (samples, n)."""
     random = np.random.default_rng(seed)
     size = TRAINING + VALIDATION, BELLS
-    centres, radii, heights = (
-        random.uniform(0, 1, (*size, 2)),
-        random.uniform(0.06, 0.15, size),
-        random.uniform(-1, 1, size),
-    )
+    centres = random.uniform(0, 1, (*size, 2))
+    radii = random.uniform(0.06, 0.15, size)
+    heights = random.uniform(-1, 1, size)
     squares = ((field.coordinates[:, None, None] - centres) ** 2).sum(axis=-1)
     u = (heights * np.exp(-squares / (2 * radii**2))).sum(axis=-1).T
     return torch.from_numpy(u / abs(u).max(axis=1, keepdims=True))

@@ -87,7 +87,9 @@ else:
 # Newton's method and GMRES both start from w = 0, which is the old velocity, so that a single
 # iteration is a rough step already, and all others improve on it.
 
-u_old, w, v = Function(V, name="u_old"), Function(V, name="increment"), TestFunction(V)
+u_old = Function(V, name="u_old")
+w = Function(V, name="increment")
+v = TestFunction(V)
 u = u_old + w
 transport = u * u.dx(0) if dimension == 1 else dot(grad(u), u)
 residual = (
@@ -209,7 +211,9 @@ class Data:
         with torch.no_grad():
             u1 = reference_step(local(u0))
             u2 = reference_step(u1)
-        self.u0, self.u1, self.u2 = u0.float(), u1.float(), u2.float()
+        self.u0 = u0.float()
+        self.u1 = u1.float()
+        self.u2 = u2.float()
         self.norm1, self.norm2 = (
             field.total((reference**2).sum(dim=-1)) for reference in (self.u1, self.u2)
         )
@@ -236,10 +240,8 @@ EPOCHS = arguments.epochs or {"quick": 25, "default": 60, "full": 120}[arguments
 BATCH = 5
 # COOLING: the share of epochs in which it goes down
 LEARNING_RATE, COOLING = {1: (5e-3, 0.4), 2: (3e-3, 0.3)}[dimension]
-AT_ONE_STEP, CONVERGED_PHYSICS = (
-    "error at one step, of the network alone",
-    "error with converged physics",
-)
+AT_ONE_STEP = "error at one step, of the network alone"
+CONVERGED_PHYSICS = "error with converged physics"
 shown = {}  # a validation sample of each run, for the picture
 
 

@@ -307,10 +307,8 @@ EPOCHS = (
 )
 BATCH = 10 if dimension == 3 else 20
 LEARNING_RATE = 2e-3 if arguments.network != "mlp" else 6e-4 if dimension == 3 else 2e-4
-AT_ONE_STEP, CONVERGED_PHYSICS = (
-    "error at one step, of the network alone",
-    "error with converged physics",
-)
+AT_ONE_STEP = "error at one step, of the network alone"
+CONVERGED_PHYSICS = "error with converged physics"
 shown = {}  # a validation sample of each run, for the picture
 
 

@@ -97,7 +97,10 @@ TRAINING, VALIDATION = {"quick": (4, 6), "default": (40, 50), "full": (160, 50)}
 EPOCHS = arguments.epochs or {"quick": 8, "default": 30, "full": 60}[arguments.size]
 # of solver and network in a training sample
 STEPS = {"quick": 2, "default": 2, "full": 4}[arguments.size]
-WIDTH, LAYERS, BATCH, LEARNING_RATE = 16, 3, 2, 1e-2
+WIDTH = 16
+LAYERS = 3
+BATCH = 2
+LEARNING_RATE = 1e-2
 LADDER = IterationLadder(start=4, step=2)
 
 # The channel
@@ -106,8 +109,13 @@ LADDER = IterationLadder(start=4, step=2)
 # of mean speed 1 in the benchmark. Drag and lift are given in units of 1/2 density speed^2
 # diameter, the frequency as Strouhal number, in units of speed/diameter.
 
-INFLOW, OUTFLOW, WALLS, CYLINDER = 1, 2, 3, 4
-VISCOSITY, DIAMETER, BENCHMARK = 1e-3, 0.1, 1.0
+INFLOW = 1
+OUTFLOW = 2
+WALLS = 3
+CYLINDER = 4
+VISCOSITY = 1e-3
+DIAMETER = 0.1
+BENCHMARK = 1.0
 TRAINING_SPEEDS = 0.8, 1.2
 
 # Made from cylinder.geo.
@@ -151,7 +159,9 @@ def coefficients(forces, speed):
 
 TIME_STEP = 0.02
 W = VectorFunctionSpace(mesh, "CG", 1, dim=3)
-trial, test, old = TrialFunction(W), TestFunction(W), Function(W, name="old state")
+trial = TrialFunction(W)
+test = TestFunction(W)
+old = Function(W, name="old state")
 (w, r), (v, q), (u_old, p_old) = ((as_vector([f[0], f[1]]), f[2]) for f in (trial, test, old))
 h = 2 * sqrt(CellVolume(mesh) / pi)
 tau = 1 / sqrt((2 / TIME_STEP) ** 2 + (2 * BENCHMARK / h) ** 2 + (12 * VISCOSITY / h**2) ** 2)
@@ -259,7 +269,9 @@ def uncorrected(states, increments):
 class Reference:
     def __init__(self, time_step):
         V, Q = VectorFunctionSpace(mesh, "CG", 2), FunctionSpace(mesh, "CG", 1)
-        self.space, self.time_step, self.speed = V * Q, time_step, Constant(BENCHMARK)
+        self.space = V * Q
+        self.time_step = time_step
+        self.speed = Constant(BENCHMARK)
         self.before, self.old, self.new = (Function(self.space) for _ in range(3))
         u_before, u_old = split(self.before)[0], split(self.old)[0]
 
@@ -393,10 +405,8 @@ def make_reference():
             flow.step()
             snapshots.append(flow.state())
             forces.append(flow.drag_and_lift())
-        found[f"states {speed}"], found[f"forces {speed}"] = (
-            torch.stack(snapshots).numpy(),
-            np.array(forces),
-        )
+        found[f"states {speed}"] = torch.stack(snapshots).numpy()
+        found[f"forces {speed}"] = np.array(forces)
     first = torch.from_numpy(found[f"states {BENCHMARK}"][1])
     found["made with"] = MADE_WITH
     found["coarse"] = rollout(coarse, uncorrected, first, ALONE).numpy()

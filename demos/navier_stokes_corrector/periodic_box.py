@@ -82,10 +82,8 @@ class Flow:
 
     def __init__(self, cells):
         self.mesh = PeriodicUnitSquareMesh(cells, cells, comm=comm)
-        V, W = (
-            VectorFunctionSpace(self.mesh, "CG", 1, dim=2),
-            VectorFunctionSpace(self.mesh, "CG", 1, dim=3),
-        )
+        V = VectorFunctionSpace(self.mesh, "CG", 1, dim=2)
+        W = VectorFunctionSpace(self.mesh, "CG", 1, dim=3)
         trial, test = TrialFunction(W), TestFunction(W)
         w, p = as_vector([trial[0], trial[1]]), trial[2]
         v, q = as_vector([test[0], test[1]]), test[2]
@@ -143,10 +141,8 @@ class Step(torch.nn.Module):
 GMRES = {"ksp_type": "gmres", "ksp_gmres_restart": 8, "pc_type": "pbjacobi"}
 ACCURATE = {"ksp_type": "gmres", "ksp_gmres_restart": 60, "pc_type": "bjacobi", "ksp_rtol": 1e-8}
 coarse, fine = Flow(CELLS), Flow(2 * CELLS)
-coarse_step, fine_step = (
-    Step(coarse, solver_parameters=ACCURATE),
-    Step(fine, solver_parameters=ACCURATE),
-)
+coarse_step = Step(coarse, solver_parameters=ACCURATE)
+fine_step = Step(fine, solver_parameters=ACCURATE)
 grid, n = coarse.velocity.grid, len(coarse.velocity)
 
 # The data

@@ -266,14 +266,19 @@ def plate_meshes():
 
 
 class Plate:
-    SENSORS, SPOTS, LENGTH, PENALTY = 200, 6, 0.1, 1e-4
+    SENSORS = 200
+    SPOTS = 6
+    LENGTH = 0.1
+    PENALTY = 1e-4
     REFINED = 1 if arguments.size == "full" else 0  # times
 
     def __init__(self, seed):
         rng = np.random.default_rng(seed)
         mesh, fine = plate_meshes()
         Q = FunctionSpace(mesh, "CG", 1)
-        q, m, v = Function(Q, name="q"), Function(Q, name="m"), TestFunction(Q)
+        q = Function(Q, name="q")
+        m = Function(Q, name="m")
+        v = TestFunction(Q)
         self.problem, self.load = self.conduction(mesh, m)
 
         # The true field has six spots, three of them conductive and three insulating. The
@@ -316,7 +321,9 @@ class Plate:
             assemble(inner(self.measured, self.measured) * dx)
         )
 
-        self.controls, self.q, self.sought = [Function(Q, name="z")], q, [m]
+        self.controls = [Function(Q, name="z")]
+        self.q = q
+        self.sought = [m]
         self.scale = Function(Q)
         self.scale.dat.data_wo[:] = 1 / np.sqrt(assemble(v * dx).dat.data_ro)
         w = TrialFunction(Q)
@@ -463,11 +470,11 @@ class Notebook:
 
     def __init__(self, inverse, refinement, label):
         self.inverse, self.refinement = inverse, refinement
-        self.history, self.account = (
-            History(),
-            Account([inverse.solver], ensemble.global_comm, ensemble.ensemble_comm),
-        )
-        self.misfits, self.residuals, self.errors = [], [], []
+        self.history = History()
+        self.account = Account([inverse.solver], ensemble.global_comm, ensemble.ensemble_comm)
+        self.misfits = []
+        self.residuals = []
+        self.errors = []
         self.bar = tqdm(
             total=ITERATIONS,
             desc=label,

@@ -160,10 +160,8 @@ class Problem:
 def random_field(space):
     """A smooth field between -1 and 1, the mean of eight waves. All ranks draw the same ones."""
     mesh = space.mesh()
-    wave_vectors, phases = (
-        rng.normal(0, 5, (8, mesh.geometric_dimension)),
-        rng.uniform(0, 2 * np.pi, 8),
-    )
+    wave_vectors = rng.normal(0, 5, (8, mesh.geometric_dimension))
+    phases = rng.uniform(0, 2 * np.pi, 8)
     points = (
         Function(VectorFunctionSpace(mesh, space.ufl_element()))
         .interpolate(SpatialCoordinate(mesh))
@@ -179,7 +177,9 @@ def random_field(space):
 def conduction(name, equation, source, conductivity, control, cold, functionals=None):
     mesh = control.function_space().mesh()
     V, Q = FunctionSpace(mesh, "CG", 1), FunctionSpace(mesh, "DG", 0)
-    w, v, q = TrialFunction(V), TestFunction(V), TestFunction(Q)
+    w = TrialFunction(V)
+    v = TestFunction(V)
+    q = TestFunction(Q)
     problem = LinearVariationalProblem(
         conductivity * inner(grad(w), grad(v)) * dx,
         source * v * dx,
@@ -291,10 +291,8 @@ def exact(problem, step=1e-4):
     )
     physics = SolverLayer(solver, [problem.control])
     u, J = differentiate(physics, problem)
-    theta, direction = (
-        to_torch(problem.control),
-        to_torch(random_field(problem.control.function_space())),
-    )
+    theta = to_torch(problem.control)
+    direction = to_torch(random_field(problem.control.function_space()))
     with torch.no_grad():
         slope = (physics(theta + step * direction) - physics(theta - step * direction)) / (2 * step)
     by_jacobian, by_difference = (

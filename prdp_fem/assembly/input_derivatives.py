@@ -40,7 +40,9 @@ class InputDerivatives:
     """
 
     def __init__(self, forms: Forms, terms: Mapping, place: Place):
-        self._forms, self._terms, self._place = forms, terms, place
+        self._forms = forms
+        self._terms = terms
+        self._place = place
         with stop_annotating():
             self.by_forms = ResidualDerivatives(forms)
             self._lifting = Lifting(forms, place)

@@ -59,7 +59,9 @@ class OperatorDerivative:
     """
 
     def __init__(self, forms: Forms, form: ufl.Form, matrix: PETSc.Mat):
-        self._forms, self._form, self._matrix = forms, form, matrix
+        self._forms = forms
+        self._form = form
+        self._matrix = matrix
         space = forms.solution.function_space()
         self._left, self._right = Function(space), Function(space)
         self._tangent = Function(space)

@@ -28,7 +28,9 @@ __all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck", "detect_null_pivots"]
 # errors take half where the condition is 10⁸, three quarters where it is 10¹², and more with large
 # penalties, which somebody may mean. A residual that has lost half is a reason to look closer.
 _EPSILON = np.finfo(PETSc.ScalarType).eps
-_WORST, FEW, SUSPICIOUS = 1e-2, _EPSILON**0.25, _EPSILON**0.5
+_WORST = 1e-2
+FEW = _EPSILON**0.25
+SUSPICIOUS = _EPSILON**0.5
 # Rounding errors of one entry that add up in a residual.
 _MANY = 1e4
 

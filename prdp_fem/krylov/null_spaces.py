@@ -106,7 +106,9 @@ class NullSpaceCheck:
         """Whether there was something to be seen: an operator may have no values as yet."""
         multiply(probe.y, probe.Ay)
         rounding = _ROUNDING * probe.Ay.norm() / probe.y.norm()
-        scrambled, product, are_seen = probe.Ax, probe.Ay, True
+        scrambled = probe.Ax
+        product = probe.Ay
+        are_seen = True
         for vector in _vectors(space, probe.x):
             scrambled.pointwiseMult(vector, probe.x)
             size = scrambled.norm()

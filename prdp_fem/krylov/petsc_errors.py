@@ -8,7 +8,10 @@ __all__ = ["cause_of", "remedy", "what_went_wrong"]
 
 # PETSC_ERR_SUP, PETSC_ERR_MEM, PETSC_ERR_NOT_CONVERGED, and what petsc4py returns to PETSc where
 # Python has raised something.
-_NOT_SUPPORTED, _NO_MEMORY, _NOT_CONVERGED, _FROM_PYTHON = 56, 55, 91, 101
+_NOT_SUPPORTED = 56
+_NO_MEMORY = 55
+_NOT_CONVERGED = 91
+_FROM_PYTHON = 101
 _REMEDIES = {
     _NOT_SUPPORTED: "PETSc does not have it for this operator ({}): use another pc_type",
     _NO_MEMORY: "there is not enough memory ({}): use a pc_type that needs less",

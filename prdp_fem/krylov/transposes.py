@@ -24,7 +24,9 @@ __all__ = ["Krylov"]
 
 # Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest
 # power of two by which others are scaled.
-_SMALL, _LARGE, _MOST = 1e-20, 1e20, 1000
+_SMALL = 1e-20
+_LARGE = 1e20
+_MOST = 1000
 # A residual norm whose square, and those of its larger parts, have all bits.
 _FAINT = 1e-100
 _INFINITY = PETSc.NormType.NORM_INFINITY

@@ -441,7 +441,9 @@ class _Part:
 
     def __init__(self, condition, dofs: np.ndarray, expression):
         space = condition.function_space()
-        self._space, self._dofs, self._expression = space, dofs, expression
+        self._space = space
+        self._dofs = dofs
+        self._expression = expression
         self._own_space = space if space.parent is None else space.collapse()
 
     def _interpolator(self, expression, target):

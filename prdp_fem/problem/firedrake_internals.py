@@ -261,7 +261,9 @@ class Callbacks:
     """
 
     def __init__(self, solver, memory: Memory):
-        self._solver, self._context, self._memory = solver, solver._ctx, memory
+        self._solver = solver
+        self._context = solver._ctx
+        self._memory = memory
         with self._context._F.dat.vec_ro as vector:
             self._residual, self._residual_on_host = memory.vector(vector), vector.duplicate()
         self._has_pattern = False

@@ -243,7 +243,9 @@ def checked_setting(setting: Any) -> Setting:
             checked_setting(setting.linear)
         return setting
     try:
-        rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
+        rtol = setting.rtol
+        max_it = setting.max_it
+        budget = setting.budget
     except AttributeError:
         raise TypeError(f"{_SETTING}, found {shown(setting)}") from None
     if isinstance(setting, type):
@@ -288,7 +290,9 @@ def in_numbers(setting: Setting) -> list:
 
     They are rtol, max_it and budget, and Newton steps where it has them.
     """
-    rtol, max_it, budget = setting.rtol, setting.max_it, setting.budget
+    rtol = setting.rtol
+    max_it = setting.max_it
+    budget = setting.budget
     numbers: list = [None, None, None]
     if rtol is not None and max_it is not None:
         numbers = [float(rtol), int(max_it), bool(budget)]

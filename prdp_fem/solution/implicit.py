@@ -171,7 +171,9 @@ class ImplicitDerivative:
         wanted: Wanted,
     ) -> None:
         """Write that of the adjoint; see :meth:`SolutionMap.solve_second_adjoint`."""
-        linearisation, inputs, by_forms = self._linearisation, self._inputs, self._inputs.by_forms
+        linearisation = self._linearisation
+        inputs = self._inputs
+        by_forms = self._inputs.by_forms
         with linearisation.work("adjoint"):
             linearisation.at(point, solution)
             self._require_solution(

@@ -72,7 +72,9 @@ class LinearSolve:
         what is kept of it; None for nothing.
         """
         linearisation, right_hand_side = self.linearisation, self.right_hand_side
-        statistics, guess, records = linearisation.statistics, point.guess, []
+        statistics = linearisation.statistics
+        guess = point.guess
+        records = []
         moves = self.moves(point, varying)
         with linearisation.work("forward"):
             size = linearisation.largest_size

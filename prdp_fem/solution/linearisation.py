@@ -92,7 +92,9 @@ class Linearisation:
         unassembled: Set[int] = frozenset(),
         newton: Newton | None = None,
     ):
-        self.forms, self.solver, self.place = forms, solver, place
+        self.forms = forms
+        self.solver = solver
+        self.place = place
         self.name, self.statistics = forms.solution.name(), place.statistics
         self.comm = forms.solution.function_space().mesh().comm
         self.layout, self.size = vector_like(forms.solution), local_values(forms.solution).size

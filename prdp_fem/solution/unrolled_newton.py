@@ -111,7 +111,9 @@ class UnrolledNewton:
         if step == 0:
             self._trajectory = Trajectory([memory.unload(state)])
             return
-        trajectory, update, made = self._trajectory, snes.getSolutionUpdate(), self._step()
+        trajectory = self._trajectory
+        update = snes.getSolutionUpdate()
+        made = self._step()
         assert trajectory is not None  # since PETSc begins with step 0
         memory.load(trajectory.fields[-1], made)
         made.axpy(-1.0, state)
@@ -196,7 +198,9 @@ class UnrolledNewton:
         linearisation, memory = self._linearisation, self._place.memory
         by_forms, dofs = self._inputs.by_forms, linearisation.forms.boundary_dofs
         state, iterations = trajectory.fields[step], trajectory.iterations[step]
-        residual, of_residual, of_step = self._residual(), self._of_residual(), self._of_step()
+        residual = self._residual()
+        of_residual = self._of_residual()
+        of_step = self._of_step()
         self._forward.assemble_at(state, residual)
         step_cotangent = -trajectory.lengths[step] * of_state
         step_cotangent[dofs] = 0.0

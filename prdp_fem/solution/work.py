@@ -42,8 +42,12 @@ class Work:
         spoil: Callable[[BaseException], None],
         context: AbstractContextManager | None,
     ):
-        self._kind, self._name, self._event = kind, name, _EVENTS[kind]
-        self._statistics, self._spoil, self._context = statistics, spoil, context
+        self._kind = kind
+        self._name = name
+        self._event = _EVENTS[kind]
+        self._statistics = statistics
+        self._spoil = spoil
+        self._context = context
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()

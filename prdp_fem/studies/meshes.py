@@ -26,7 +26,9 @@ __all__ = ["triangle_mesh"]
 
 # Gmsh's numbers of elements that a plane mesh of straight triangles may have, and how many nodes
 # each of them has.
-_POINT, _LINE, _TRIANGLE = 15, 1, 2
+_POINT = 15
+_LINE = 1
+_TRIANGLE = 2
 _NODES = {_POINT: 1, _LINE: 2, _TRIANGLE: 3}
 _OTHERS = {
     3: "quadrangles",
@@ -370,7 +372,9 @@ class _Numbers:
     """
 
     def __init__(self, name: str, content: bytes, order: str = "", wide: int = 4):
-        self._name, self._order, self._wide = name, order, wide
+        self._name = name
+        self._order = order
+        self._wide = wide
         self._items = content if order else content.split()
         self._position = 0
 

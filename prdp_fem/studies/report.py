@@ -151,10 +151,8 @@ def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
 
 
 def _machine(run: Run) -> str:
-    processor, ranks = (
-        run.machine.get("processor", "an unknown processor"),
-        run.machine.get("ranks", 1),
-    )
+    processor = run.machine.get("processor", "an unknown processor")
+    ranks = run.machine.get("ranks", 1)
     return f"{processor}, {ranks} rank{'s' if ranks > 1 else ''}"
 
 

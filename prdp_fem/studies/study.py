@@ -90,17 +90,15 @@ class Study:
                 f"constant must be a function from iterations to a setting, found {shown(constant)}"
             )
         self.name = name
-        self.schedules, self.seeds = (
-            list(dict.fromkeys(arguments.schedules)),
-            list(dict.fromkeys(arguments.seeds)),
-        )
+        self.schedules = list(dict.fromkeys(arguments.schedules))
+        self.seeds = list(dict.fromkeys(arguments.seeds))
         # Scripts may change their folder meanwhile.
-        self.output, self.resume, self.ensemble = (
-            arguments.output.absolute(),
-            arguments.resume,
-            arguments.ensemble,
-        )
-        self.ladder, self.converged, self.constant = checked_ladder(ladder), converged, constant
+        self.output = arguments.output.absolute()
+        self.resume = arguments.resume
+        self.ensemble = arguments.ensemble
+        self.ladder = checked_ladder(ladder)
+        self.converged = converged
+        self.constant = constant
         # Files of this study, as they were before and as it has written them.
         self._replaceable: dict[Path, Any] = {}
         self._own: dict[Path, Any] = {}

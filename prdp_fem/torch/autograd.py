@@ -38,7 +38,9 @@ __all__ = [
 
 # Among the arguments of Solve: where the boundary values and the guess are, and how many come
 # before the inputs' tensors.
-_BOUNDARY, _GUESS, _BEFORE_TENSORS = 1, 2, 3
+_BOUNDARY = 1
+_GUESS = 2
+_BEFORE_TENSORS = 3
 _LARGEST_SINGLE = torch.finfo(torch.float32).max
 
 # What torch.autograd.Function asks at each call, too; there are no public names.
@@ -82,7 +84,9 @@ class Surroundings:
     """
 
     def __init__(self, comm: MPI.Comm):
-        self.comm, self.number, self.plan = comm, None, None
+        self.comm = comm
+        self.number = None
+        self.plan = None
         self._setting: Setting | None = None
         self._arrays: list[np.ndarray] = []
         self._checksums: list[int] = []
@@ -112,7 +116,9 @@ class Surroundings:
     def _renew(
         self, setting: Setting | None, arrays: Sequence[np.ndarray], checksums: list[int]
     ) -> None:
-        self._setting, self._arrays, self._checksums = setting, list(arrays), checksums
+        self._setting = setting
+        self._arrays = list(arrays)
+        self._checksums = checksums
         # Small enough for hooks that convert all tensors to float32.
         number = zlib.crc32(f"{in_words(setting)} {checksums}".encode()) % 2**24
         with torch.inference_mode(False):  # in which they could not be saved by later calls
@@ -204,7 +210,9 @@ class Solve(_Reverse):
     @staticmethod
     def forward(ctx, call: tuple, boundary, guess, *tensors: torch.Tensor) -> torch.Tensor:
         solver, surroundings, device, batch, indices = call
-        system, statistics, setting = solver.system, solver.statistics, solver.setting
+        system = solver.system
+        statistics = solver.statistics
+        setting = solver.setting
         if surroundings.plan is None:
             needs = system.needs(indices, by_forms=boundary is not None)
             others = [
@@ -439,13 +447,11 @@ class BoundaryValues(_Reverse):
         batch: torch.Size,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.comm, ctx.data, ctx.statistics, ctx.batch, others = (
-            surroundings.comm,
-            data,
-            statistics,
-            batch,
-            data.others(),
-        )
+        ctx.comm = surroundings.comm
+        ctx.data = data
+        ctx.statistics = statistics
+        ctx.batch = batch
+        others = data.others()
         ctx.save_for_backward(*tensors, *surroundings.saved(None, others))
         ctx.number = surroundings.number
         rows = [
@@ -458,11 +464,9 @@ class BoundaryValues(_Reverse):
     @_first_order
     def backward(ctx, cotangent: torch.Tensor):
         data, saved = ctx.data, iter(ctx.saved_tensors)
-        tensors, number, others = (
-            _next(saved, len(data.inputs)),
-            next(saved),
-            [other.numpy() for other in saved],
-        )
+        tensors = _next(saved, len(data.inputs))
+        number = next(saved)
+        others = [other.numpy() for other in saved]
         check_number(number, ctx.number)
         cotangents = to_host(_rows(cotangent, ctx.batch), ctx.statistics)
         samples = list(_each_row(data.inputs, ctx.batch, tensors, ctx.statistics))
@@ -521,13 +525,11 @@ class FunctionalValue(_Reverse):
         solution: torch.Tensor,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.comm, ctx.functional, ctx.statistics, ctx.batch, ctx.places = (
-            surroundings.comm,
-            functional,
-            statistics,
-            batch,
-            places,
-        )
+        ctx.comm = surroundings.comm
+        ctx.functional = functional
+        ctx.statistics = statistics
+        ctx.batch = batch
+        ctx.places = places
         others = functional.others(places)
         ctx.others = list(others)
         ctx.save_for_backward(solution, *tensors, *surroundings.saved(None, list(others.values())))
@@ -625,7 +627,10 @@ class TransformedCall:
     """
 
     def __init__(self, comm: MPI.Comm, values: Callable, stamp: Callable):
-        self._comm, self._values, self._stamp, self._expected = comm, values, stamp, None
+        self._comm = comm
+        self._values = values
+        self._stamp = stamp
+        self._expected = None
 
     def __call__(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return _Transformed.apply(self, *tensors)

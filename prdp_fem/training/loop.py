@@ -219,7 +219,10 @@ class _Steps:
         optimiser: torch.optim.Optimizer,
         comm: MPI.Comm,
     ):
-        self._network, self._loss, self._optimiser, self._comm = network, loss, optimiser, comm
+        self._network = network
+        self._loss = loss
+        self._optimiser = optimiser
+        self._comm = comm
         self._takes_closure = bool(_required(type(optimiser).step, leave=1))
         self._known: list[int] = []
         agree(comm, self._check_parameters, "parameters of the network and the optimiser")

@@ -300,10 +300,8 @@ class GraphNetwork(nn.Module):
 
         agree(MPI.COMM_SELF if halo is None else halo.comm, look, "sizes of a graph network")
         self.inputs = inputs
-        self.operators, nodes = (
-            coordinates.shape[1] + 1,
-            (len(coordinates) if halo is None else halo.owned),
-        )
+        self.operators = coordinates.shape[1] + 1
+        nodes = len(coordinates) if halo is None else halo.owned
         self.nodes = nodes
         weights = _neighbour_means(edges, coordinates, period, halo)
         self.halo = halo
@@ -559,7 +557,9 @@ class _MatrixProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, shape, matrix, transposed, x):
-        ctx.shape, ctx.matrix, ctx.transposed = shape, matrix, transposed
+        ctx.shape = shape
+        ctx.matrix = matrix
+        ctx.transposed = transposed
         starts, columns, entries = matrix
         by_rows = torch.sparse_csr_tensor(starts, columns, entries, shape, check_invariants=False)
         dense = x.to(matrix[2].dtype)

@@ -54,7 +54,9 @@ class Partition:
 
     def __init__(self, space: FunctionSpace, *, period: Sequence[float] | None = None):
         nodes = Nodes(space, period)
-        self.comm, self.components, self._owned = nodes.comm, nodes.components, len(nodes)
+        self.comm = nodes.comm
+        self.components = nodes.components
+        self._owned = len(nodes)
         source, target = _edges_to_own_nodes(nodes).T
         own = np.arange(nodes.first, nodes.first + len(nodes))
         numbers = np.concatenate([own, np.setdiff1d(source, own)])

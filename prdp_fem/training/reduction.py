@@ -166,7 +166,9 @@ class GradientReduction:
 
     def __init__(self, network: torch.nn.Module, comm: MPI.Comm, *, bucket_size: int = 2**22):
         instance("comm", comm, MPI.Comm, _COMM)
-        self._network, self._ranks, self._bucket_size = network, comm, bucket_size
+        self._network = network
+        self._ranks = comm
+        self._bucket_size = bucket_size
 
         def shapes() -> list:
             instance("network", network, torch.nn.Module, "a torch.nn.Module")
@@ -259,7 +261,9 @@ class GradientReduction:
         MPI does not know.
         """
         place = len(self._requests)
-        bucket, count, missing = self.buckets[place], len(self._parts[place]), self._missing[place]
+        bucket = self.buckets[place]
+        count = len(self._parts[place])
+        missing = self._missing[place]
         bucket[-count:] = torch.tensor(
             [one not in missing for one in range(count)], device="cpu"
         ).to(bucket)

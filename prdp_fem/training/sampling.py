@@ -89,7 +89,9 @@ class EnsembleSampler:
             lambda: _checked(samples, batch_size, seed),
             "numbers of samples, batch sizes and seeds",
         )
-        self._samples, self._batch_size, self._ensemble = int(samples), int(batch_size), ensemble
+        self._samples = int(samples)
+        self._batch_size = int(batch_size)
+        self._ensemble = ensemble
         self._order = torch.Generator().manual_seed(int(seed))
 
     def __len__(self) -> int:

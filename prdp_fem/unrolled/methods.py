@@ -300,7 +300,9 @@ class GMRES:
         v, first = on.orthonormalised(r, [])
         if first.norm == 0:
             return state
-        basis, directions, columns = [v], [], []
+        basis = [v]
+        directions = []
+        columns = []
         for _ in range(iterations):
             v, column = on.orthonormalised(self.next_vector(on, v, directions), basis)
             basis.append(v)

@@ -35,7 +35,9 @@ class SteepestDescent:
         self._iterate(ksp, b, x, A.multTranspose, pc.applyTranspose, A.getTransposeNullSpace())
 
     def _iterate(self, ksp, b, x, multiply, precondition, null_space) -> None:
-        r, z, w = self._r, self._z, self._w
+        r = self._r
+        z = self._z
+        w = self._w
         if ksp.getInitialGuessNonzero():
             multiply(x, r)
             r.aypx(-1.0, b)
