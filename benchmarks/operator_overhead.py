@@ -24,9 +24,9 @@ and gradients. They take turns within each repetition, so that whatever else the
 all of them alike; ratios are those of medians. Each has a mesh of its own: a replay on the tape
 writes to the coordinates, after which others may have to assemble again.
 
-    python operator_overhead.py                                          about ten minutes
-    python operator_overhead.py --quick                                  smallest sizes, under a
-    minute python operator_overhead.py --cases heat burgers --cells 16 32
+    python operator_overhead.py          about ten minutes
+    python operator_overhead.py --quick  smallest sizes, under a minute
+    python operator_overhead.py --cases heat burgers --cells 16 32
 
 It runs on one core and one MPI process. Options for PETSc, such as -log_view, go into the
 environment variable PETSC_OPTIONS.

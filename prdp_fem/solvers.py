@@ -519,10 +519,11 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
 
     Examples
     --------
-    >>> solver = LinearVariationalSolver(problem,
-    refinement=ProgressiveRefinement(IterationLadder()),
-    ...                                  solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"})
-    # doctest: +SKIP
+    >>> refinement = ProgressiveRefinement(IterationLadder())  # doctest: +SKIP
+    >>> parameters = {"ksp_type": "cg", "pc_type": "jacobi"}
+    >>> solver = LinearVariationalSolver(  # doctest: +SKIP
+    ...     problem, refinement=refinement, solver_parameters=parameters
+    ... )
     """
 
     _problem_type = LinearVariationalProblem
@@ -608,11 +609,13 @@ class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSo
 
     Examples
     --------
-    >>> ladder = NewtonLadder(start=1, step=1, stop=5, linear=IterationLadder(start=4, step=4,
-    stop=40))  # doctest: +SKIP
-    >>> solver = NonlinearVariationalSolver(problem, refinement=ProgressiveRefinement(ladder),
-    ...                                     solver_parameters={"ksp_type": "gmres", "pc_type":
-    "jacobi"})  # doctest: +SKIP
+    >>> linear = IterationLadder(start=4, step=4, stop=40)  # doctest: +SKIP
+    >>> ladder = NewtonLadder(start=1, step=1, stop=5, linear=linear)  # doctest: +SKIP
+    >>> solver = NonlinearVariationalSolver(  # doctest: +SKIP
+    ...     problem,
+    ...     refinement=ProgressiveRefinement(ladder),
+    ...     solver_parameters={"ksp_type": "gmres", "pc_type": "jacobi"},
+    ... )
     """
 
     _problem_type = NonlinearVariationalProblem

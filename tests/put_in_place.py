@@ -2,11 +2,11 @@
 tests on them.
 
 What calls itself a drop-in should pass the tests of what it replaces, and Firedrake's adjoint tests
-know corners of pyadjoint that
-nobody here thought of. With the sources of the installed Firedrake beside this checkout::
+know corners of pyadjoint that nobody here thought of. With the sources of the installed Firedrake
+beside this checkout::
 
-    PYTHONPATH=tests python -m pytest -p put_in_place -m "not parallel or parallel[1]"
-    ../firedrake/tests/firedrake/adjoint
+    PYTHONPATH=tests python -m pytest -p put_in_place -m "not parallel or parallel[1]" \\
+        ../firedrake/tests/firedrake/adjoint
 
 ``solve(a == L, u)`` and ``solve(F == 0, u)`` are made and annotated by this package, too. Systems
 that are assembled already, and projections, stay Firedrake's. A run in which no solve was this

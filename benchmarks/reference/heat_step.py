@@ -4,8 +4,8 @@ a reference solution.
 One step of implicit Euler on the unit square, u = 0 at its boundary, on 30 x 30 interior nodes,
 diffusivity times time step 1e-3:
 
-    (1 + 4 c) u[i,j] - c (u[i-1,j] + u[i+1,j] + u[i,j-1] + u[i,j+1]) = u0[i,j],    c = 1e-3/h²,    h
-    = 1/31,
+    (1 + 4 c) u[i,j] - c (u[i-1,j] + u[i+1,j] + u[i,j-1] + u[i,j+1]) = u0[i,j],
+    c = 1e-3/h²,    h = 1/31,
 
 by Jacobi iterations from zero, in batches of 25. These sizes are those of the two-dimensional heat
 problem of the PRDP paper.

@@ -23,10 +23,10 @@ unrolled iterations are compiled again at each level, since their number is a co
 compiled; with an implicit derivative it need not be. prdp_fem also runs with empty caches of
 kernels.
 
-    python reference.py                 about four minutes
-    python reference.py --quick         under a minute: few repetitions, and two training runs of
-    one epoch a level python reference.py --no-training   the batch alone, under a minute python
-    reference.py --docs          also puts tables and figure into docs/reference.md
+    python reference.py                about four minutes
+    python reference.py --quick        under a minute: few repetitions, two training runs
+    python reference.py --no-training  the batch alone, under a minute
+    python reference.py --docs         also puts tables and figure into docs/reference.md
 
 It needs JAX, from the extra "benchmarks": EXTRAS=torch,demos,test,benchmarks ./install.sh
 """

@@ -8,20 +8,21 @@ them,
 
     u0 --network--> u1 --network--> u2 --network--> u3 --network--> u4
       \\               \\               \\               \\
-       solver--> u1'    solver--> u2'    solver--> u3'    solver--> u4'       loss: |u1 - u1'|^2 +
-       ... + |u4 - u4'|^2,
+       solver--> u1'    solver--> u2'    solver--> u3'    solver--> u4'
+
+    loss: |u1 - u1'|^2 + ... + |u4 - u4'|^2,
 
 a "diverted chain" (Koehler, Niedermayr, Westermann and Thuerey, APEBench, NeurIPS 2024, arXiv
 2411.00180). No reference trajectories are needed for that: the network is told what would have been
 right where it went. Gradients go through the solver as well, for a state depends on what the
 network made of those before. Under progressive refinement (PRDP) the solver is coarse at first.
 
-    python autoregressive_emulator.py                         two minutes
-    python autoregressive_emulator.py --quick                 some seconds; or QUICK=1 in the
-    environment python autoregressive_emulator.py --network mlp           another network mpiexec -n
-    2 python autoregressive_emulator.py --output out         two ranks share the mesh mpiexec -n 2
-    python autoregressive_emulator.py --ensemble 2         two ranks share the samples python
-    autoregressive_emulator.py --schedules converged prdp 1 2 3 5 8 --seed 1 2 3 --resume
+    python autoregressive_emulator.py                            two minutes
+    python autoregressive_emulator.py --quick                    some seconds; or QUICK=1
+    python autoregressive_emulator.py --network mlp              another network
+    mpiexec -n 2 python autoregressive_emulator.py --output out  two ranks share the mesh
+    mpiexec -n 2 python autoregressive_emulator.py --ensemble 2  two ranks share the samples
+    python autoregressive_emulator.py --schedules converged prdp 1 2 3 5 8 --seed 1 2 3 --resume
 
 A schedule that is a number is so many GMRES iterations throughout. Options with a single dash are
 PETSc's: -physics_pc_type ilu changes the solver, -log_view says where time goes.

@@ -13,12 +13,12 @@ takes one system more. Converged physics needs four Newton steps of 110 iteratio
 dimensions of 30. Under progressive refinement (PRDP) it is a single step of four or five iterations
 at first.
 
-    python burgers_emulator.py                         in one dimension; a minute
-    python burgers_emulator.py --dimension 2           in two; two minutes
-    python burgers_emulator.py --quick                 some seconds; or QUICK=1 in the environment
-    mpiexec -n 2 python burgers_emulator.py --dimension 2 --output out     two ranks share the mesh
-    mpiexec -n 2 python burgers_emulator.py --ensemble 2                   two ranks share the
-    samples python burgers_emulator.py --schedules converged prdp 5 10 20 --seed 1 2 3 --resume
+    python burgers_emulator.py                                          in one dimension; a minute
+    python burgers_emulator.py --dimension 2                            in two; two minutes
+    python burgers_emulator.py --quick                                  some seconds; or QUICK=1
+    mpiexec -n 2 python burgers_emulator.py --dimension 2 --output out  two ranks share the mesh
+    mpiexec -n 2 python burgers_emulator.py --ensemble 2                two ranks share the samples
+    python burgers_emulator.py --schedules converged prdp 5 10 20 --seed 1 2 3 --resume
 
 A schedule that is a number is so many GMRES iterations throughout, in each of two Newton steps.
 Options with a single dash are PETSc's: -physics_pc_type ilu changes the solver, -log_view says

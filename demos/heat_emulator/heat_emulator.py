@@ -18,12 +18,11 @@ from the same weights and with the same batches:
 
 It prints what they have reached and what they cost, and draws it:
 
-    python heat_emulator.py                                             a plate with holes; about a
-    minute python heat_emulator.py --quick                                     half a minute; or
-    QUICK=1 in the environment python heat_emulator.py --domain square --solver jacobi --schedules
-    converged prdp 5 10 20 --seed 1 2 3 mpiexec -n 2 python heat_emulator.py --mesh my.msh --output
-    out     two ranks share another mesh mpiexec -n 2 python heat_emulator.py --ensemble 2
-    two ranks share the samples
+    python heat_emulator.py                                          a plate with holes; a minute
+    python heat_emulator.py --quick                                  half a minute; or QUICK=1
+    python heat_emulator.py --domain square --solver jacobi --schedules converged prdp 5 10 20
+    mpiexec -n 2 python heat_emulator.py --mesh my.msh --output out  two ranks share another mesh
+    mpiexec -n 2 python heat_emulator.py --ensemble 2                two ranks share the samples
 
 Options with a single dash are PETSc's: -log_view, or -physics_ksp_type and whatever else configures
 the solver with prefix physics_.

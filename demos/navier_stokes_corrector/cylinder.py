@@ -23,12 +23,11 @@ weights and with the same batches:
 Then the corrected solver goes alone for five periods. The script prints what drag, lift and
 frequency have become, and draws them:
 
-    python cylinder.py                                              four minutes, and two more the
-    first time, for the reference python cylinder.py --quick
-    half a minute, of a flow that sheds no vortices yet; or QUICK=1 python cylinder.py --schedules
-    converged prdp 4 8 16 --seed 1 2 3 --resume mpiexec -n 2 python cylinder.py --output out
-    two ranks share the mesh mpiexec -n 2 python cylinder.py --ensemble 2                    two
-    ranks share the samples
+    python cylinder.py                            four minutes, and two more the first time
+    python cylinder.py --quick                    half a minute, without vortices yet; or QUICK=1
+    python cylinder.py --schedules converged prdp 4 8 16 --seed 1 2 3 --resume
+    mpiexec -n 2 python cylinder.py --output out  two ranks share the mesh
+    mpiexec -n 2 python cylinder.py --ensemble 2  two ranks share the samples
 
 Where ranks share a mesh, the incomplete factorisation is one of each rank's part, so that
 iterations, and what truncated solves give, depend on their number; -physics_pc_type pbjacobi does

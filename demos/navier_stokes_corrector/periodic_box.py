@@ -21,11 +21,11 @@ from the same weights and with the same batches:
 
 It prints what they have reached and what they cost, and draws it:
 
-    python periodic_box.py                                              three minutes
-    python periodic_box.py --quick                                      a quarter of a minute; or
-    QUICK=1 in the environment python periodic_box.py --schedules converged prdp 40 48 56 --seed 1 2
-    3 mpiexec -n 2 python periodic_box.py --output out                    two ranks share the meshes
-    mpiexec -n 2 python periodic_box.py --ensemble 2                    two ranks share the samples
+    python periodic_box.py                            three minutes
+    python periodic_box.py --quick                    a quarter of a minute; or QUICK=1
+    python periodic_box.py --schedules converged prdp 40 48 56 --seed 1 2 3
+    mpiexec -n 2 python periodic_box.py --output out  two ranks share the meshes
+    mpiexec -n 2 python periodic_box.py --ensemble 2  two ranks share the samples
 
 Options with a single dash are PETSc's: -log_view, or -physics_pc_type and whatever else configures
 the solver with prefix physics_.

@@ -14,15 +14,14 @@ looks for the same parameters several times:
 It needs no torch: the solves stand on pyadjoint's tape, and pyadjoint's own tools differentiate and
 minimise. The problems:
 
-    python poisson_inverse.py                                          one amplitude of a source;
-    Jacobi, gradient descent python poisson_inverse.py --problem three --solver steepest_descent
-    python poisson_inverse.py --problem one --optimiser lbfgs          pyadjoint's minimize python
-    poisson_inverse.py --problem field                          a diffusivity field on an
-    unstructured mesh; CG, L-BFGS python poisson_inverse.py --quick
-    some seconds; or QUICK=1 in the environment python poisson_inverse.py --schedules converged prdp
-    200 400 --seed 1 2 3 --resume mpiexec -n 2 python poisson_inverse.py --output out
-    two ranks share the mesh mpiexec -n 2 python poisson_inverse.py --ensemble 2                two
-    ranks share the rods, or the ways in which the plate is heated
+    python poisson_inverse.py                                  one amplitude; Jacobi
+    python poisson_inverse.py --problem three --solver steepest_descent
+    python poisson_inverse.py --problem one --optimiser lbfgs  pyadjoint's minimize
+    python poisson_inverse.py --problem field                  a diffusivity field; CG
+    python poisson_inverse.py --quick                          some seconds; or QUICK=1
+    python poisson_inverse.py --schedules converged prdp 200 400 --seed 1 2 3 --resume
+    mpiexec -n 2 python poisson_inverse.py --output out        two ranks share the mesh
+    mpiexec -n 2 python poisson_inverse.py --ensemble 2        two ranks share the rods
 
 The rods follow the PRDP paper's (Bhatia, Koehler and Thuerey, ICLR 2025, arXiv 2502.19611). Options
 with a single dash are PETSc's: -log_view, or -physics_ksp_monitor and whatever else configures the

@@ -20,10 +20,9 @@ conjugate gradients, GMRES) and three problems:
 It prints how many iterations each error takes to fall below 1e-2 and 1e-6, and draws all errors:
 
     python suboptimality.py                            about a minute
-    python suboptimality.py --quick                    a quarter of a minute; or QUICK=1 in the
-    environment mpiexec -n 2 python suboptimality.py --output out  two ranks share the meshes; the
-    result is the same mpiexec -n 2 python suboptimality.py --ensemble 2  two ranks share the rows
-    of the Jacobians; the result is the same
+    python suboptimality.py --quick                    a quarter of a minute; or QUICK=1
+    mpiexec -n 2 python suboptimality.py --output out  two ranks share the meshes
+    mpiexec -n 2 python suboptimality.py --ensemble 2  two ranks share the rows of the Jacobians
 
 The figure follows those on "Jacobian suboptimality" in Bhatia, Koehler and Thuerey, PRDP (ICLR
 2025, arXiv 2502.19611). Options with a single dash are PETSc's, such as -log_view.

@@ -119,19 +119,19 @@ def command_line(
 
     ::
 
-        --seed N [N ...]             of data, initial weights and order of samples
-        --schedules S [S ...]        converged, the name of a rule, such as prdp, with its numbers
-        or
-                                     without, as in prdp:TAU_STEP:TAU_STOP, or a number of
-                                     iterations
-        --quick, --full              a short run, or one for larger machines; QUICK=1 in the
-        environment means --quick --epochs N                   instead of what the size says
-        --output DIR                 where runs and figures are put --resume
-        take runs that are there already from their files; without,
-                                     those of another set-up are kept under other names, and those
-                                     of the same are replaced
-        --ensemble N                 deal samples out to N groups of ranks; the ranks of a group
-        share a mesh
+        --seed N [N ...]        of data, initial weights and order of samples
+        --schedules S [S ...]   converged, the name of a rule, such as prdp, with its numbers
+                                or without, as in prdp:TAU_STEP:TAU_STOP, or a number of
+                                iterations
+        --quick, --full         a short run, or one for larger machines; QUICK=1 in the
+                                environment means --quick
+        --epochs N              instead of what the size says
+        --output DIR            where runs and figures are put
+        --resume                take runs that are there already from their files; without,
+                                those of another set-up are kept under other names, and those
+                                of the same are replaced
+        --ensemble N            deal samples out to N groups of ranks; the ranks of a group
+                                share a mesh
 
     Options with a single dash are PETSc's, which reads them itself, and says in the end which of
     them nobody has asked for.

@@ -65,9 +65,11 @@ class Study:
     In a script, ``train_one`` being a function that trains under a refinement::
 
         arguments = command_line(__file__, __doc__)
-        study = Study("bridge", arguments, ladder=IterationLadder(start=1, step=1), setup={"nodes":
-        512}) runs = study.run(train_one) study.print_table(runs) study.draw(lambda:
-        draw_training(runs, study.path("training")))
+        ladder = IterationLadder(start=1, step=1)
+        study = Study("bridge", arguments, ladder=ladder, setup={"nodes": 512})
+        runs = study.run(train_one)
+        study.print_table(runs)
+        study.draw(lambda: draw_training(runs, study.path("training")))
     """
 
     def __init__(
