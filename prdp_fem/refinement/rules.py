@@ -18,6 +18,7 @@ from prdp_fem.refinement.ladders import checked_ladder
 from prdp_fem.refinement.registry import rule
 from prdp_fem.refinement.settings import Setting, checked_setting, setting_of
 from prdp_fem.refinement.states import (
+    check_entries,
     check_levels,
     check_records,
     checked_metric,
@@ -212,13 +213,9 @@ class Refinement:
             then.
         """
         metric = self.agreed_metric(metric)
+        smoothed = metric
         if self.history:
-            # Written so that the average of a constant is that constant, and that of a window of 1
-            # is the metric, in every bit.
-            weight = 2 / (self.ema_window + 1)
-            smoothed = metric + (1 - weight) * (self.history[-1].smoothed - metric)
-        else:
-            smoothed = metric
+            smoothed = _averaged(self.history[-1].smoothed, metric, self.ema_window)
         level, setting = self.level, self.setting
         self.level = self.next_level(smoothed)
         refined = self.level > level
@@ -309,28 +306,7 @@ class Refinement:
             Where it is of another refinement, or was damaged: entries are missing, unknown or of
             another kind, or levels are not on this ladder. Nothing is changed then.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(
-                f"a state must be a dictionary, as state_dict() gives one, found {shown(state)}"
-            )
-        expected = self.state_dict().keys()
-        if missing := expected - state.keys():
-            if {"level", "history"} <= state.keys() <= {"level", "history", "checkpoint"}:
-                raise ValueError(
-                    "the state was saved by an earlier version of prdp_fem, which did "
-                    "not note the ladder and the rule that it holds for: where they "
-                    "are those of this refinement, load "
-                    "{**refinement.state_dict(), **state}"
-                )
-            raise ValueError(
-                f"the state of a {type(self).__name__} lacks {sorted(missing)}; found "
-                f"{sorted(map(str, state))}"
-            )
-        if unknown := state.keys() - expected:
-            raise ValueError(
-                f"the state of a {type(self).__name__} has no "
-                f"{sorted(map(str, unknown))}; it has {sorted(expected)}"
-            )
+        check_entries(state, self.state_dict().keys(), type(self).__name__)
         for name, value in self.checked_state(state).items():
             setattr(self, name, value)
 
@@ -558,6 +534,14 @@ class ScheduledRefinement(Refinement):
 
     def __repr__(self) -> str:
         return f"ScheduledRefinement({self.ladder!r}, {self.schedule!r})"
+
+
+def _averaged(average: float, metric: float, window: int) -> float:
+    """An exponential moving average, with the newest metric in it."""
+    # Written so that the average of a constant is that constant, and that of a window of 1 is the
+    # metric, in every bit.
+    weight = 2 / (window + 1)
+    return metric + (1 - weight) * (average - metric)
 
 
 def _ratio(value: float, reference: float) -> float:

@@ -7,7 +7,7 @@ This module is pure Python.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -15,6 +15,7 @@ from prdp_fem.arguments import flag, is_integer, is_real, shown
 from prdp_fem.refinement.settings import in_numbers, setting_of
 
 __all__ = [
+    "check_entries",
     "check_levels",
     "check_records",
     "checked_metric",
@@ -35,6 +36,37 @@ def levels_in_numbers(ladder: Sequence, reached: set[int]) -> list[list]:
     return [
         [level, *in_numbers(setting_of(ladder[level]))] for level in sorted(reached.union(first))
     ]
+
+
+def check_entries(state: Any, expected: Set[str], kind: str) -> None:
+    """Make sure that a state is a dictionary with the entries that a refinement saves.
+
+    Parameters
+    ----------
+    state : object
+    expected : set of str
+        The names of the entries.
+    kind : str
+        The name of the refinement's class, for messages.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"a state must be a dictionary, as state_dict() gives one, found {shown(state)}"
+        )
+    if missing := expected - state.keys():
+        if {"level", "history"} <= state.keys() <= {"level", "history", "checkpoint"}:
+            raise ValueError(
+                "the state was saved by an earlier version of prdp_fem, which did not note the "
+                "ladder and the rule that it holds for: where they are those of this refinement, "
+                "load {**refinement.state_dict(), **state}"
+            )
+        raise ValueError(
+            f"the state of a {kind} lacks {sorted(missing)}; found {sorted(map(str, state))}"
+        )
+    if unknown := state.keys() - expected:
+        raise ValueError(
+            f"the state of a {kind} has no {sorted(map(str, unknown))}; it has {sorted(expected)}"
+        )
 
 
 def check_records(history: Any) -> None:
