@@ -83,52 +83,57 @@ def examine(failed: Sequence[Import] | None = None) -> bool:
 
 def _findings(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
     """Marks, and what they are of."""
+    yield from _of_packages(comm, failed)
+    yield from _said_once(comm, list(_of_blas()))
+    yield from _of_settings()
+    damaged = from_first_rank(comm, _damaged_kernels)
+    if not damaged:
+        yield from _of_solves()
+        return
+    yield (
+        "FAILED",
+        f"{len(damaged)} compiled kernels are damaged, such as {damaged[0]}: remove them, or all by"
+        " firedrake-clean, and they are compiled again",
+    )
+    yield "-", "nothing is solved, as a damaged kernel can end the process"
+
+
+def _of_packages(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
+    """Versions of what the package stands on, and what of it cannot be imported."""
+    petsc = ".".join(map(str, PETSc.Sys.getVersion()))
     yield (
         "ok",
-        (
-            f"Firedrake {version('firedrake')}, petsc4py {version('petsc4py')}, PETSc"
-            f" {'.'.join(map(str, PETSc.Sys.getVersion()))}"
-        ),
+        f"Firedrake {version('firedrake')}, petsc4py {version('petsc4py')}, PETSc {petsc}",
     )
     vendor, number = mpi4py.MPI.get_vendor()
     yield "ok", f"{vendor} {'.'.join(map(str, number))}"
     unusable = _said_once(comm, [(found.mark, str(found)) for found in failed])
     yield from unusable
-    if not any("torch" in text.split()[0] for _, text in unusable):
-        torch = importlib.import_module("torch")
-        yield (
-            "ok",
-            f"torch {torch.__version__}"
-            + (", with a CUDA or HIP device" if torch.cuda.is_available() else ""),
-        )
-    yield from _said_once(comm, list(_of_blas()))
+    if any("torch" in text.split()[0] for _, text in unusable):
+        return
+    torch = importlib.import_module("torch")
+    device = ", with a CUDA or HIP device" if torch.cuda.is_available() else ""
+    yield "ok", f"torch {torch.__version__}{device}"
+
+
+def _of_settings() -> Iterator[tuple[str, str]]:
+    """What is around the process: where kernels are kept, and variables that are wanted."""
     folder = configuration["cache_dir"]
-    writable = os.access(folder if os.path.isdir(folder) else os.path.dirname(folder), os.W_OK)
-    yield (
-        ("ok", f"compiled kernels are kept in {folder}")
-        if writable
-        else (
+    if os.access(folder if os.path.isdir(folder) else os.path.dirname(folder), os.W_OK):
+        yield "ok", f"compiled kernels are kept in {folder}"
+    else:
+        yield (
             "warning",
-            (
-                f"compiled kernels cannot be kept in {folder}: set PYOP2_CACHE_DIR to a folder that"
-                " you may write to"
-            ),
+            f"compiled kernels cannot be kept in {folder}: set PYOP2_CACHE_DIR to a folder that you"
+            " may write to",
         )
-    )
     for name, why in _WANTED.items():
         if os.environ.get(name) != "1":
             yield "warning", f"{name} is not 1: {why}"
-    damaged = from_first_rank(comm, _damaged_kernels)
-    if damaged:
-        yield (
-            "FAILED",
-            (
-                f"{len(damaged)} compiled kernels are damaged, such as {damaged[0]}: remove "
-                "them, or all by firedrake-clean, and they are compiled again"
-            ),
-        )
-        yield "-", "nothing is solved, as a damaged kernel can end the process"
-        return
+
+
+def _of_solves() -> Iterator[tuple[str, str]]:
+    """Whether solves work, on the host and on each kind of device that PETSc was built for."""
     yield _tried("solves on the host, and their derivatives", lambda: _solve(HOST))
     for device in filter(is_built_for, DEVICES.values()):
         # What is missing on one rank is used by none, as solves are collective.
@@ -143,10 +148,8 @@ def _findings(comm, failed: Sequence[Import]) -> Iterator[tuple[str, str]]:
     if others:
         yield (
             "-",
-            (
-                f"no {', '.join(others)}: this PETSc was built without; docs/gpu.md says how to"
-                " build one"
-            ),
+            f"no {', '.join(others)}: this PETSc was built without; docs/gpu.md says how to build"
+            " one",
         )
 
 
@@ -171,33 +174,24 @@ def _of_blas() -> Iterator[tuple[str, str]]:
     if better:
         yield (
             "warning",
-            (
-                f"OpenBLAS takes this processor for a {core}, and does without much of what "
-                "it has: activate the environment that install.sh makes, or set "
-                f"OPENBLAS_CORETYPE={better[0]}"
-            ),
+            f"OpenBLAS takes this processor for a {core}, and does without much of what it has:"
+            " activate the environment that install.sh makes, or set"
+            f" OPENBLAS_CORETYPE={better[0]}",
         )
     alignment = int(petsctools.get_petscconf_h().get("MEMALIGN", _USUAL_ALIGNMENT))
     memory = f"PETSc's memory is aligned to {alignment} bytes"
     if not _sums_differ(_NUMBER):
         yield "ok", f"{name}, whose sums do not depend on where an array lies in memory; {memory}"
-    elif not _sums_differ(alignment):
-        yield (
-            "ok",
-            (
-                f"{name}, whose sums depend on where an array lies in memory; {memory}, "
-                "where they are the same each time"
-            ),
-        )
+        return
+    finding = f"{name}, whose sums depend on where an array lies in memory; {memory}"
+    if not _sums_differ(alignment):
+        yield "ok", f"{finding}, where they are the same each time"
     else:
         yield (
             "warning",
-            (
-                f"{name}, whose sums depend on where an array lies in memory; {memory}, "
-                "which is too little: equal inputs can give results that differ in the "
-                "last bits; set OPENBLAS_CORETYPE, or build PETSc "
-                f"--with-memalign={_CACHE_LINE}"
-            ),
+            f"{finding}, which is too little: equal inputs can give results that differ in the"
+            " last bits; set OPENBLAS_CORETYPE, or build PETSc"
+            f" --with-memalign={_CACHE_LINE}",
         )
 
 
