@@ -26,7 +26,6 @@ TOO_LARGE = {
     ("prdp_fem/krylov/transposes.py", "Krylov"),
     ("prdp_fem/problem/boundary.py", "BoundaryData"),
     ("prdp_fem/problem/boundary.py", "BoundaryData.__init__"),
-    ("prdp_fem/ranks/agreement.py", "agree"),
     ("prdp_fem/solution/map.py", "SolutionMap"),
     ("prdp_fem/solvers.py", "RefinedSolver"),
     ("prdp_fem/solvers.py", "RefinedSolver.__init__"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from mpi4py import MPI
@@ -74,15 +74,19 @@ def agree(comm: MPI.Comm, find: Callable[[], T], what: str, remedy: str = "") ->
             del error
     if largest[0] == -largest[1] and not largest[2]:
         return found
+    _refuse(comm, mine, what, remedy)
+
+
+def _refuse(comm: MPI.Comm, mine: str, what: str, remedy: str) -> NoReturn:
+    """Raise for what was found, or raised, on other ranks than this one; see :func:`agree`."""
     everywhere = comm.allgather((mine, False))
     for rank, (message, is_error) in enumerate(everywhere):
         if is_error:
             raise ValueError(f"rank {rank} of {comm.size} has raised {message}")
-    other = next(
-        rank for rank, (message, _) in enumerate(everywhere) if message != everywhere[0][0]
-    )
+    first, _ = everywhere[0]
+    other = next(rank for rank, (message, _) in enumerate(everywhere) if message != first)
     raise ValueError(
-        f"{what} must be the same on all ranks, found {everywhere[0][0]} on rank 0 and"
+        f"{what} must be the same on all ranks, found {first} on rank 0 and"
         f" {everywhere[other][0]} on rank {other}" + (f": {remedy}" if remedy else "")
     )
 
