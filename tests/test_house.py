@@ -29,7 +29,6 @@ TOO_LARGE = {
     ("prdp_fem/solution/map.py", "SolutionMap"),
     ("prdp_fem/solvers.py", "RefinedSolver"),
     ("prdp_fem/solvers.py", "RefinedSolver.__init__"),
-    ("prdp_fem/studies/figures.py", "_plot_costs"),
     ("prdp_fem/studies/study.py", "Study"),
     ("prdp_fem/studies/study.py", "Study.run"),
     ("prdp_fem/tape.py", "SolveBlock"),

@@ -68,11 +68,10 @@ def _first_seed(runs: Runs) -> dict[Schedule, Run]:
 
 def _label(chosen: Mapping[Schedule, Run], name: str, default: str) -> str:
     """What the study calls something."""
-    return (
-        next(iter(chosen.values())).extras.get("labels", {}).get(name, default)
-        if chosen
-        else default
-    )
+    if not chosen:
+        return default
+    first = next(iter(chosen.values()))
+    return first.extras.get("labels", {}).get(name, default)
 
 
 def _styles(schedules: Iterable[Schedule]) -> dict[Schedule, dict]:
@@ -105,9 +104,9 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
         )
     low, high = axes.get_ylim()
     if high / low < 30:
-        axes.yaxis.set_major_locator(
-            MaxNLocator(6) if high / low < 3 else LogLocator(subs=(1, 1.5, 2, 3, 5))
-        )
+        is_narrow = high / low < 3
+        locator = MaxNLocator(6) if is_narrow else LogLocator(subs=(1, 1.5, 2, 3, 5))
+        axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -169,53 +168,14 @@ def _plot_iterations(axes: Axes, runs: Runs) -> None:
     axes.grid(alpha=0.25)
 
 
+# What a schedule takes, as a share of what converged physics does, and what it misses of that.
+_Points = dict[Schedule, tuple[float, float]]
+
+
 def _plot_costs(axes: Axes, runs: Runs) -> None:
-    converged = runs.get(CONVERGED, {})
-    points = {}
-    for schedule, by_seed in runs.items():
-        saved = [
-            savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged
-        ]
-        if saved:
-            points[schedule] = (
-                1 - np.median([saving.iterations for saving in saved]),
-                np.median([saving.excess for saving in saved]),
-            )
-    constants = sorted(
-        (schedule for schedule in points if schedule.is_constant),
-        key=lambda schedule: schedule.place,
-    )
-    if constants:
-        axes.plot(
-            *np.transpose([points[schedule] for schedule in constants]),
-            "o-",
-            color="0.5",
-            markersize=4,
-            label="constant K",
-        )
-    for schedule in constants:
-        axes.annotate(
-            str(schedule.iterations),
-            points[schedule],
-            (4, 4),
-            textcoords="offset points",
-            fontsize="small",
-            color="0.4",
-        )
-    labelled = set()
-    for schedule in (schedule for schedule in points if schedule.is_varied):
-        label = None
-        if schedule.kind not in labelled:
-            labelled.add(schedule.kind)
-            label = f"{Schedule(schedule.kind).title}, other thresholds"
-        axes.plot(
-            *points[schedule], "s", color=schedule.colour, alpha=0.5, markersize=4, label=label
-        )
-    for schedule in points:
-        if not (schedule.is_constant or schedule.is_varied or schedule == CONVERGED):
-            axes.plot(
-                *points[schedule], "*", color=schedule.colour, markersize=13, label=schedule.title
-            )
+    points = _costs(runs)
+    _plot_constants(axes, points)
+    _plot_rules(axes, points)
     axes.axhspan(
         -TOLERATED,
         TOLERATED,
@@ -239,3 +199,61 @@ def _plot_costs(axes: Axes, runs: Runs) -> None:
     )
     axes.legend(fontsize="small")
     axes.grid(alpha=0.25)
+
+
+def _costs(runs: Runs) -> _Points:
+    """Medians over the seeds that converged physics was run with, too."""
+    converged = runs.get(CONVERGED, {})
+    points = {}
+    for schedule, by_seed in runs.items():
+        saved = [
+            savings(run, converged[seed]) for seed, run in by_seed.items() if seed in converged
+        ]
+        if saved:
+            points[schedule] = (
+                1 - np.median([saving.iterations for saving in saved]),
+                np.median([saving.excess for saving in saved]),
+            )
+    return points
+
+
+def _plot_constants(axes: Axes, points: _Points) -> None:
+    """A curve of the constant schedules, each with its number of iterations."""
+    constants = [schedule for schedule in points if schedule.is_constant]
+    constants.sort(key=lambda schedule: schedule.place)
+    if constants:
+        axes.plot(
+            *np.transpose([points[schedule] for schedule in constants]),
+            "o-",
+            color="0.5",
+            markersize=4,
+            label="constant K",
+        )
+    for schedule in constants:
+        axes.annotate(
+            str(schedule.iterations),
+            points[schedule],
+            (4, 4),
+            textcoords="offset points",
+            fontsize="small",
+            color="0.4",
+        )
+
+
+def _plot_rules(axes: Axes, points: _Points) -> None:
+    """A mark for each rule: squares with numbers of their own, stars with the usual ones."""
+    labelled = set()
+    varied = [schedule for schedule in points if schedule.is_varied]
+    for schedule in varied:
+        label = None
+        if schedule.kind not in labelled:
+            labelled.add(schedule.kind)
+            label = f"{Schedule(schedule.kind).title}, other thresholds"
+        axes.plot(
+            *points[schedule], "s", color=schedule.colour, alpha=0.5, markersize=4, label=label
+        )
+    for schedule in points:
+        if not (schedule.is_constant or schedule.is_varied or schedule == CONVERGED):
+            axes.plot(
+                *points[schedule], "*", color=schedule.colour, markersize=13, label=schedule.title
+            )
