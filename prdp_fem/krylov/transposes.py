@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 
-from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.freshness import MEMORY, METHOD, Clock, Kept
@@ -16,26 +14,15 @@ from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space_left_by, one_sided_null_space
 from prdp_fem.krylov.petsc_types import pc_facts
+from prdp_fem.krylov.scaling import CountedSolve, scaled
 from prdp_fem.krylov.snes import Newton
 from prdp_fem.krylov.symmetry import Symmetry
 from prdp_fem.refinement.ladders import Setting
 
 __all__ = ["Krylov"]
 
-# Right-hand sides of derivatives that have all bits of all numbers on the way, and the largest
-# power of two by which others are scaled.
-_SMALL = 1e-20
-_LARGE = 1e20
-_MOST = 1000
-# A residual norm whose square, and those of its larger parts, have all bits.
-_FAINT = 1e-100
-_INFINITY = PETSc.NormType.NORM_INFINITY
 _BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
 _SPENT = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
-
-
-# It takes a right-hand side and what it writes the solution to, and gives the iterations spent.
-Solve = Callable[[PETSc.Vec, PETSc.Vec], int]
 
 
 def _solve_without_atol(ksp: PETSc.KSP, solve: Callable, b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -121,7 +108,7 @@ class Krylov:
         self._transposed_solver = Kept(self._find_transposed_solver, clock, by_values)
         # The functions that solve, by the kind of solve, while nothing that they were made for
         # changes.
-        self._solves: Kept[dict[str, Solve]] = Kept(dict, clock, by_values)
+        self._solves: Kept[dict[str, CountedSolve]] = Kept(dict, clock, by_values)
         # Whether the transpose is solved with, for which of those solutions the factorisation was
         # looked at.
         self._looked_at: Kept[set[bool]] = Kept(set, clock, by_values)
@@ -139,7 +126,7 @@ class Krylov:
 
     def solver(
         self, setting: Setting | None, *, guess: bool = False, kind: str = "forward"
-    ) -> Solve:
+    ) -> CountedSolve:
         """A function that solves A x = b for b and x, and returns the iterations spent.
 
         It holds until another is asked for.
@@ -202,14 +189,14 @@ class Krylov:
         self._prepare(self.refined, setting)
         self._consistency.look(self.refined, b, x)
 
-    def transposed_solver(self, setting: Setting | None) -> Solve:
+    def transposed_solver(self, setting: Setting | None) -> CountedSolve:
         """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
         self._prepare(self.refined, setting)
         return self._transposed_solver()(setting)
 
-    def _find_transposed_solver(self) -> Callable[[Setting | None], Solve]:
+    def _find_transposed_solver(self) -> Callable[[Setting | None], CountedSolve]:
         """What :meth:`transposed_solver` asks, for the operator and the method as they are now."""
-        find: Callable[[Setting | None], Solve] = self._solver_of_transposed
+        find: Callable[[Setting | None], CountedSolve] = self._solver_of_transposed
         if self.symmetry.is_symmetric():
             find = self._solver_by(self.ksp.solve)
         elif self.symmetry.is_transposable():
@@ -218,7 +205,7 @@ class Krylov:
             return find
         return lambda setting: self._projected(find(setting))
 
-    def _solver_by(self, solve: Callable) -> Callable[[Setting | None], Solve]:
+    def _solver_by(self, solve: Callable) -> Callable[[Setting | None], CountedSolve]:
         return lambda _: self._scaled(self.refined, solve, "adjoint")
 
     def _solver_of_transposed(self, setting: Setting | None) -> Callable:
@@ -232,7 +219,7 @@ class Krylov:
 
         return solve
 
-    def _projected(self, solve: Solve) -> Solve:
+    def _projected(self, solve: CountedSolve) -> CountedSolve:
         """With the null space of a symmetric operator for an unnamed one of its transpose."""
         space = self._one_sided_null_space()
         if space is None or not self.symmetry.has_symmetric_operator():
@@ -246,49 +233,16 @@ class Krylov:
 
         return solve_projected
 
-    def _scaled(self, refined: RefinedKSP, solve: Callable, kind: str) -> Solve:
+    def _scaled(self, refined: RefinedKSP, solve: Callable, kind: str) -> CountedSolve:
         """A solve for a derivative, whose right-hand side has no size to be expected.
 
         It may write to that.
         """
         solves = self._solves()
         if kind not in solves:
-            solves[kind] = self._scaled_anew(refined, solve, kind)
+            solve_and_check = self._checked(refined, solve, kind, is_relative=True)
+            solves[kind] = scaled(refined.ksp, solve_and_check, refined.may_have_thresholds)
         return solves[kind]
-
-    def _scaled_anew(self, refined: RefinedKSP, solve: Callable, kind: str) -> Callable:
-        solve_and_check = self._checked(refined, solve, kind, is_relative=True)
-        ksp, has_thresholds = refined.ksp, refined.may_have_thresholds
-        smallest = math.inf if has_thresholds else _SMALL
-
-        def is_sized(b: PETSc.Vec) -> bool:
-            size = b.norm(_INFINITY)
-            return smallest < size < _LARGE or not 0 < size < math.inf
-
-        def solve_scaled(b: PETSc.Vec, x: PETSc.Vec) -> int:
-            if not has_thresholds:
-                # Most often the residual is known afterwards, and tells at no cost that numbers of
-                # the solve had all their bits. Some methods leave that of an earlier solve there.
-                ksp.setResidualNorm(0.0)
-                try:
-                    iterations = solve_and_check(b, x)
-                except ConvergenceError:
-                    if is_sized(b):
-                        raise
-                else:
-                    if _FAINT < ksp.getResidualNorm() < 1 / _FAINT or is_sized(b):
-                        return iterations
-            elif is_sized(b):
-                return solve_and_check(b, x)
-            # By a power of two, that changes no bit but where numbers of the solve had been too
-            # small or too large to have all.
-            exponent = min(max(math.frexp(b.norm(_INFINITY))[1], -_MOST), _MOST)
-            b.scale(math.ldexp(1.0, -exponent))
-            iterations = solve_and_check(b, x)
-            x.scale(math.ldexp(1.0, exponent))
-            return iterations
-
-        return solve_scaled
 
     def _checked(
         self, refined: RefinedKSP, solve: Callable, kind: str, *, is_relative: bool = False
