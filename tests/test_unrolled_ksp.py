@@ -463,7 +463,7 @@ def test_richardson_from_zero_is_implicit(matrices, iterations):
     # Summed in another order: B (1 + A B + …) and (1 + B A + …) B.
     assert difference(b_bar.array, implicit.array) < 1e-13
     # The iterations themselves are not repeated.
-    assert len(unrolled._pool._free) < 20
+    assert len(unrolled._restated.pool._free) < 20
     UnrolledKSP(ksp, checkpoints=2).adjoint(b, None, iterations, c, b_cotangent=again)
     assert np.array_equal(again.array, b_bar.array)
 
@@ -473,7 +473,7 @@ def test_values_that_were_put_off(matrices):
     unrolled = UnrolledKSP(solver(A, ksp_type="cg", pc_type="jacobi"))
     b, out = vector(A, 1), vector(A, 2)
     unrolled.iterate(b, None, 1, out)
-    on = Trace(unrolled._system, unrolled._pool, None, None, puts_off=True)
+    on = Trace(unrolled._restated.system, unrolled._restated.pool, None, None, puts_off=True)
     x = y = on.lifted(Vector(b))
     for _ in range(5000):
         x = on.add(x, 1.0, y, -0.5, x)
@@ -692,11 +692,11 @@ def test_nothing_is_left_behind(matrices, method, preconditioner):
     unrolled.tangent(c, b, 6, out, b_tangent=b, operator_tangent=A_dot)
     call()
     gc.collect()
-    vectors, objects = len(unrolled._pool._free), len(gc.get_objects())
+    vectors, objects = len(unrolled._restated.pool._free), len(gc.get_objects())
     for _ in range(1000):
         call()
     assert np.array_equal(before[0], b_bar.array) and np.array_equal(before[1], A_bar.values)
-    assert len(unrolled._pool._free) == vectors
+    assert len(unrolled._restated.pool._free) == vectors
     gc.collect()
     assert len(gc.get_objects()) <= objects + 50
 

@@ -46,8 +46,9 @@ class PreconditionedSystem:
         known = self._preconditioner
         present = pc.handle, pc.getType(), self.P.handle
         if known is None or (known.pc.handle, known.kind, known.matrix.handle) != present:
-            self._preconditioner = preconditioner_of(pc, self.P, self._options)
-        self.preconditioner = self._preconditioner
+            known = preconditioner_of(pc, self.P, self._options)
+            self._preconditioner = known
+        self.preconditioner = known
         self.preconditioner.refresh(symmetric)
         # PETSc keeps the null space out of the iterates, where it preconditions from the left.
         space = self.A.getNullSpace() if self._ksp.getPCSide() == PETSc.PC.Side.LEFT else None

@@ -22,6 +22,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from firedrake.petsc import PETSc
 
@@ -56,7 +57,7 @@ class Entry:
     """
 
     name: str
-    restated: type
+    restated: type[Any]
     note: str = ""
 
 

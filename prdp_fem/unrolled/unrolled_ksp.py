@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from firedrake.petsc import PETSc
 
-from prdp_fem.krylov.nested import krylov_method_inside
-from prdp_fem.krylov.petsc_types import KSP_TYPES, listed, pc_facts, types_with
 from prdp_fem.ranks.finite import require_finite
 from prdp_fem.unrolled.backwards import Backwards, advance
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
-from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
-from prdp_fem.unrolled.registry import Entry, KSPAsSet, unrolled_methods
+from prdp_fem.unrolled.restated_ksp import RestatedKSP, entry_of
 from prdp_fem.unrolled.tangents import Tangents
-from prdp_fem.unrolled.values import Values, Vector, VectorPool
+from prdp_fem.unrolled.values import Values, Vector
 
 __all__ = ["UnrolledKSP"]
 
@@ -76,17 +73,14 @@ class UnrolledKSP:
         self.checkpoints = checkpoints
         self._options = options
         self._name = name
-        self._entry = _entry_of(ksp)
-        # They are made at the first use, when the KSP is set up.
-        self._method = None
-        self._pool: VectorPool | None = None
-        self._system: PreconditionedSystem | None = None
+        self._entry = entry_of(ksp)
+        # It is made at the first use, when the KSP is set up.
+        self._restated: RestatedKSP | None = None
 
     @property
     def is_linear(self) -> bool:
         """Whether the iterate is affine in right-hand side and guess; once the KSP is set up."""
-        self.prepare()
-        return self._method.is_linear
+        return self._prepared().method.is_linear
 
     def prepare(self, symmetric: bool | None = None) -> None:
         """Look at how the KSP is set, which is set up if it is not.
@@ -104,29 +98,15 @@ class UnrolledKSP:
             For what cannot be unrolled; where ``symmetric`` is False, also for a preconditioner
             without a transpose.
         """
-        if self._method is None:
-            self.ksp.setUp()
-            self._entry = _entry_of(self.ksp)
-            self._method = _method_of(self._entry, KSPAsSet(self.ksp, self._options))
-            A, _ = self.ksp.getOperators()
-            self._pool = VectorPool(A.createVecRight)
-            self._system = PreconditionedSystem(self.ksp, self._options)
-        self._system.refresh(bool(symmetric))
-        if symmetric is False:
-            self._system.preconditioner.require_transpose()
+        self._prepared(symmetric)
 
-    def _right_hand_side(self, b: PETSc.Vec) -> Vector:
-        if not self._system.has_left_null_space:
-            return Vector(b)
-        projected = self._pool.take()
-        b.copy(projected.vec)
-        self._system.project_right_hand_side(projected.vec)
-        return projected
-
-    def _zero(self) -> Vector:
-        zero = self._pool.take()
-        zero.vec.zeroEntries()
-        return zero
+    def _prepared(self, symmetric: bool | None = None) -> RestatedKSP:
+        """What states the KSP again, for its present operators; see :meth:`prepare`."""
+        if self._restated is None:
+            self._restated = RestatedKSP(self.ksp, self._options)
+            self._entry = self._restated.entry
+        self._restated.refresh(symmetric)
+        return self._restated
 
     def completed_iterations(self) -> int:
         """The iterations that the last solve's result is the outcome of.
@@ -154,17 +134,13 @@ class UnrolledKSP:
         out : PETSc.Vec
             What is written to; not one of the others.
         """
-        self.prepare()
-        on = Values(self._system, self._pool)
-        method = self._method
+        restated = self._prepared()
+        on = Values(restated.system, restated.pool)
+        method = restated.method
         start = None if guess is None else Vector(guess)
-        state = method.initial(on, self._right_hand_side(b), start)
+        state = method.initial(on, restated.right_hand_side(b), start)
         state = advance(on, method, state, method.steps(iterations))
-        solution = method.solution(on, state)
-        if solution is None:
-            out.zeroEntries()
-        else:
-            solution.vec.copy(out)
+        _write((1.0, method.solution(on, state)), out)
         self._require_finite(iterations, "iterate", out)
 
     def tangent(
@@ -195,28 +171,25 @@ class UnrolledKSP:
             this is the operator itself, the tangent of the operator is taken unless another is
             given here.
         """
-        self.prepare()
-        system = self._system
-        method = self._method
+        restated = self._prepared()
+        system = restated.system
+        method = restated.method
         if preconditioner_tangent is None and system.P.handle == system.A.handle:
             preconditioner_tangent = operator_tangent
-        on = Tangents(system, self._pool, operator_tangent, preconditioner_tangent)
+        on = Tangents(system, restated.pool, operator_tangent, preconditioner_tangent)
         start = None
         if guess is not None or guess_tangent is not None:
             start = on.lifted(
-                self._zero() if guess is None else Vector(guess),
+                restated.zero() if guess is None else Vector(guess),
                 None if guess_tangent is None else Vector(guess_tangent),
             )
         right = on.lifted(
-            self._right_hand_side(b),
-            None if b_tangent is None else self._right_hand_side(b_tangent),
+            restated.right_hand_side(b),
+            None if b_tangent is None else restated.right_hand_side(b_tangent),
         )
         state = advance(on, method, method.initial(on, right, start), method.steps(iterations))
         solution = method.solution(on, state)
-        if solution is None or solution.tangent is None:
-            out.zeroEntries()
-        else:
-            solution.tangent.vec.copy(out)
+        _write((1.0, None if solution is None else solution.tangent), out)
         self._require_finite(iterations, "tangent", out)
 
     def adjoint(
@@ -252,15 +225,15 @@ class UnrolledKSP:
             Whether A and the preconditioner are known to be symmetric, so that a product with A
             does for one with Aᵀ, which is slower.
         """
-        self.prepare(symmetric)
-        system = self._system
+        restated = self._prepared(symmetric)
+        system = restated.system
         if preconditioner_cotangent is None and system.P.handle == system.A.handle:
             preconditioner_cotangent = operator_cotangent
-        right = self._right_hand_side(b)
+        right = restated.right_hand_side(b)
         start = None if guess is None else Vector(guess)
         if start is None and guess_cotangent is not None:
-            start = self._zero()
-        backwards = Backwards(self._method, system, self._pool, self.checkpoints)
+            start = restated.zero()
+        backwards = Backwards(restated.method, system, restated.pool, self.checkpoints)
         bars = backwards.cotangents(
             right,
             start,
@@ -281,17 +254,19 @@ class UnrolledKSP:
         suspicious = [vector for vector in results if not math.isfinite(vector.norm())]
         if suspicious:  # on all ranks; but numbers may only be too large to be squared
             whose = "" if self._name is None else f" for '{self._name}'"
-            comm = self.ksp.comm.tompi4py()
-            rows = [vector.array_r[None] for vector in suspicious]
-            require_finite(
-                comm,
-                rows,
-                lambda _: (
-                    f"the {what} of {iterations} iterations of ksp_type {self.ksp.getType()}{whose}"
-                    " holds NaN or infinity: look for them in what it is made of, or for an"
-                    " iteration that diverges"
-                ),
-            )
+            _look(self.ksp, suspicious, f"the {what} of {iterations} iterations", whose)
+
+
+def _look(ksp: PETSc.KSP, vectors: Sequence[PETSc.Vec], what: str, whose: str) -> None:
+    """Raise where vectors hold numbers that are not finite."""
+    require_finite(
+        ksp.comm.tompi4py(),
+        [vector.array_r[None] for vector in vectors],
+        lambda _: (
+            f"{what} of ksp_type {ksp.getType()}{whose} holds NaN or infinity: look for them in"
+            " what it is made of, or for an iteration that diverges"
+        ),
+    )
 
 
 def _write(bar: tuple[float, Vector | None], out: PETSc.Vec) -> None:
@@ -302,44 +277,3 @@ def _write(bar: tuple[float, Vector | None], out: PETSc.Vec) -> None:
         vector.vec.copy(out)
         if factor != 1:
             out.scale(factor)
-
-
-def _entry_of(ksp: PETSc.KSP) -> Entry:
-    """What states a KSP again."""
-    entry = unrolled_methods.find(ksp)
-    if entry is None:
-        known = ", ".join(entry.name for entry in unrolled_methods)
-        raise ValueError(
-            f"ksp_type {ksp.getType()} has no unrolled derivative: use one of "
-            f"{known}, or implicit differentiation"
-        )
-    return entry
-
-
-def _method_of(entry: Entry, found: KSPAsSet):
-    """The method of a KSP that is set up, as it is set."""
-    ksp = found.ksp
-    if ksp.getInitialGuessKnoll():
-        raise ValueError(
-            "ksp_knoll makes a guess of the right-hand side: unrolled differentiation "
-            "needs to be given the guess"
-        )
-    if "diagonally scaled" in found.text:
-        raise ValueError(
-            "ksp_diagonal_scale changes the operator for the time of a solve, which "
-            "is not unrolled: use pc_type jacobi"
-        )
-    kind = ksp.getPC().getType()
-    if pc_facts(kind).changes_system:
-        raise ValueError(
-            f"pc_type {kind} changes the system for the time of a solve, which is not "
-            "unrolled: use pc_type sor"
-        )
-    inner = krylov_method_inside(ksp)
-    if inner is not None:
-        raise ValueError(
-            f"there is a {inner} inside the preconditioner, which is not linear then, "
-            "and cannot be unrolled: use implicit differentiation, or "
-            f"{listed(types_with(KSP_TYPES, 'is_linear'))} there"
-        )
-    return entry.restated.of(found)
