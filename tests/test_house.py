@@ -28,8 +28,6 @@ TOO_LARGE = {
     ("prdp_fem/solution/map.py", "SolutionMap"),
     ("prdp_fem/solvers.py", "RefinedSolver"),
     ("prdp_fem/solvers.py", "RefinedSolver.__init__"),
-    ("prdp_fem/studies/study.py", "Study"),
-    ("prdp_fem/studies/study.py", "Study.run"),
     ("prdp_fem/tape.py", "SolveBlock"),
     ("prdp_fem/torch/autograd.py", "Solve.backward"),
     ("prdp_fem/torch/autograd.py", "Solve.forward"),

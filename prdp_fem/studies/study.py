@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ from prdp_fem.refinement.ladders import (
 )
 from prdp_fem.refinement.rules import Refinement
 from prdp_fem.studies.command_line import SOLVER_PREFIX
-from prdp_fem.studies.files import alone, put_aside, say, stamp
+from prdp_fem.studies.files import alone, say
+from prdp_fem.studies.run_files import RunFiles
 from prdp_fem.studies.runs import LAST_EPOCHS, Run, Runs, machine
 from prdp_fem.studies.schedules import PRDP, Schedule
 from prdp_fem.studies.tables import plain_table
@@ -101,9 +101,6 @@ class Study:
         self.ladder = checked_ladder(ladder)
         self.converged = converged
         self.constant = constant
-        # Files of this study, as they were before and as it has written them.
-        self._replaceable: dict[Path, Any] = {}
-        self._own: dict[Path, Any] = {}
         setup = {
             **setup,
             "size": arguments.size,
@@ -146,113 +143,44 @@ class Study:
             cannot be put into its file.
         """
         runs: dict[Schedule, dict[int, Run]] = {schedule: {} for schedule in self.schedules}
-        trained = {}
+        trained: dict[tuple[Schedule, int], Run] = {}
+        files = RunFiles(self.output, self.name, self.setup)
         # Files are read and written by one rank: others may have other file systems.
         with contextlib.ExitStack() as held:
             lock = alone(self.output / f".{self.name}.lock")
             from_first_rank(COMM, lambda: held.enter_context(lock))
-            kept = from_first_rank(COMM, self._there)
+            wanted = list(itertools.product(self.schedules, self.seeds))
+            kept = from_first_rank(COMM, lambda: files.taken(wanted, resume=self.resume))
             try:
                 for seed, schedule in itertools.product(self.seeds, self.schedules):
                     run = kept.get((schedule, seed))
                     if run is None:
-                        refinement = schedule.refinement(
-                            ladder=self.ladder,
-                            converged=self.converged,
-                            constant=self.constant,
-                            comm=COMM,
-                        )
-                        history, extras = _checked(
-                            train(seed, refinement, self.label(schedule, seed))
-                        )
-                        run = Run(
-                            self.name,
-                            schedule.name,
-                            seed,
-                            history,
-                            self.setup,
-                            extras,
-                            machine(self.ensemble),
-                        )
+                        run = self._trained(train, schedule, seed)
                         trained[schedule, seed] = run
-                        if problem := from_first_rank(COMM, lambda: self._write(trained)):
+                        if problem := from_first_rank(COMM, lambda: files.write(trained)):
                             PETSc.Sys.Print(f"{problem}: it will be tried again")
                         self._check_options()
                     runs[schedule][seed] = run
             except BaseException:
                 # What was put off; without the other ranks, which may be elsewhere.
-                if COMM.rank == 0 and (problem := self._write(trained)):
+                if COMM.rank == 0 and (problem := files.write(trained)):
                     say(f"{problem}: what was to be in it is lost")
                 raise
             # Again, for the folder may have gone since.
-            problem = from_first_rank(COMM, lambda: self._write(trained))
+            problem = from_first_rank(COMM, lambda: files.write(trained))
         if problem:
             self.print_table(runs)
             raise Refused(f"{problem}: what is left of it is the table above")
         return runs
 
-    def _there(self) -> dict[tuple[Schedule, int], Run]:
-        """Runs that are taken from their files.
-
-        Of others that are there it is said what will become of them.
-        """
-        taken = {}
-        self._replaceable = {}
-        self._own = {}
-        for schedule, seed in itertools.product(self.schedules, self.seeds):
-            path = self._file(schedule, seed)
-            if not os.path.lexists(path):
-                continue
-            try:
-                run = Run.read(path)
-            except Refused as error:
-                if self.resume:
-                    raise Refused(
-                        f"{error}: remove it, choose another --output, or leave --resume "
-                        "away to run again"
-                    ) from None
-                say(f"{error}, and will be kept under another name")
-                continue
-            differing = self._differing(run, schedule, seed)
-            if self.resume and differing:
-                raise Refused(
-                    f"{path} was made with another set-up ({differing}): choose another "
-                    "--output, or leave --resume away to run again"
-                )
-            if self.resume:
-                taken[schedule, seed] = run
-            elif differing:
-                say(
-                    f"{path} is there already, of another set-up ({differing}), and will be kept "
-                    "under another name"
-                )
-            else:
-                say(f"{path} is there already, of the same set-up, and will be replaced")
-                self._replaceable[path] = stamp(path)
-        return taken
-
-    def _write(self, trained: dict[tuple[Schedule, int], Run]) -> str | None:
-        """Put runs into their files, where they are not in them already.
-
-        What somebody else has put there is kept. Returns what has kept a run from being written.
-        """
-        problem = None
-        for (schedule, seed), run in trained.items():
-            path = self._file(schedule, seed)
-            there = stamp(path)
-            if there is not None and there == self._own.get(path):
-                continue
-            try:
-                if os.path.lexists(path) and there != self._replaceable.get(path):
-                    put_aside(path)
-                run.write(path)
-                self._own[path] = stamp(path)
-            except Refused as error:
-                problem = str(error)
-        return problem
-
-    def _file(self, schedule: Schedule, seed: int) -> Path:
-        return self.output / Run.file_name(self.name, schedule, seed)
+    def _trained(self, train: Callable, schedule: Schedule, seed: int) -> Run:
+        """The run that a training gives."""
+        refinement = schedule.refinement(
+            ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM
+        )
+        history, extras = _checked(train(seed, refinement, self.label(schedule, seed)))
+        where = machine(self.ensemble)
+        return Run(self.name, schedule.name, seed, history, self.setup, extras, where)
 
     def draw(self, draw: Callable[[], None]) -> None:
         """Have the first rank draw figures, by a function that does not communicate.
@@ -295,25 +223,12 @@ class Study:
         if unused := [option for option in options if not PETSc.Options().used(option[1:])]:
             PETSc.Sys.Print(f"the solver did not look at {', '.join(unused)}: is it spelt right?")
 
-    def _differing(self, run: Run, schedule: Schedule, seed: int) -> str:
-        """What tells a run from the one of this study, empty where nothing does."""
-        there = {"study": run.study, "schedule": run.schedule, "seed": run.seed, **run.setup}
-        here = {"study": self.name, "schedule": schedule.name, "seed": seed, **self.setup}
-        keys = sorted(there.keys() | here.keys())
-        return "; ".join(
-            f"{key}: {there.get(key)} there, {here.get(key)} here"
-            for key in keys
-            if there.get(key) != here.get(key)
-        )
-
     def print_table(self, runs: Runs) -> None:
         """What the runs have reached and what they cost, as text on rank 0."""
         PETSc.Sys.Print("\n" + plain_table(runs))
-        if (
-            shortest := min(
-                len(run.history) for by_seed in runs.values() for run in by_seed.values()
-            )
-        ) < LAST_EPOCHS:
+        lengths = [len(run.history) for by_seed in runs.values() for run in by_seed.values()]
+        shortest = min(lengths)
+        if shortest < LAST_EPOCHS:
             PETSc.Sys.Print(
                 f"(errors are means over all of {shortest}, where longer runs have those of the"
                 f" last {LAST_EPOCHS})"
@@ -322,14 +237,11 @@ class Study:
     def print_extras(self, runs: Runs, *names: str) -> None:
         """Numbers that were kept beside, as percentages, and means over the seeds."""
         for name in names:
-            PETSc.Sys.Print(
-                f"\n{name}: "
-                + ", ".join(
-                    f"{schedule.title}"
-                    f" {np.mean([run.extras[name] for run in by_seed.values()]):.2%}"
-                    for schedule, by_seed in runs.items()
-                )
-            )
+            means = []
+            for schedule, by_seed in runs.items():
+                mean = np.mean([run.extras[name] for run in by_seed.values()])
+                means.append(f"{schedule.title} {mean:.2%}")
+            PETSc.Sys.Print(f"\n{name}: {', '.join(means)}")
 
 
 def _checked(found) -> tuple[History, dict[str, Any]]:
