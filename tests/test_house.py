@@ -33,7 +33,6 @@ TOO_LARGE = {
     ("prdp_fem/torch/autograd.py", "Solve.forward"),
     ("prdp_fem/torch/autograd.py", "_put_in"),
     ("prdp_fem/torch/layer.py", "SolverLayer"),
-    ("prdp_fem/training/networks.py", "_checked_graph"),
 }
 
 # What is private to other libraries than Firedrake, and has no public way, by module.

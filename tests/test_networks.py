@@ -8,7 +8,8 @@ import torch
 from firedrake import *
 
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, ResNet
-from prdp_fem.training.networks import _neighbour_means, _SparseProduct
+from prdp_fem.training.graphs import neighbour_means
+from prdp_fem.training.sparse_product import SparseProduct
 
 torch.set_num_threads(1)
 
@@ -202,7 +203,7 @@ def test_a_graph_network_without_activation_is_linear():
 def test_means_over_neighbours_are_derivatives(make_mesh):
     edges, coordinates = graph(make_mesh())
     n, dimension = coordinates.shape
-    means = _neighbour_means(edges, coordinates)
+    means = neighbour_means(edges, coordinates)
     assert means.shape == ((dimension + 1) * n, n)
     size = (coordinates[edges[0]] - coordinates[edges[1]]).norm(dim=1).mean()
     slope = torch.randn(dimension)
@@ -214,7 +215,7 @@ def test_means_over_neighbours_are_derivatives(make_mesh):
 
 def test_the_mean_difference_is_the_laplacian_on_an_even_mesh():
     edges, coordinates = graph(UnitIntervalMesh(8))
-    second = (_neighbour_means(edges, coordinates) @ coordinates[:, 0] ** 2)[1:8]
+    second = (neighbour_means(edges, coordinates) @ coordinates[:, 0] ** 2)[1:8]
     torch.testing.assert_close(second, torch.full((7,), 2 / 64), rtol=1e-10, atol=0)
 
 
@@ -222,14 +223,14 @@ def test_neighbours_in_a_row_have_no_gradient_across():
     """Of what is not seen in some direction nothing is invented."""
     coordinates = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]])
     edges = torch.tensor([[0, 1, 1, 2], [1, 0, 2, 1]])
-    means = _neighbour_means(edges, coordinates).to_dense().view(3, 3, 3)
+    means = neighbour_means(edges, coordinates).to_dense().view(3, 3, 3)
     assert means[2].abs().max() == 0
     torch.testing.assert_close(means[1] @ coordinates[:, 0], torch.ones(3))
 
 
 def test_products_with_a_sparse_matrix():
     dense = torch.randn(6, 4) * (torch.rand(6, 4) < 0.4)
-    product = _SparseProduct(dense.to_sparse_coo())
+    product = SparseProduct(dense.to_sparse_coo())
     x = torch.randn(4, 3, requires_grad=True)
     torch.testing.assert_close(product(x), dense @ x)
     assert torch.autograd.gradcheck(product, x)

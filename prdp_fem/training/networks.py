@@ -7,7 +7,6 @@ adding their output changes nothing at first.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any
@@ -18,15 +17,11 @@ from torch import nn
 
 from prdp_fem.arguments import flag, instance, shown, whole_number
 from prdp_fem.ranks.agreement import agree
-from prdp_fem.torch.autograd import transforms_are_active
 from prdp_fem.training.exchange import Exchange
-from prdp_fem.training.nodes import checked_period
-from prdp_fem.training.reduction import total
+from prdp_fem.training.graphs import checked_graph, neighbour_means
+from prdp_fem.training.sparse_product import SparseProduct
 
 __all__ = ["MLP", "GraphNetwork", "ResNet"]
-
-
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def _starts_at_zero(layer: nn.Module) -> nn.Module:
@@ -294,7 +289,7 @@ class GraphNetwork(nn.Module):
             nonlocal edges, coordinates, period
             _check_sizes(inputs=inputs, outputs=outputs, width=width)
             whole_number("steps", steps, 0)
-            edges, coordinates, period = _checked_graph(edges, coordinates, period, halo)
+            edges, coordinates, period = checked_graph(edges, coordinates, period, halo)
             _check_features(features, len(coordinates) if halo is None else halo.owned)
             return inputs, outputs, width, steps, None if features is None else len(features)
 
@@ -303,10 +298,10 @@ class GraphNetwork(nn.Module):
         self.operators = coordinates.shape[1] + 1
         nodes = len(coordinates) if halo is None else halo.owned
         self.nodes = nodes
-        weights = _neighbour_means(edges, coordinates, period, halo)
+        weights = neighbour_means(edges, coordinates, period, halo)
         self.halo = halo
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.means = _SparseProduct(weights.to(dtype))
+        self.means = SparseProduct(weights.to(dtype))
         self.activation = nn.Identity() if activation is None else _made(activation)
         hidden, bias = 2 * width, activation is not None
         self.encode = nn.Linear(inputs, width, bias=bias)
@@ -355,226 +350,3 @@ def _check_features(features: torch.Tensor | None, nodes: int) -> None:
         raise ValueError("features must be finite real numbers, found others among them")
     if features.ndim != 2 or features.shape[1] != nodes:
         raise ValueError(f"features must have shape (k, {nodes}), found {tuple(features.shape)}")
-
-
-# Of the extent of a mesh: points that are closer to each other are the same, as for a Gathering.
-_SAME_POINT = 2e-9
-
-
-def _checked_graph(
-    edges, coordinates, period, halo: Exchange | None
-) -> tuple[torch.Tensor, torch.Tensor, list[float] | None]:
-    """Edges, coordinates and period of a graph, as the weights of its edges are made of them.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For edges between nodes that there are not, and coordinates or a period that make no
-        directions of them.
-    """
-    try:
-        coordinates = torch.as_tensor(coordinates, device="cpu")
-        edges = torch.as_tensor(edges, device="cpu")
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(
-            "edges and coordinates must be tensors or arrays of numbers, found "
-            f"{shown(edges)} and {shown(coordinates)}"
-        ) from None
-    if coordinates.is_complex():
-        raise TypeError(f"coordinates must be real numbers, found {coordinates.dtype}")
-    coordinates = coordinates.to(torch.float64)
-    lacks_nodes = halo is None and len(coordinates) == 0
-    if coordinates.ndim != 2 or coordinates.shape[1] == 0 or lacks_nodes:
-        raise ValueError(f"coordinates must have shape (n, d), found {tuple(coordinates.shape)}")
-    if not coordinates.isfinite().all():
-        wrong = (~coordinates.isfinite().all(dim=1)).nonzero().flatten()
-        raise ValueError(
-            f"coordinates must be finite, found {coordinates[wrong[0]].tolist()} at "
-            f"node {int(wrong[0])} and "
-            f"{len(wrong) - 1} more: look for NaN or infinity in the mesh"
-        )
-    if halo is not None and len(coordinates) != len(halo.wanted):
-        raise ValueError(
-            f"coordinates must be those of the {len(halo.wanted)} nodes that the halo "
-            f"gives, found {len(coordinates)}"
-        )
-    if edges.ndim != 2 or len(edges) != 2 or (halo is None and edges.shape[1] == 0):
-        raise ValueError(
-            f"edges must have shape (2, e), from which node to which, found {tuple(edges.shape)}"
-        )
-    if edges.is_floating_point() or edges.is_complex() or edges.dtype == torch.bool:
-        raise TypeError(f"edges must be integers, the numbers of nodes, found {edges.dtype}")
-    edges = edges.long()
-    for name, ends, nodes in (
-        ("from", edges[0], len(coordinates)),
-        ("to", edges[1], len(coordinates) if halo is None else halo.owned),
-    ):
-        if ends.numel() and (ends.min() < 0 or ends.max() >= nodes):
-            raise ValueError(
-                f"edges must go {name} nodes 0 to {nodes - 1}, found "
-                f"{int(ends.min())} to {int(ends.max())}"
-            )
-    period = checked_period(period, coordinates.shape[1])
-    if not edges.numel():
-        return edges, coordinates, period
-    offset = _offsets(edges, coordinates, period)
-    extent = coordinates.max(dim=0).values - coordinates.min(dim=0).values
-    length, edge = offset.norm(dim=1).min(dim=0)
-    if length <= _SAME_POINT * extent.max():
-        raise ValueError(
-            "nodes with an edge between them must lie at different points, found "
-            f"{edges[:, edge].tolist()} both at "
-            f"{coordinates[edges[1, edge]].tolist()}"
-        )
-    for direction, size in enumerate(period or ()):
-        # With a longer period than the mesh has, edges across its ends are as long as all of it.
-        longest, at_most = offset[:, direction].abs().max(), 1.5 * _step(coordinates[:, direction])
-        if math.isfinite(size) and longest > max(extent[direction] / 2, at_most):
-            raise ValueError(
-                f"period {size:g} in direction {direction} leaves edges that go "
-                "through half of the mesh, whose coordinates "
-                f"have an extent of {extent[direction]:g} there: give that of the mesh"
-            )
-    return edges, coordinates, period
-
-
-def _step(values: torch.Tensor) -> float:
-    """The largest distance between neighbours among some numbers."""
-    return float(values.sort().values.diff().max()) if len(values) > 1 else 0.0
-
-
-def _offsets(
-    edges: torch.Tensor, coordinates: torch.Tensor, period: Sequence[float] | None
-) -> torch.Tensor:
-    """Shape (e, d): from which end of each edge to which, the short way round."""
-    offset = coordinates[edges[0]] - coordinates[edges[1]]
-    if period is None:
-        return offset
-    lengths = torch.as_tensor(period, dtype=offset.dtype, device=offset.device)
-    return offset - torch.where(
-        torch.isfinite(lengths), lengths * torch.round(offset / lengths), 0.0
-    )
-
-
-def _neighbour_means(
-    edges: torch.Tensor,
-    coordinates: torch.Tensor,
-    period: Sequence[float] | None = None,
-    halo: Exchange | None = None,
-) -> torch.Tensor:
-    """Shape ((d + 1) m, n), sparse: the mean difference to the neighbours, and each component of
-    the gradient by least squares.
-
-    Of m nodes, with a halo those that this rank owns, among n. Lengths are in units of the mean
-    edge, and the mean difference is scaled to the Laplacian where neighbours lie evenly.
-    """
-    source, target = edges.to(coordinates.device)
-    n, dimension = coordinates.shape
-    m = n if halo is None else halo.owned
-    offset = _offsets(edges, coordinates, period)
-    length = offset.norm(dim=-1).sum()
-    count = torch.tensor(len(source), device=offset.device)
-    if halo is not None:
-        length, count = total(length, halo.comm), total(count, halo.comm)
-    offset = offset / (length / count)
-    share = 1 / torch.bincount(target, minlength=m)[target].to(offset.dtype)
-    moments = offset.new_zeros(m, dimension, dimension).index_add(
-        0, target, share[:, None, None] * offset[:, :, None] * offset[:, None]
-    )
-    gradient = share[:, None] * torch.einsum(
-        "eij,ej->ei", torch.linalg.pinv(moments, rtol=1e-6, hermitian=True)[target], offset
-    )
-    weights = torch.cat([2 * dimension * share[None], gradient.T]).flatten()  # (d + 1) e
-    operator = torch.arange(dimension + 1, device=offset.device).repeat_interleave(len(source)) * m
-    rows, columns = operator + target.repeat(dimension + 1), source.repeat(dimension + 1)
-    own = target.repeat(dimension + 1)
-    return torch.sparse_coo_tensor(
-        torch.cat([torch.stack([rows, columns]), torch.stack([rows, own])], dim=1),
-        torch.cat([weights, -weights]),
-        ((dimension + 1) * m, n),
-        device=offset.device,
-        check_invariants=True,
-    ).coalesce()
-
-
-class _SparseProduct(nn.Module):
-    """A constant sparse matrix times dense ones: shape (n, k) to (m, k).
-
-    Stored by rows, and so is the transpose: several times as fast as torch's other formats, and as
-    its own derivative, which transposes the matrix in each backward pass. Of the three arrays of
-    each, since torch cannot copy or convert such matrices.
-    """
-
-    def __init__(self, matrix: torch.Tensor):
-        super().__init__()
-        self.shape = tuple(matrix.shape)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-            for name, by_rows in (
-                ("matrix", matrix.to_sparse_csr()),
-                ("transposed", matrix.T.to_sparse_csr()),
-            ):
-                self.register_buffer(f"{name}_rows", by_rows.crow_indices(), persistent=False)
-                self.register_buffer(f"{name}_columns", by_rows.col_indices(), persistent=False)
-                self.register_buffer(f"{name}_values", by_rows.values(), persistent=False)
-
-    def _parts(self, name: str) -> tuple[torch.Tensor, ...]:
-        return tuple(getattr(self, f"{name}_{part}") for part in ("rows", "columns", "values"))
-
-    def _apply(self, fn, recurse: bool = True) -> _SparseProduct:
-        """What ``to`` and ``half`` do to each module; but weights that add up to zero are not
-        rounded so far that they do not.
-        """
-        before = {name: values for name, values in self.named_buffers() if name.endswith("_values")}
-        super()._apply(fn, recurse)
-        for name, values in before.items():
-            converted = getattr(self, name)
-            if converted.dtype in _HALF:
-                setattr(self, name, values.to(converted.device))
-        return self
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        matrix = self._parts("matrix")
-        if transforms_are_active():
-            rows, columns, values = matrix
-            rows = torch.repeat_interleave(
-                torch.arange(self.shape[0], device=rows.device), rows.diff()
-            )
-            terms = values[:, None] * x[columns].to(values.dtype)
-            return (
-                torch.zeros_like(terms[:1])
-                .expand(self.shape[0], -1)
-                .index_add(0, rows, terms)
-                .to(x.dtype)
-            )
-        return _MatrixProduct.apply(self.shape, matrix, self._parts("transposed"), x)
-
-
-class _MatrixProduct(torch.autograd.Function):
-    """In the type of the matrix, which may be more accurate than that of what it is multiplied
-    with, as under autocast.
-    """
-
-    @staticmethod
-    def forward(ctx, shape, matrix, transposed, x):
-        ctx.shape = shape
-        ctx.matrix = matrix
-        ctx.transposed = transposed
-        starts, columns, entries = matrix
-        by_rows = torch.sparse_csr_tensor(starts, columns, entries, shape, check_invariants=False)
-        dense = x.to(matrix[2].dtype)
-        if not torch.is_autocast_enabled(x.device.type):
-            return (by_rows @ dense).to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            return (by_rows @ dense).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, cotangent):
-        return (
-            None,
-            None,
-            None,
-            _MatrixProduct.apply(
-                ctx.shape[::-1], ctx.transposed, ctx.matrix, cotangent.contiguous()
-            ),
-        )
