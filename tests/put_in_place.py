@@ -29,6 +29,7 @@ from firedrake import solving
 from pyadjoint.tape import annotate_tape, get_working_tape, stop_annotating
 
 import prdp_fem.solvers
+from prdp_fem.solvers import linear_solvers
 
 _SOLVERS = {
     name: getattr(prdp_fem, name)
@@ -41,7 +42,7 @@ _statistics: list = []
 
 def _put_in() -> None:
     # This package makes Firedrake's solvers by the names that are about to change.
-    prdp_fem.solvers.firedrake = types.SimpleNamespace(**vars(firedrake))
+    linear_solvers.firedrake = types.SimpleNamespace(**vars(firedrake))
     # Not in firedrake.variational_solver: preconditioners import from there, and look into what is
     # private to the solvers they make.
     solving.vs = types.SimpleNamespace(**{**vars(solving.vs), **_SOLVERS})

@@ -400,7 +400,7 @@ def test_bad_input_is_refused_at_construction():
 
 @pytest.mark.parallel(1)
 def test_complex_petsc_is_refused(monkeypatch):
-    monkeypatch.setattr("prdp_fem.solvers.complex_mode", True)
+    monkeypatch.setattr("prdp_fem.solvers.arguments.complex_mode", True)
     with pytest.raises(ValueError, match="complex scalars"):
         prdp_fem.LinearVariationalSolver(HeatStep().problem)
 

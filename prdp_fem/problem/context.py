@@ -12,13 +12,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import ufl
-from firedrake import DirichletBC
+from firedrake import DirichletBC, Function
 from firedrake.slate.static_condensation.sc_base import SCBase
 
 from prdp_fem.problem.firedrake_internals import boundary_expression
 from prdp_fem.problem.inputs import coefficients_of
 
-__all__ = ["coefficients_in", "condenses_locally", "over_copies", "users_code"]
+__all__ = [
+    "coefficients_in",
+    "condenses_locally",
+    "over_copies",
+    "users_code",
+    "users_context",
+]
 
 # Whose code names no coefficient of a user's: it is given them by forms and by the application
 # context.
@@ -45,6 +51,15 @@ _LIBRARIES = frozenset(
 )
 _GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _SYMBOLIC = (ufl.core.expr.Expr, ufl.BaseForm)
+
+
+def users_context(context: Mapping | None, solution: Function) -> dict:
+    """The application context that a user has given.
+
+    Firedrake keeps the state that it solves for in there, too: that of a solver which was there
+    before is not this one's.
+    """
+    return {key: value for key, value in (context or {}).items() if value is not solution}
 
 
 def over_copies(value, copy_of: Callable):
