@@ -8,8 +8,6 @@ least squares look at Aᵀ (b - A u).
 
 from __future__ import annotations
 
-import warnings
-
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
@@ -18,6 +16,7 @@ from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.probe import Probe
+from prdp_fem.ranks.warning import OneWarning
 
 __all__ = ["ConsistencyCheck", "solves_least_squares"]
 
@@ -51,7 +50,7 @@ class ConsistencyCheck:
 
     def __init__(self, name: str):
         self._name = name
-        self._has_warned = False
+        self._warning = OneWarning()
 
     def look(self, refined: RefinedKSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
         """Look at what a solve has given; collective.
@@ -89,7 +88,7 @@ class ConsistencyCheck:
             )
             if share > FEW:
                 raise ConvergenceError(message)
-            self._warn(message, refined.ksp.comm)
+            self._warning.give(message, refined.ksp.comm)
 
     def _finding(self, refined: RefinedKSP, residual: PETSc.Vec, work: PETSc.Vec) -> str | None:
         """What hides a residual from the KSP, and what to do; None where it sees it."""
@@ -125,12 +124,6 @@ class ConsistencyCheck:
         ksp.getOperators()[0].mult(correction, work)
         work.axpy(-1.0, residual)
         return work.norm() > _REDUCED * before
-
-    def _warn(self, message: str, comm: PETSc.Comm) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            if comm.rank == 0:
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _is_hidden(pc: PETSc.PC, space: PETSc.NullSpace, residual: PETSc.Vec, work: PETSc.Vec) -> bool:

@@ -10,7 +10,6 @@ operator.
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -20,6 +19,7 @@ from prdp_fem.krylov.nested import has_factorisation, is_direct
 from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.probe import Probe
 from prdp_fem.krylov.view import described
+from prdp_fem.ranks.warning import OneWarning
 
 __all__ = ["FEW", "SUSPICIOUS", "FactorisationCheck", "detect_null_pivots"]
 
@@ -67,22 +67,13 @@ class FactorisationCheck:
     ----------
     name : str
         Of what is solved for, for messages.
-    other : FactorisationCheck or None
-        One of the same solver, which is to warn no second time.
+    warning : OneWarning
+        What gives a warning.
     """
 
-    def __init__(self, name: str, other: FactorisationCheck | None = None):
+    def __init__(self, name: str, warning: OneWarning):
         self._name = name
-        self._warnings: list[str] = [] if other is None else other._warnings
-        self.forget()
-
-    def anew(self) -> FactorisationCheck:
-        """This, which has looked at nothing yet."""
-        self.forget()
-        return self
-
-    def forget(self) -> None:
-        """To be called where operators are other matrices from now on."""
+        self._warning = warning
         self._is_determined = False
         self._work: tuple[PETSc.Vec, PETSc.Vec] | None = None
 
@@ -187,7 +178,7 @@ class FactorisationCheck:
             )
         self._is_determined = True
         if difference > FEW * size:
-            self._warn(ksp, kind, difference / size)
+            self._warning.give(self._few_digits(ksp, kind, difference / size), ksp.comm)
 
     def _apply(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec, transposed: bool) -> None:
         """What an iteration would do first, whatever it is told."""
@@ -198,17 +189,13 @@ class FactorisationCheck:
         if space is not None:
             space.remove(x)
 
-    def _warn(self, ksp: PETSc.KSP, kind: str, difference: float) -> None:
-        if self._warnings:
-            return
-        self._warnings.append(
+    def _few_digits(self, ksp: PETSc.KSP, kind: str, difference: float) -> str:
+        return (
             f"the {kind} solve for '{self._name}' with pc_type {ksp.getPC().getType()} determines "
             f"no more than {int(-math.log10(difference))} digits (solved again, the solution is "
             f"another one by {difference:.1e} of its size): the operator is nearly singular, or "
             "has numbers of too many sizes, as with a large penalty"
         )
-        if ksp.comm.rank == 0:
-            warnings.warn(self._warnings[0], RuntimeWarning, stacklevel=2)
 
     def _error(self, ksp: PETSc.KSP, kind: str, finding: str) -> ConvergenceError:
         return ConvergenceError(

@@ -7,13 +7,13 @@ is no null space it takes out what the operator determines, too, and says nothin
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.probe import Probe, has_python_blocks
+from prdp_fem.ranks.warning import OneWarning
 
 __all__ = ["NullSpaceCheck", "null_space", "null_space_left_by", "one_sided_null_space"]
 
@@ -59,21 +59,14 @@ class NullSpaceCheck:
     ----------
     name : str
         Of what is solved for, for messages.
+    warning : OneWarning
+        What gives a warning.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, warning: OneWarning):
         self._name = name
-        self._has_warned = False
-        self.forget()
-
-    def forget(self) -> None:
-        """To be called where operators are other matrices from now on."""
+        self._warning = warning
         self._is_done = False
-
-    def anew(self) -> NullSpaceCheck:
-        """This, which has looked at nothing yet."""
-        self.forget()
-        return self
 
     def look(self, A: PETSc.Mat) -> None:
         """Look at what an operator makes of the vectors in its null spaces; collective.
@@ -125,7 +118,7 @@ class NullSpaceCheck:
                     )
                 )
             elif found > _INEXACT * expected + rounding:
-                self._warn(
+                self._warning.give(
                     self._message(
                         argument, condition, "does not quite hold a null space", found, expected
                     ),
@@ -138,17 +131,10 @@ class NullSpaceCheck:
     ) -> str:
         return (
             f"the {argument}= of the solver for '{self._name}' {finding}: the operator makes "
-            f"of a vector in it one of length {found:.1e}, and of one as large without a "
-            "pattern "
+            f"of a vector in it one of length {found:.1e}, and of one as large without a pattern "
             f"{expected:.1e}, so that what it determines is taken out of solutions: give the "
             f"vectors v with {condition}, or leave {argument}= away"
         )
-
-    def _warn(self, message: str, comm: PETSc.Comm) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            if comm.rank == 0:
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def _vectors(space: PETSc.NullSpace, like: PETSc.Vec) -> Iterator[PETSc.Vec]:

@@ -11,6 +11,7 @@ from prdp_fem.krylov.nested import is_direct
 from prdp_fem.krylov.null_spaces import NullSpaceCheck
 from prdp_fem.krylov.petsc_types import snes_facts
 from prdp_fem.krylov.post_solve import PostSolve
+from prdp_fem.ranks.warning import OneWarning
 from prdp_fem.refinement.settings import NewtonSetting, Setting, newton_steps
 
 __all__ = ["Newton", "reset_with_linear_solver", "solves_linear_systems"]
@@ -75,21 +76,18 @@ class Newton:
 
     Attributes
     ----------
-    factorisation : FactorisationCheck
-        What looks at direct solves.
-    null_spaces : NullSpaceCheck
-        What looks at the null spaces that the Jacobian was given.
+    few_digits, inexact_null_space : OneWarning
+        What warns of direct solves, and of the null spaces that the Jacobian was given.
     """
 
     def __init__(self, snes: PETSc.SNES, name: str, prefix: str | None):
         self.snes = snes
         self.refined = RefinedKSP(snes.getKSP(), name, prefix, in_snes=True)
         self._name = name
-        self.factorisation = FactorisationCheck(name)
-        self.null_spaces = NullSpaceCheck(name)
-        self._look_at_step: PostSolve | None = None
-        if is_direct(snes.getKSP()):
-            self._look_at_step = PostSolve(self.factorisation.look_at_step)
+        self.few_digits = OneWarning()
+        self.inexact_null_space = OneWarning()
+        self._is_direct = is_direct(snes.getKSP())
+        self._look_anew()
         # What options had said, while a setting is put on.
         self._options: tuple | None = None
 
@@ -109,8 +107,15 @@ class Newton:
         Inside the solver's context.
         """
         reset_with_linear_solver(self.snes)
-        self.factorisation.forget()
-        self.null_spaces.forget()
+        self._look_anew()
+
+    def _look_anew(self) -> None:
+        """Have nothing looked at as yet, since operators are other matrices from now on."""
+        self._factorisation = FactorisationCheck(self._name, self.few_digits)
+        self._null_spaces = NullSpaceCheck(self._name, self.inexact_null_space)
+        self._look_at_step: PostSolve | None = None
+        if self._is_direct:
+            self._look_at_step = PostSolve(self._factorisation.look_at_step)
 
     def solve(self, x: PETSc.Vec, setting: Setting | NewtonSetting | None) -> tuple[int, int]:
         """Solve from what is in x.
@@ -141,14 +146,14 @@ class Newton:
         made = snes.getIterationNumber()
         if made and self.solves_linear_systems:
             # First of all, since steps that lack what is in a wrong one may come to no end.
-            self.null_spaces.look(snes.getKSP().getOperators()[0])
+            self._null_spaces.look(snes.getKSP().getOperators()[0])
         reason = snes.getConvergedReason()
         is_spent = steps is not None and reason == PETSc.SNES.ConvergedReason.DIVERGED_MAX_IT
         if reason < 0 and not is_spent:
             self._raise(reason)
         iterations = self.refined.checked_newton_iterations(snes.getLinearSolveIterations())
         if made and self.solves_linear_systems:
-            self.factorisation.look_at_state(snes.getKSP(), x)
+            self._factorisation.look_at_state(snes.getKSP(), x)
         return made, iterations
 
     def _apply(self, steps: int | None, setting: Setting | None) -> None:

@@ -17,6 +17,7 @@ from prdp_fem.krylov.petsc_types import pc_facts
 from prdp_fem.krylov.scaling import CountedSolve, scaled
 from prdp_fem.krylov.snes import Newton
 from prdp_fem.krylov.symmetry import Symmetry
+from prdp_fem.ranks.warning import OneWarning
 from prdp_fem.refinement.ladders import Setting
 
 __all__ = ["Krylov"]
@@ -58,7 +59,7 @@ class Krylov:
         The sources of the operator's values; when one changes the KSP is set up anew before it
         solves.
     newton : Newton or None
-        The solves of another KSP of the same solver, which are looked at together with these.
+        The solves of another KSP of the same solver, of which the same warnings are given once.
 
     Attributes
     ----------
@@ -92,10 +93,10 @@ class Krylov:
         by_values = [*operator, METHOD]
         self.symmetry = Symmetry(self.refined, clock, by_values)
         # What is known of the operator whatever its values are, until it is another matrix.
-        factorisation = FactorisationCheck(name, None if newton is None else newton.factorisation)
-        self._factorisation = Kept(factorisation.anew, clock, [MEMORY])
-        null_spaces = NullSpaceCheck(name) if newton is None else newton.null_spaces
-        self._null_spaces = Kept(null_spaces.anew, clock, [MEMORY])
+        few_digits = OneWarning() if newton is None else newton.few_digits
+        self._factorisation = Kept(lambda: FactorisationCheck(name, few_digits), clock, [MEMORY])
+        inexact = OneWarning() if newton is None else newton.inexact_null_space
+        self._null_spaces = Kept(lambda: NullSpaceCheck(name, inexact), clock, [MEMORY])
         self._one_sided_null_space = Kept(
             lambda: one_sided_null_space(ksp.getOperators()[0]), clock, [MEMORY]
         )
