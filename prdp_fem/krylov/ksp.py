@@ -314,6 +314,9 @@ class _Overrides:
             self._said[ksp.handle] = _AsOptionsSay(
                 ksp, ksp.getTolerances(), ksp.getErrorIfNotConverged(), ksp.getNormType()
             )
+        # A setting may leave the first and the last to the KSP, by None.
+        rtol: float | None
+        max_it: int | None
         _, (rtol, atol, divtol, max_it), error_if_not_converged, norm = self._said[ksp.handle]
         if setting is not None:
             rtol = setting.rtol
@@ -331,7 +334,7 @@ class _Overrides:
             # It is relative to the right-hand side, of which a guess may be any multiple away.
             divtol = _NEVER
         if not is_absolute and atol > _NO_ATOL:
-            if setting is None and rtol < _NO_RTOL:
+            if setting is None and rtol is not None and rtol < _NO_RTOL:
                 rtol = _FLOOR
             atol = _NO_ATOL
         ksp.setTolerances(rtol=rtol, atol=atol, divtol=divtol, max_it=max_it)
@@ -491,7 +494,7 @@ class RefinedKSP:
             setting = None
         if setting is not None and self._refined is None:
             self.find()
-        self._is_budget = setting is not None and setting.budget
+        self._is_budget = setting is not None and bool(setting.budget)
         refined = ksp if self._refined is None else self._refined
         beside = self._beside(refined)
         for other in beside:
@@ -567,6 +570,7 @@ class RefinedKSP:
     def _account(self) -> int:
         failure = self._hidden_failure
         comm = self.ksp.comm
+        assert self._refined is not None  # as this is asked of a KSP inside, which was found
         if self._refined.comm.size < comm.size:
             # It is a block of this rank. That of another one may have failed, which raises, too.
             if comm.tompi4py().allreduce(failure is not None, MPI.LOR):

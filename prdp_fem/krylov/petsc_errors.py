@@ -29,11 +29,15 @@ _OTHERWISE = (
 
 def cause_of(error: BaseException) -> BaseException:
     """What Python raised inside a call of PETSc's, which passed it on as its own; or the error."""
-    while isinstance(error, PETSc.Error) and error.ierr == _FROM_PYTHON:
+    while isinstance(error, PETSc.Error) and _code(error) == _FROM_PYTHON:
         if error.__cause__ is None:
             break
         error = error.__cause__
     return error
+
+
+def _code(error: PETSc.Error) -> int:
+    return error.ierr  # type: ignore[attr-defined]  # petsc4py's types do not have it
 
 
 def what_went_wrong(error: Exception) -> str:
@@ -48,4 +52,4 @@ def what_went_wrong(error: Exception) -> str:
 
 def remedy(error: PETSc.Error) -> str:
     """What is wrong with a solve, and what to do about it."""
-    return _REMEDIES.get(error.ierr, _OTHERWISE).format(what_went_wrong(error))
+    return _REMEDIES.get(_code(error), _OTHERWISE).format(what_went_wrong(error))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from firedrake.petsc import PETSc
 
-__all__ = ["described", "setting", "settings"]
+__all__ = ["described", "found_in", "setting", "settings"]
 
 # PETSc prints numbers as %g does, with six digits; one with fewer is all there.
 _PRINTED_DIGITS = 6
@@ -29,6 +29,21 @@ def described(thing: PETSc.Object) -> str:
             with open(path) as file:
                 text = file.read()
         return comm.bcast(text)
+
+
+def found_in(text: str, pattern: str) -> re.Match[str]:
+    """What a regular expression finds in the text of a view, which has it in the releases of PETSc
+    that there is a table of types for.
+
+    Raises
+    ------
+    RuntimeError
+        Where the text has nothing like it.
+    """
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"PETSc's view has nothing like {pattern!r}, found {text!r}")
+    return found
 
 
 def settings(
@@ -53,7 +68,7 @@ def settings(
     ValueError
         Where a number was printed rounded, and no option says which it is.
     """
-    printed = re.search(pattern, text).groups()
+    printed = found_in(text, pattern).groups()
     given = (options or {}).get(option)
     if given is None:
         given = PETSc.Options(thing.getOptionsPrefix()).getString(option, "")

@@ -70,10 +70,11 @@ class Backwards:
         )
         # The cotangents of the state at the end of a stretch, from the stretch that follows it.
         bars: list = []
+        lifted: tuple
         for number in reversed(range(len(stretches))):
             on = Trace(self._system, pool, of_operator, of_preconditioner, is_linear)
             if number == 0:
-                lifted = [on.lifted(right), None if start is None else on.lifted(start)]
+                lifted = on.lifted(right), None if start is None else on.lifted(start)
                 state = method.initial(on, *lifted)
             else:
                 lifted = tuple(None if part is None else on.lifted(part) for part in states.pop())
@@ -125,7 +126,7 @@ def _add_cotangents(state: tuple, bars: list, pool: VectorPool) -> None:
     for part, bar in zip(state, bars):
         if isinstance(part, TracedVector):
             if bar[1] is not None:
-                part.cotangent.add(*bar, pool)
+                part.cotangent.add(bar[0], bar[1], pool)
         elif isinstance(part, TracedScalar):
             part.cotangent = part.cotangent + bar
 

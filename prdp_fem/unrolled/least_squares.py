@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -52,7 +52,8 @@ def solve_normal_equations(H: np.ndarray, right: np.ndarray) -> np.ndarray:
 
     HᵀH, whose condition is the square of that of H, is not formed.
     """
-    R = np.linalg.qr(H, mode="r")
+    # To NumPy's types every mode gives Q and R.
+    R = cast(np.ndarray, np.linalg.qr(H, mode="r"))
     return _solve(R, _solve(R.T, right))
 
 

@@ -18,11 +18,10 @@ order they are evaluated, are those of PETSc's sources in src/ksp/ksp/impls, nam
 
 from __future__ import annotations
 
-import re
-
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.petsc_types import pc_facts
+from prdp_fem.krylov.view import found_in
 from prdp_fem.unrolled.registry import KSPAsSet, unrolled_methods
 from prdp_fem.unrolled.steepest_descent import SteepestDescent
 
@@ -144,7 +143,7 @@ class Chebyshev(Iteration):
 
     @classmethod
     def of(cls, found):
-        kind = re.search(r"polynomial of (.*) kind", found.text)[1]
+        kind = found_in(found.text, r"polynomial of (.*) kind")[1]
         if kind != "first":
             raise ValueError(
                 f"Chebyshev polynomials of the {kind} kind have no unrolled "
@@ -301,7 +300,7 @@ class GMRES:
         if first.norm == 0:
             return state
         basis = [v]
-        directions = []
+        directions: list = []
         columns = []
         for _ in range(iterations):
             v, column = on.orthonormalised(self.next_vector(on, v, directions), basis)
@@ -357,4 +356,4 @@ def _restart(found: KSPAsSet) -> int:
             "orthogonalisation only: set ksp_orthogonalization cgs, without "
             "refinement"
         )
-    return int(re.search(r"restart=(\d+)", found.text)[1])
+    return int(found_in(found.text, r"restart=(\d+)")[1])

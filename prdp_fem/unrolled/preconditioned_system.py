@@ -62,7 +62,7 @@ class PreconditionedSystem:
     def precondition(self, r: PETSc.Vec, z: PETSc.Vec) -> None:
         """z = B r."""
         self.preconditioner.apply(r, z)
-        if self.has_null_space:
+        if self._null_space is not None:
             self._null_space.remove(z)
 
     def project(self, x: PETSc.Vec) -> None:
@@ -70,10 +70,10 @@ class PreconditionedSystem:
 
         It is an orthogonal projection, which is its own transpose.
         """
-        if self.has_null_space:
+        if self._null_space is not None:
             self._null_space.remove(x)
 
     def project_right_hand_side(self, b: PETSc.Vec) -> None:
         """Remove what is in the null space of Aᵀ, in place."""
-        if self.has_left_null_space:
+        if self._left_null_space is not None:
             self._left_null_space.remove(b)

@@ -7,8 +7,8 @@ cotangent of P is -W ∘ (Bᵀ z̄) zᵀ. A symmetric sweep is made of two such.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import firedrake.logging
 import numpy as np
@@ -16,6 +16,7 @@ from firedrake.petsc import PETSc
 from mpi4py import MPI
 
 from prdp_fem.krylov.petsc_types import listed
+from prdp_fem.krylov.view import found_in
 from prdp_fem.unrolled.operator_cotangent import (
     OperatorCotangent,
     SparsityPattern,
@@ -240,8 +241,6 @@ class DiagonalBlocks(Preconditioner):
 
     def __init__(self, pc: PETSc.PC, matrix: PETSc.Mat):
         super().__init__(pc, matrix)
-        # They are made where a derivative asks for them.
-        self._entries: _Entries | None = None
         self._state: int | None = None
         self._agrees = True
 
@@ -250,28 +249,36 @@ class DiagonalBlocks(Preconditioner):
 
     def _is_differentiable(self) -> bool:
         """Whether it is what formulas say: there are variants, and it may be another matrix's."""
-        if self._entries is None:
-            self._find_entries()
+        entries = self._entries
         state = self.matrix.stateGet()
         if state != self._state:
             r, z = self._probe, self._work
             self.pc.apply(r, z)
             # (W ∘ P) B r = r
-            z.setArray(self._entries.product(self._entries.of(self.matrix), z.array_r))
+            z.setArray(entries.product(entries.of(self.matrix), z.array_r))
             z.axpy(-1.0, r)
             self._agrees = bool(z.norm() <= _AGREEMENT * r.norm())
             self._state = state
         return self._agrees
 
-    def _find_entries(self) -> None:
+    @cached_property
+    def _entries(self) -> _Entries:
+        """Those of the blocks; made where a derivative asks for them."""
         pattern = SparsityPattern(self.matrix)
         size = self._block_size()
         column_blocks = (pattern.columns - pattern.first_column) // size
         chosen = pattern.owned_columns & (pattern.rows // size == column_blocks)
-        self._entries = _Entries(pattern, chosen, np.ones(len(pattern.rows)))
-        self._work = self.matrix.createVecRight()
-        self._probe = self.matrix.createVecRight()
-        _fill(self._probe)
+        return _Entries(pattern, chosen, np.ones(len(pattern.rows)))
+
+    @cached_property
+    def _work(self) -> PETSc.Vec:
+        return self.matrix.createVecRight()
+
+    @cached_property
+    def _probe(self) -> PETSc.Vec:
+        probe = self.matrix.createVecRight()
+        _fill(probe)
+        return probe
 
     def add_cotangent(self, cotangent, factor, z_cotangent, r_cotangent, r, z):
         if self._is_differentiable():
@@ -400,8 +407,8 @@ class Relaxation(Preconditioner):
     def of(cls, found):
         if not is_assembled(found.matrix):
             return None
-        direction, sweeps, local_sweeps = re.search(
-            r"type = (\w+), iterations = (\d+), local iterations = (\d+)", found.text
+        direction, sweeps, local_sweeps = found_in(
+            found.text, r"type = (\w+), iterations = (\d+), local iterations = (\d+)"
         ).groups()
         direction = direction.removeprefix("local_")
         if direction not in ("forward", "backward", "symmetric"):

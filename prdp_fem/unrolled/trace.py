@@ -49,7 +49,7 @@ class _Products:
         product = self._pool.take()
         self._system.multiply_transposed(bar.vec, product.vec)
         of_x.add_owned(factor, product, self._pool)
-        if self._operator_cotangent is not None:
+        if self._operator_cotangent is not None and x is not None:
             self._operator_cotangent.add_product(bar.vec, x.vec, factor)
 
     def pull_precondition(
@@ -66,7 +66,7 @@ class _Products:
             bar = projected
         product = self._pool.take()
         self._system.preconditioner.apply_transposed(bar.vec, product.vec)
-        if self._preconditioner_cotangent is not None:
+        if self._preconditioner_cotangent is not None and r is not None and z is not None:
             self._system.preconditioner.add_cotangent(
                 self._preconditioner_cotangent, factor, bar.vec, product.vec, r.vec, z.vec
             )
@@ -141,9 +141,9 @@ class Trace:
         is_constant = self._is_preconditioner_constant
         is_symmetric = self.system.symmetric and is_constant and not self.system.has_null_space
         z = self._applied(self._on.precondition, r, is_symmetric)
-        kept = (None, None)
+        kept: tuple[Vector | None, Vector | None] = (None, None)
         if not is_constant:
-            kept = (r.value, self._on.with_null_space(r.value, z.value))
+            kept = read(r), self._on.with_null_space(read(r), read(z))
         self._nodes.append(
             partial(self._products.pull_precondition, z.cotangent, r.cotangent, *kept)
         )
@@ -174,8 +174,8 @@ class Trace:
 
     def add(self, x: TracedVector | None, *terms) -> TracedVector:
         """x + a y + b z + …, for scalars and vectors in turns."""
-        arguments = [x]
-        of_terms = []
+        arguments: list = [x]
+        of_terms: list[tuple] = []
         for a, y in zip(terms[::2], terms[1::2]):
             if isinstance(a, TracedScalar):
                 value = read(y)

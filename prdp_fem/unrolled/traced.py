@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from prdp_fem.unrolled.values import Vector, VectorPool, add_to
 
@@ -116,7 +117,7 @@ class TracedScalar:
     def __init__(self, value, nodes: list):
         self.value = value
         self._nodes = nodes
-        self.cotangent = 0.0
+        self.cotangent: Any = 0.0  # a number, or an array of them, as the value is
 
     def __float__(self) -> float:
         return float(self.value)

@@ -107,7 +107,9 @@ class Values:
         total.vec.waxpy(a, y.vec, x.vec)
         return total
 
-    def combine(self, x: Vector | None, coefficients: Sequence[float], *basis: Vector) -> Vector:
+    def combine(
+        self, x: Vector | None, coefficients: Sequence[float] | np.ndarray, *basis: Vector
+    ) -> Vector:
         """x + V c, for the vectors in V, of which there is one or more."""
         total = self.pool.take()
         # Not a copy and then a sum: that would be another pass over memory.
@@ -161,7 +163,9 @@ class Values:
         return np.array([x.vec.dotEnd(v.vec) for v in basis])
 
 
-def add_to(total: PETSc.Vec, coefficients: Sequence[float], vectors: Sequence[Vector]) -> None:
+def add_to(
+    total: PETSc.Vec, coefficients: Sequence[float] | np.ndarray, vectors: Sequence[Vector]
+) -> None:
     """Add a linear combination to a vector."""
     if len(vectors) > _FEW:
         total.maxpy(coefficients, [v.vec for v in vectors])
