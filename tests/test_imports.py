@@ -1,5 +1,6 @@
 """What importing the package brings along, and what it says where something is missing."""
 
+import importlib
 import subprocess
 import sys
 
@@ -43,6 +44,14 @@ def test_nothing_but_the_bridge_needs_torch(module):
 def test_what_is_promised_is_there(module):
     imported = __import__(module, fromlist=["__all__"])
     assert all(hasattr(imported, name) for name in imported.__all__)
+
+
+def test_the_package_exports_what_refinement_does():
+    """A ladder or a rule that is added is named in both places."""
+    package = importlib.import_module("prdp_fem")
+    refinement = importlib.import_module("prdp_fem.refinement")
+    missing = set(refinement.__all__).difference(package.__all__)
+    assert not missing, f"_public.py does not export {sorted(missing)}"
 
 
 STAR_IMPORTS = """
