@@ -174,9 +174,8 @@ def _of_blas() -> Iterator[tuple[str, str]]:
     if better:
         yield (
             "warning",
-            f"OpenBLAS takes this processor for a {core}, and does without much of what it has:"
-            " activate the environment that install.sh makes, or set"
-            f" OPENBLAS_CORETYPE={better[0]}",
+            f"OpenBLAS takes this processor for a {core}, and does without much of what it has: "
+            f"activate the environment that install.sh makes, or set OPENBLAS_CORETYPE={better[0]}",
         )
     alignment = int(petsctools.get_petscconf_h().get("MEMALIGN", _USUAL_ALIGNMENT))
     memory = f"PETSc's memory is aligned to {alignment} bytes"
@@ -189,9 +188,8 @@ def _of_blas() -> Iterator[tuple[str, str]]:
     else:
         yield (
             "warning",
-            f"{finding}, which is too little: equal inputs can give results that differ in the"
-            " last bits; set OPENBLAS_CORETYPE, or build PETSc"
-            f" --with-memalign={_CACHE_LINE}",
+            f"{finding}, which is too little: equal inputs can give results that differ in the "
+            f"last bits; set OPENBLAS_CORETYPE, or build PETSc --with-memalign={_CACHE_LINE}",
         )
 
 

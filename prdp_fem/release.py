@@ -72,8 +72,7 @@ def _import_firedrake() -> None:
 def _absent() -> ImportError:
     return ImportError(
         f"prdp_fem needs Firedrake {TESTED}, and there is none in {sys.prefix}: "
-        "activate the environment that has one, or make one by prdp_fem's "
-        "install.sh"
+        "activate the environment that has one, or make one by prdp_fem's install.sh"
     )
 
 

@@ -98,9 +98,8 @@ class ConsistencyCheck:
         if solves_least_squares(ksp):
             if self._is_least(refined, residual, work):
                 return (
-                    f"the least that ksp_type {ksp.getType()} with pc_type "
-                    f"{ksp.getPC().getType()} can make of it: give nullspace= and "
-                    "transpose_nullspace="
+                    f"the least that ksp_type {ksp.getType()} with pc_type {ksp.getPC().getType()} "
+                    "can make of it: give nullspace= and transpose_nullspace="
                 )
         elif space is not None and left is None and ksp.getPCSide() == PETSc.PC.Side.LEFT:
             if _is_hidden(ksp.getPC(), space, residual, work):

@@ -604,7 +604,6 @@ def _failure(ksp: PETSc.KSP) -> str:
         remedies.append(_REMEDIES[name])
     said = f"; {', or '.join(remedies)}" if remedies else ""
     return (
-        f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} "
-        f"after {ksp.getIterationNumber()} iterations, residual norm "
-        f"{ksp.getResidualNorm():.3e}{said}"
+        f"with ksp_type {ksp.getType()} and pc_type {ksp.getPC().getType()} failed: {name} after "
+        f"{ksp.getIterationNumber()} iterations, residual norm {ksp.getResidualNorm():.3e}{said}"
     )

@@ -86,9 +86,8 @@ def find_iterative(ksp: PETSc.KSP, prefix: str | None = None) -> PETSc.KSP:
     (found,) = candidates
     if ksp_facts(found.getType()).remembers_solves:
         raise ValueError(
-            f"ksp_type {found.getType()} keeps vectors of earlier solves, so that a "
-            "truncated solve would not be a function of its inputs: use gmres, fgmres "
-            "or bcgs"
+            f"ksp_type {found.getType()} keeps vectors of earlier solves, so that a truncated "
+            "solve would not be a function of its inputs: use gmres, fgmres or bcgs"
         )
     return found
 

@@ -16,9 +16,8 @@ _REMEDIES = {
     _NOT_SUPPORTED: "PETSc does not have it for this operator ({}): use another pc_type",
     _NO_MEMORY: "there is not enough memory ({}): use a pc_type that needs less",
     _NOT_CONVERGED: (
-        "PETSc was told to take this for an error ({}): allow more iterations or a "
-        "looser tolerance, or leave ksp_error_if_not_converged and "
-        "snes_error_if_not_converged away"
+        "PETSc was told to take this for an error ({}): allow more iterations or a looser "
+        "tolerance, or leave ksp_error_if_not_converged and snes_error_if_not_converged away"
     ),
 }
 _OTHERWISE = (

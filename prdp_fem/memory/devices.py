@@ -53,15 +53,13 @@ class Device:
     tensors: str
 
 
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("cuda", "aijcusparse", "cuda", "cuda", "cuda"),
-        Device("hip", "aijhipsparse", "hip", "hip", "cuda"),
-        Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu"),
-        Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu"),
-    )
-}
+_ALL = (
+    Device("cuda", "aijcusparse", "cuda", "cuda", "cuda"),
+    Device("hip", "aijhipsparse", "hip", "hip", "cuda"),
+    Device("kokkos", "aijkokkos", "kokkos", "kokkos-kernels", "cpu"),
+    Device("opencl", "aijviennacl", "viennacl", "viennacl", "cpu"),
+)
+DEVICES = {device.name: device for device in _ALL}
 
 
 def is_built_for(device: Device) -> bool:

@@ -126,11 +126,8 @@ class DeviceMemory(Memory):
         return DeviceBatch([self.vector(like) for _ in range(rows)], self)
 
     def load(self, values, vector):
-        source = (
-            self._uploaded(values, vector)
-            if isinstance(values, np.ndarray)
-            else _shared(values, vector)
-        )
+        is_on_host = isinstance(values, np.ndarray)
+        source = self._uploaded(values, vector) if is_on_host else _shared(values, vector)
         source.copy(vector)
 
     def unload(self, vector):
@@ -155,11 +152,10 @@ class DeviceMemory(Memory):
             return values
         rows = values if values.ndim == 2 else values[None]
         with _TO_HOST:
-            copied = (
-                np.stack([_alone(row).array_r for row in rows])
-                if len(rows)
-                else np.empty(tuple(rows.shape))
-            )
+            if len(rows):
+                copied = np.stack([_alone(row).array_r for row in rows])
+            else:
+                copied = np.empty(tuple(rows.shape))
         for row in copied:
             self.statistics.note_to_host(row.nbytes)
         return copied.reshape(tuple(values.shape))
@@ -289,10 +285,10 @@ def is_copied(matrix: PETSc.Mat) -> bool:
 def _size(matrix: PETSc.Mat, *, whole: bool = False) -> int:
     """Bytes of the values of the rows of this rank, and where they are in the matrix."""
     entries = int(matrix.getInfo(PETSc.Mat.InfoType.LOCAL)["nz_used"])
-    places = (
-        (entries + matrix.getLocalSize()[0] + 1) * np.dtype(PETSc.IntType).itemsize if whole else 0
-    )
-    return entries * np.dtype(PETSc.ScalarType).itemsize + places
+    size = entries * np.dtype(PETSc.ScalarType).itemsize
+    if whole:
+        size += (entries + matrix.getLocalSize()[0] + 1) * np.dtype(PETSc.IntType).itemsize
+    return size
 
 
 def _shared(row, like: PETSc.Vec) -> PETSc.Vec:

@@ -241,11 +241,9 @@ class _Part:
 
     def _interpolator(self, expression, target):
         """What interpolates an expression; None where that is zero."""
-        return (
-            None
-            if isinstance(expression, classes.Zero)
-            else get_interpolator(interpolate(expression, target))
-        )
+        if isinstance(expression, classes.Zero):
+            return None
+        return get_interpolator(interpolate(expression, target))
 
 
 class BoundaryTangent(_Part):

@@ -139,12 +139,9 @@ class _Search:
         self._seen[id(value)] = value
         if isinstance(value, (Mapping, list, tuple, SimpleNamespace)):
             # Of these over_copies makes others; what is in a user's objects stays there.
-            parts = (
-                value
-                if isinstance(value, (list, tuple))
-                else (vars(value) if isinstance(value, SimpleNamespace) else value).values()
-            )
-            for part in parts:
+            if isinstance(value, SimpleNamespace):
+                value = vars(value)
+            for part in value.values() if isinstance(value, Mapping) else value:
                 self.look_at(part, found)
             return
         for part in _parts(value):

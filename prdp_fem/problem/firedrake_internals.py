@@ -326,11 +326,9 @@ def assemble_directly(solver) -> None:
 
 
 def _fastest(assembler, matrix):
-    return (
-        CoordinateAssembler(assembler, matrix)
-        if CoordinateAssembler.serves(assembler, matrix)
-        else assembler.assemble
-    )
+    if CoordinateAssembler.serves(assembler, matrix):
+        return CoordinateAssembler(assembler, matrix)
+    return assembler.assemble
 
 
 class MatrixAssembler:
@@ -497,29 +495,24 @@ class _ElementTensors:
 
     def indices(self) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns in the order of the entries; negative where nothing belongs."""
-        lgmaps = (
-            self._output.data.handle.getLGMap()
-            if self._output.lgmaps is None
-            else self._output.lgmaps[0]
-        )
+        if self._output.lgmaps is None:
+            lgmaps = self._output.data.handle.getLGMap()
+        else:
+            lgmaps = self._output.lgmaps[0]
         iterated = self._loop.iterset
         mask = np.zeros(self._entities.total_size, dtype=bool)
-        mask[
-            (
-                iterated.indices[: iterated.size]
-                if isinstance(iterated, op2.Subset)
-                else slice(iterated.size)
-            )
-        ] = True
+        if isinstance(iterated, op2.Subset):
+            mask[iterated.indices[: iterated.size]] = True
+        else:
+            mask[: iterated.size] = True
         dofs = []
         for map_, size, lgmap in zip(self._output.maps, self._block_sizes, lgmaps):
             local = (map_.values_with_halo[:, :, None] * size + np.arange(size)).reshape(
                 len(mask), map_.arity * size
             )
             # The map of a block of a mixed matrix says that it has blocks, but counts dofs.
-            found = (
-                lgmap.block_indices if isinstance(self._output.data, MatBlock) else lgmap.indices
-            )[local]
+            is_block = isinstance(self._output.data, MatBlock)
+            found = (lgmap.block_indices if is_block else lgmap.indices)[local]
             found[~mask] = -1
             dofs.append(found)
         rows, columns = np.broadcast_arrays(dofs[0][:, :, None], dofs[1][:, None, :])
@@ -546,11 +539,9 @@ def has_taped_number(condition) -> bool:
     """
 
     def is_one(value) -> bool:
-        return (
-            any(map(is_one, value))
-            if isinstance(value, (list, tuple))
-            else isinstance(value, AdjFloat)
-        )
+        if isinstance(value, (list, tuple)):
+            return any(map(is_one, value))
+        return isinstance(value, AdjFloat)
 
     return is_one(condition._original_arg) and not isinstance(
         condition._function_arg, ufl.classes.Zero

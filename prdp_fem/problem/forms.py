@@ -116,22 +116,18 @@ class Forms:
             for index, entry in enumerate(self.inputs)
             if any(entry.original is other for other in others)
         }
-        self.cofunctions = {
-            self.inputs[originals.index(cofunction)]: sum(
-                weight for other, weight in cofunctions if other is cofunction
-            )
-            for cofunction, _ in cofunctions
-        }
+        self.cofunctions = {}
+        for cofunction, _ in cofunctions:
+            weights = [weight for other, weight in cofunctions if other is cofunction]
+            self.cofunctions[self.inputs[originals.index(cofunction)]] = sum(weights)
         with stop_annotating():
             space = problem.u.function_space()
             self.solution = Function(space, name=problem.u.name())
             self.boundary = Function(space)
-            conditions = [
-                condition.reconstruct(
-                    g=extract_subfunction(self.boundary, condition.function_space())
-                )
-                for condition in problem.bcs
-            ]
+            conditions = []
+            for condition in problem.bcs:
+                values = extract_subfunction(self.boundary, condition.function_space())
+                conditions.append(condition.reconstruct(g=values))
             self.problem = problem.rediscretise(
                 u=self.solution, bcs=conditions, coefficient_mapping=self._copies
             )
@@ -181,14 +177,11 @@ class Forms:
     @cached_property
     def meshes(self) -> list:
         """The meshes that are integrated over."""
-        return list(
-            dict.fromkeys(
-                mesh
-                for form in (self.jacobian, self.residual)
-                if form is not None
-                for mesh in extract_domains(form)
-            )
-        )
+        found: dict = {}
+        for form in (self.jacobian, self.residual):
+            if form is not None:
+                found |= dict.fromkeys(extract_domains(form))
+        return list(found)
 
     @cached_property
     def boundary_dofs(self) -> np.ndarray:
@@ -410,14 +403,11 @@ def assembled_values(pairs: list[tuple]) -> np.ndarray:
 
 def integration_meshes(*forms) -> list:
     """The meshes that are integrated over, each once, in a fixed order."""
-    return list(
-        dict.fromkeys(
-            integral.ufl_domain()
-            for form in forms
-            if isinstance(form, ufl.Form)
-            for integral in form.integrals()
-        )
-    )
+    found: dict = {}
+    for form in forms:
+        if isinstance(form, ufl.Form):
+            found |= dict.fromkeys(integral.ufl_domain() for integral in form.integrals())
+    return list(found)
 
 
 def meshes_of(coefficient) -> list:

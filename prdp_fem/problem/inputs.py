@@ -204,11 +204,8 @@ class Input:
         """
         if isinstance(self.original, Constant):
             return ConstantDerivative(values.reshape(self.original.ufl_shape))
-        dual = (
-            Function(self._dual_space)
-            if isinstance(self.original, Cofunction)
-            else Cofunction(self._dual_space)
-        )
+        dual_type = Function if isinstance(self.original, Cofunction) else Cofunction
+        dual = dual_type(self._dual_space)
         set_local_values(dual, values)
         return dual
 
@@ -301,11 +298,9 @@ class Input:
 
     def summed(self, values: np.ndarray) -> np.ndarray:
         """The derivative by the original from those by the variables, one after the other."""
-        return (
-            values
-            if len(self.meshes) == 1
-            else values.reshape(len(self.meshes), self.size).sum(axis=0)
-        )
+        if len(self.meshes) == 1:
+            return values
+        return values.reshape(len(self.meshes), self.size).sum(axis=0)
 
     @cached_property
     def directions(self) -> list[Function]:

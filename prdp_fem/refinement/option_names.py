@@ -61,10 +61,8 @@ def check_option_names() -> None:
                 )
         elif own["separator"] != "_" or own["name"].lower() not in known:
             raise ValueError(
-                "there is no option "
-                f"{written}{_nearest(own['name'], known, own['prefix'])}: known are "
-                f"{', '.join(f'-prdp_{name}' for name in known)}, with or without a "
-                "prefix"
+                f"there is no option {written}{_nearest(own['name'], known, own['prefix'])}: known "
+                f"are {', '.join(f'-prdp_{name}' for name in known)}, with or without a prefix"
             )
         elif not options.hasName(option):
             raise ValueError(f"the option -{written} is not read with two dashes: write {written}")

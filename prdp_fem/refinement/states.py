@@ -78,9 +78,8 @@ def check_records(history: Any) -> None:
     for record in history:
         if not isinstance(record, (list, tuple)) or len(record) != 4:
             raise ValueError(
-                "a record in the history of the state must have metric, smoothed, "
-                "level and refined, found "
-                f"{shown(record)}"
+                "a record in the history of the state must have metric, smoothed, level and "
+                f"refined, found {shown(record)}"
             )
         for value in record[:2]:
             checked_metric(value)
@@ -97,9 +96,8 @@ def check_levels(state: Mapping[str, Any], ladder: Sequence) -> None:
     for level in levels:
         if not is_level(level, ladder):
             raise ValueError(
-                f"level {shown(level)} of the state is not on the ladder "
-                f"{shown(ladder)}, which has levels 0 to "
-                f"{len(ladder) - 1}: {remedy}"
+                f"level {shown(level)} of the state is not on the ladder {shown(ladder)}, which "
+                f"has levels 0 to {len(ladder) - 1}: {remedy}"
             )
     mine, theirs = levels_in_numbers(ladder, set(map(int, levels))), state["ladder"]
     if not is_equal(theirs, mine):
@@ -108,15 +106,13 @@ def check_levels(state: Mapping[str, Any], ladder: Sequence) -> None:
             different = [pair for pair in zip(theirs, mine) if not is_equal(*pair)]
             theirs, mine = different[0] if different else (theirs, mine)
         raise ValueError(
-            "the state was saved with another ladder: of level, rtol, max_it, "
-            "budget and Newton steps it has "
-            f"{shown(theirs)}, and this one {shown(mine)}: {remedy}"
+            "the state was saved with another ladder: of level, rtol, max_it, budget and Newton "
+            f"steps it has {shown(theirs)}, and this one {shown(mine)}: {remedy}"
         )
     if not is_equal(state["levels"], len(ladder)):
         raise ValueError(
-            f"the state was saved with a ladder of {shown(state['levels'])} "
-            f"levels, and this one, {shown(ladder)}, "
-            f"has {len(ladder)}: {remedy}"
+            f"the state was saved with a ladder of {shown(state['levels'])} levels, and this one, "
+            f"{shown(ladder)}, has {len(ladder)}: {remedy}"
         )
 
 

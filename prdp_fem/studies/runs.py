@@ -62,11 +62,9 @@ class Run:
         """The relative error at each epoch: what the study has kept as such, or the root of the
         metric, which is a relative mean square.
         """
-        return (
-            np.asarray(self.extras["errors"])
-            if "errors" in self.extras
-            else np.sqrt(self.history.metric)
-        )
+        if "errors" in self.extras:
+            return np.asarray(self.extras["errors"])
+        return np.sqrt(self.history.metric)
 
     @property
     def error(self) -> float:

@@ -67,14 +67,11 @@ def plain_table(runs: Runs) -> str:
     """A table for a terminal: one row a schedule."""
     lines = [_HEADER, *_rows(runs).values()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
-    padded = (
-        [
-            f"{line[0]:{widths[0]}}",
-            *(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:])),
-        ]
-        for line in lines
-    )
-    return "\n".join(map("  ".join, padded))
+    padded = []
+    for title, *cells in lines:
+        numbers = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:])]
+        padded.append("  ".join([f"{title:{widths[0]}}", *numbers]))
+    return "\n".join(padded)
 
 
 def markdown_table(runs: Runs) -> str:

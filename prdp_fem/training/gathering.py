@@ -84,11 +84,10 @@ class Gathering:
         order = np.lexsort(marks.T[::-1])
         self._place = np.argsort(order)
         self._marks = marks[order]
-        self.coordinates = (
-            lower + self._marks * (extent / _RESOLUTION)
-            if period is not None
-            else everywhere[order]
-        )
+        if period is None:
+            self.coordinates = everywhere[order]
+        else:
+            self.coordinates = lower + self._marks * (extent / _RESOLUTION)
         self._mine = torch.from_numpy(self._place[nodes.first : nodes.first + len(nodes)])
         self._exchange = Exchange(self.comm, len(nodes), order)
 

@@ -201,9 +201,8 @@ def _check_period(mesh, period: Sequence[float]) -> None:
                 f"a period of {largest:g}" if largest > _ROUNDING * size[direction] else "no period"
             )
             raise ValueError(
-                f"{mesh} has {has} in direction {direction}, found period "
-                f"{period[direction]:g}: give its extent in "
-                "directions in which it is periodic, and infinity in others"
+                f"{mesh} has {has} in direction {direction}, found period {period[direction]:g}: "
+                "give its extent in directions in which it is periodic, and infinity in others"
             )
 
 

@@ -92,9 +92,8 @@ class Partition:
         instance("local", local, torch.Tensor, "a tensor")
         if local.shape[-1:] != (self._owned * self.components,):
             raise ValueError(
-                f"expected a last axis of {self._owned * self.components} (the unknowns "
-                "that this rank owns), found shape "
-                f"{tuple(local.shape)}"
+                f"expected a last axis of {self._owned * self.components} (the unknowns that this "
+                f"rank owns), found shape {tuple(local.shape)}"
             )
         return local.unflatten(-1, (self._owned, self.components)).movedim(-1, -2)
 
@@ -103,9 +102,8 @@ class Partition:
         instance("values", values, torch.Tensor, "a tensor")
         if values.shape[-2:] != (self.components, self._owned):
             raise ValueError(
-                f"expected last axes of {(self.components, self._owned)} (components, "
-                "and the nodes that this rank owns), "
-                f"found shape {tuple(values.shape)}"
+                f"expected last axes of {(self.components, self._owned)} (components, and the "
+                f"nodes that this rank owns), found shape {tuple(values.shape)}"
             )
         return values.movedim(-2, -1).flatten(-2)
 

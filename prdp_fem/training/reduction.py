@@ -242,10 +242,9 @@ class GradientReduction:
         """The backward pass has come through a parameter of a bucket."""
         if bucket < len(self._requests):
             raise RuntimeError(
-                "a second backward pass has come to gradients whose reduction has "
-                "started: add losses up, and call backward once between zero() and "
-                "finish(), or leave it to train(), which does so; a checkpoint "
-                "inside the network needs use_reentrant=False"
+                "a second backward pass has come to gradients whose reduction has started: add "
+                "losses up, and call backward once between zero() and finish(), or leave it to "
+                "train(), which does so; a checkpoint inside the network needs use_reentrant=False"
             )
         self._missing[bucket].discard(place)
         if self._comm.size > 1:

@@ -42,11 +42,9 @@ def deal(samples: torch.Tensor, ensemble: Ensemble | None) -> torch.Tensor:
     if samples.ndim == 0:
         raise ValueError(f"samples must lie along an axis, found {shown(samples)}")
     _check_ensemble(ensemble)
-    return (
-        samples
-        if ensemble is None
-        else samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
-    )
+    if ensemble is None:
+        return samples
+    return samples.tensor_split(ensemble.ensemble_size)[ensemble.ensemble_rank]
 
 
 class EnsembleSampler:

@@ -84,9 +84,8 @@ class Richardson(Iteration):
         if "self-scale" in found.text:
             if does_own:
                 raise ValueError(
-                    f"with pc_type {kind} PETSc does not heed "
-                    "ksp_richardson_self_scale unless there is a monitor: "
-                    "self-scaled Richardson iterations are unrolled for other "
+                    f"with pc_type {kind} PETSc does not heed ksp_richardson_self_scale unless "
+                    "there is a monitor: self-scaled Richardson iterations are unrolled for other "
                     "preconditioners only"
                 )
             return SelfScaledRichardson()
@@ -352,8 +351,7 @@ def _restart(found: KSPAsSet) -> int:
     """How many iterations of (F)GMRES there are between restarts."""
     if "classical" not in found.text or "no iterative refinement" not in found.text:
         raise ValueError(
-            f"{found.ksp.getType()} is unrolled with PETSc's default "
-            "orthogonalisation only: set ksp_orthogonalization cgs, without "
-            "refinement"
+            f"{found.ksp.getType()} is unrolled with PETSc's default orthogonalisation only: set "
+            "ksp_orthogonalization cgs, without refinement"
         )
     return int(found_in(found.text, r"restart=(\d+)")[1])

@@ -46,9 +46,8 @@ class SparsityPattern:
     def __init__(self, matrix: PETSc.Mat):
         if not is_assembled(matrix):
             raise ValueError(
-                "the derivative with respect to an operator of type "
-                f"{matrix.getType()} has no nonzero pattern to be kept on: assemble "
-                "it as aij (mat_type)"
+                f"the derivative with respect to an operator of type {matrix.getType()} has no "
+                "nonzero pattern to be kept on: assemble it as aij (mat_type)"
             )
         self.indptr, columns, _ = matrix.getValuesCSR()
         self.columns = columns.astype(np.intp)

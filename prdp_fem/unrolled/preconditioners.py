@@ -432,10 +432,9 @@ class Relaxation(Preconditioner):
         z.setArray(z.array_r - self._apply(r.array_r)[-1])
         if not z.norm() <= _AGREEMENT * size:
             raise ValueError(
-                "the sor preconditioner is not what its settings say: unrolled "
-                "differentiation knows one sweep, forwards, backwards or symmetric, "
-                "with any pc_sor_omega and no pc_sor_diagonal_shift, set up for the "
-                "present values of the operator"
+                "the sor preconditioner is not what its settings say: unrolled differentiation "
+                "knows one sweep, forwards, backwards or symmetric, with any pc_sor_omega and no "
+                "pc_sor_diagonal_shift, set up for the present values of the operator"
             )
         self._state = state
 
