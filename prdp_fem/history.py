@@ -1,6 +1,4 @@
-"""The record of a training run: what each outer iteration achieved, and what all of them have cost
-so far.
-"""
+"""The record of a training run: what outer iterations achieved, and what all have cost so far."""
 
 from __future__ import annotations
 
@@ -101,8 +99,7 @@ class History:
 
     @property
     def iterations_per_solve(self) -> np.ndarray:
-        """KSP iterations per linear or nonlinear solve in each outer iteration, forward and
-        adjoint.
+        """KSP iterations per solve, linear or not, in each outer iteration, forward and adjoint.
 
         Where an outer iteration has made no solves, since an optimiser has converged, that of the
         one before.

@@ -59,8 +59,7 @@ class Entries:
 
 
 class Batch:
-    """A batch of vectors: the rows of an array, which PETSc sees as vectors and as the columns of a
-    dense matrix.
+    """A batch of vectors: rows of an array, to PETSc vectors, and columns of a dense matrix.
 
     Parameters
     ----------

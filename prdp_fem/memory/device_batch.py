@@ -44,9 +44,7 @@ class DeviceBatch:
                 self._memory.load(row, vector)
 
     def fill_inside(self, values, entries: Entries | None) -> None:
-        """Copy values in, and zero, whatever the values there are, for some entries of each row;
-        see :meth:`zero`.
-        """
+        """Copy values in, and zero for some entries of each row, as :meth:`zero` does."""
         if entries is None:
             self.fill(values)
         elif isinstance(values, np.ndarray):
@@ -67,9 +65,7 @@ class DeviceBatch:
         self.zero(entries)
 
     def read(self, out) -> None:
-        """Copy the values to rows, of shape (rows, n): an array of NumPy, or a tensor on the
-        device.
-        """
+        """Copy the values to an array of NumPy, or a tensor on the device, of shape (rows, n)."""
         for vector, row in zip(self.vectors, out, strict=True):
             self._memory.unload_into(vector, row)
 

@@ -168,8 +168,7 @@ def _find(name: str) -> str:
 
 
 def transfers() -> tuple[float, ...]:
-    """What PETSc has moved in this process so far: copies to devices and to the host, and the bytes
-    of each.
+    """What PETSc has copied in this process so far, to devices and to the host, with the bytes.
 
     PETSc counts, whether it logs or not, whatever the reason; ``-log_view`` shows by event what
     this gives the sums of.

@@ -65,9 +65,7 @@ class Memory:
         return matrix
 
     def operators(self, A: PETSc.Mat, P: PETSc.Mat) -> tuple[PETSc.Mat, PETSc.Mat]:
-        """The operators of a KSP, which are on the host, with the values and null spaces that they
-        have now.
-        """
+        """The operators of a KSP, given on the host, with their present values and null spaces."""
         return A, P
 
     def places(self, A: PETSc.Mat, P: PETSc.Mat) -> tuple[PETSc.Mat, PETSc.Mat]:

@@ -35,8 +35,7 @@ _ROUNDING = 1e-10
 
 
 class AssembledForm:
-    """A form over copies of its coefficients, which have the values that a matrix was assembled
-    with.
+    """A form over copies of its coefficients, with the values that a matrix was assembled from.
 
     A matrix of ``mat_type`` matfree has the values of the moment: its form is the user's.
 

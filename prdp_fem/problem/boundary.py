@@ -145,9 +145,7 @@ class BoundaryData:
             entry.write(other)
 
     def values(self, values: Mapping[int, np.ndarray], others: Sequence[np.ndarray]) -> np.ndarray:
-        """Rank-local boundary values, zero elsewhere, shape (n,), where :meth:`write` puts the
-        inputs.
-        """
+        """Rank-local boundary values, zero elsewhere, shape (n,); arguments as of :meth:`write`."""
         with stop_annotating():
             self.write(values, others)
             self._values.dat.zero()
@@ -221,15 +219,11 @@ class BoundaryData:
     # Second derivatives: the first ones in a direction
 
     def second_by_input(self, place: int, cotangent: np.ndarray) -> np.ndarray:
-        """The derivative of :meth:`by_input` in the direction of the last tangent, the cotangent
-        fixed.
-        """
+        """The derivative of :meth:`by_input` in the last tangent's direction, cotangent fixed."""
         return self._total(self.inputs[place], self._derivatives.second(place), cotangent)
 
     def second_by_mesh(self, mesh, cotangent: np.ndarray) -> Cofunction:
-        """The derivative of :meth:`by_mesh` in the direction of the last tangent, the cotangent
-        fixed.
-        """
+        """The derivative of :meth:`by_mesh` in the last tangent's direction, cotangent fixed."""
         return self._by_mesh(mesh, self._derivatives.second(mesh), cotangent)
 
     def needs_value(self, place: int) -> bool:

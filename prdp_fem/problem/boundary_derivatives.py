@@ -74,9 +74,7 @@ class BoundaryDerivatives:
 
     @cached_property
     def bent(self) -> set[int]:
-        """The inputs that values are not affine in, or affine in with a factor that is another
-        input.
-        """
+        """The inputs that values are not affine in, or only with a factor that is another input."""
         derivatives = [
             _derivative(expression, variable, TestFunction(variable.function_space()))
             for expression in self._in_variables
@@ -186,9 +184,7 @@ class BoundaryDerivatives:
             ]
 
     def _check_mesh(self, mesh) -> None:
-        """Refuse to differentiate by a mesh that values depend on by more than where its points
-        are.
-        """
+        """Raise where values depend on a mesh by more than where its points are."""
         for condition, expression in zip(self._conditions, self._expressions):
             bound = bound_to_mesh(condition, expand_derivatives(expression))
             if mesh in bound:
@@ -200,8 +196,7 @@ class BoundaryDerivatives:
 
 
 class _Coordinates:
-    """The coordinates of a mesh as something that boundary values depend on, as on an
-    :class:`Input`.
+    """The coordinates of a mesh, which boundary values depend on as on an :class:`Input`.
 
     Parameters
     ----------

@@ -14,8 +14,7 @@ __all__ = ["bound_to_mesh", "meshes_of_values"]
 
 
 def bound_to_mesh(condition, expression) -> dict:
-    """The meshes that values depend on by more than where the points of the mesh are, each with
-    what by.
+    """The meshes that values depend on by more than where their points are, each with what by.
 
     Parameters
     ----------

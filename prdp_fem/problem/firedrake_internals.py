@@ -1,6 +1,4 @@
-"""The one place that touches what Firedrake keeps private: names here may change with a Firedrake
-release.
-"""
+"""The one place that touches what is private to Firedrake: a release may change names here."""
 
 from __future__ import annotations
 
@@ -107,9 +105,7 @@ class SolverContext:
 
     @property
     def is_needed(self) -> bool:
-        """Whether solves with a KSP that is set up may look for it; entering it costs as much as a
-        small solve.
-        """
+        """Whether solves of a KSP that is set up may look for it: to enter costs as much as one."""
         solver = self._solver
         ksp = solver.snes.getKSP()
         return (
@@ -135,9 +131,7 @@ class SolverContext:
 
 @contextmanager
 def options_in_place(solver):
-    """What is there while a solver's constructor has PETSc objects read options; nothing of it is
-    kept.
-    """
+    """What is there only while a solver's constructor has PETSc objects read options."""
     # Once there are hooks, Firedrake takes no others; and those that are kept would be all of a
     # solve's.
     hooks = dmhooks.add_hooks(
@@ -154,9 +148,7 @@ def has_solved(solver) -> bool:
 
 
 def applies_boundary_first(solver) -> bool:
-    """Whether a solver is to be given a guess with the boundary values; False for
-    ``pre_apply_bcs=False``.
-    """
+    """Whether a guess is given boundary values first; not with ``pre_apply_bcs=False``."""
     return solver._ctx.pre_apply_bcs
 
 
@@ -269,9 +261,7 @@ class Callbacks:
         self._has_pattern = False
 
     def attach(self) -> None:
-        """Have the SNES call them: solvers of one function space share its DM, which holds the
-        callbacks.
-        """
+        """Have the SNES call them: solvers of one space share its DM, which holds the callbacks."""
         context, snes = self._context, self._solver.snes
         if self._memory.device is None:
             context.set_objective(snes)
@@ -372,8 +362,7 @@ def assemble_into(assembler, tensor, current_state=None) -> None:
 
 
 class CoordinateAssembler:
-    """Assembles a bilinear form into a matrix that Firedrake has allocated, by PETSc's coordinate
-    format.
+    """Assembles a bilinear form into a matrix of Firedrake's, by PETSc's coordinate format.
 
     Firedrake's kernels write the tensors of all cells (and facets) into one array, and PETSc adds
     its entries up by a plan made once. Firedrake itself puts each tensor into the matrix as it is
@@ -397,9 +386,7 @@ class CoordinateAssembler:
 
     @staticmethod
     def serves(assembler, matrix) -> bool:
-        """Whether the matrix is a plain one, and each integral's tensors belong to entities of one
-        plain set.
-        """
+        """Whether the matrix is a plain one, and so is the set of entities of each integral."""
         return (
             isinstance(assembler, ExplicitMatrixAssembler)
             and matrix.petscmat.getType() in ("seqaij", "mpiaij")
@@ -534,9 +521,7 @@ def boundary_expression(condition):
 
 
 def has_taped_number(condition) -> bool:
-    """Whether a Dirichlet condition was given a float from pyadjoint's tape, which is a mere number
-    to UFL.
-    """
+    """Whether a Dirichlet condition was given a float of pyadjoint's tape, to UFL a mere number."""
 
     def is_one(value) -> bool:
         if isinstance(value, (list, tuple)):
@@ -594,9 +579,7 @@ def _degree(degrees: dict, integral):
 
 
 def assigned_from(variable):
-    """The block variable that one was given the value of, by ``f.assign(g)``; None where it was
-    not.
-    """
+    """The block variable whose value one was given by ``f.assign(g)``; None for no such."""
     checkpoint = variable.checkpoint
     return checkpoint.other if isinstance(checkpoint, DelegatedFunctionCheckpoint) else None
 

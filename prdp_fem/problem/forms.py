@@ -1,6 +1,4 @@
-"""A variational problem taken apart: its forms, what they depend on, and where boundary values are
-prescribed.
-"""
+"""A variational problem taken apart: its forms, their inputs, and where boundary values are."""
 
 from __future__ import annotations
 
@@ -195,9 +193,7 @@ class Forms:
         return np.flatnonzero(local_values(mask) == 0.0)
 
     def put_boundary(self, values: np.ndarray, boundary: np.ndarray | None) -> None:
-        """Have boundary values, None for zero, where rank-local values of the solution's are at
-        boundary dofs.
-        """
+        """Write boundary values, None for zero, to the boundary dofs of rank-local values."""
         values[self.boundary_dofs] = 0.0
         if boundary is not None:
             values += boundary
@@ -226,9 +222,7 @@ class Forms:
         )
 
     def dual_assembler(self, form: ufl.Form, variable: Function) -> tuple:
-        """For a linear form that is tested by a variable's space, what :func:`assembled_values`
-        takes.
-        """
+        """What :func:`assembled_values` takes for a linear form tested by a variable's space."""
         tensor = Cofunction(variable.function_space().dual())
         return (
             None if form.empty() else self.assembler(form, tested_by_solution_space=False)
@@ -464,9 +458,7 @@ def _split_residual(F) -> tuple[ufl.Form | None, list[tuple[Cofunction, float]]]
 
 
 def _right_hand_side(residual: ufl.Form | None, problem) -> ufl.Form | None:
-    """L of the residual a(u, ·) - L: what is left when the integrals of the action of a are taken
-    away.
-    """
+    """L of the residual a(u, ·) - L: what is left without the integrals of the action of a."""
     remaining = [] if residual is None else list(residual.integrals())
     identities = [_identity(integral) for integral in remaining]
     for integral in action(problem.J, problem.u).integrals():

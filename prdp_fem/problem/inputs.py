@@ -1,5 +1,4 @@
-"""What a variational problem depends on: its coefficients, each with the copy that the assembled
-forms read.
+"""What a variational problem depends on: coefficients, each with the copy that forms read.
 
 Solves at other values than the user's (a tensor's, a replayed tape's) write the copies and leave
 the user's objects alone.
@@ -35,9 +34,7 @@ __all__ = [
 
 
 def is_real(coefficient) -> bool:
-    """Whether the values are few and the same on every rank: a Constant, or a Function of a Real
-    space.
-    """
+    """Whether values are few, and the same on every rank: of a Constant or a Real space."""
     return isinstance(coefficient, Constant) or is_real_space(coefficient.function_space())
 
 
@@ -199,9 +196,7 @@ class Input:
         )
 
     def dual(self, values: np.ndarray):
-        """A derivative by the original, of the type that pyadjoint has for it, with rank-local
-        values.
-        """
+        """A derivative by the original, with rank-local values, of the type that pyadjoint has."""
         if isinstance(self.original, Constant):
             return ConstantDerivative(values.reshape(self.original.ufl_shape))
         dual_type = Function if isinstance(self.original, Cofunction) else Cofunction
@@ -254,8 +249,9 @@ class Input:
             self._follow()
 
     def lend(self) -> None:
-        """Have the user's object follow the copy, for a user's code that reads it, until
-        :meth:`take_back`. Collective.
+        """Have the user's object follow the copy, for code that reads it, until :meth:`take_back`.
+
+        Collective.
         """
         self._users, self._has_followed = local_values(self.original), False
         if self._comm.size > 1 or self.differs(self._users):
@@ -272,8 +268,9 @@ class Input:
         self._users = None
 
     def write_where_needed(self, values: np.ndarray) -> None:
-        """Set the copy unless it has these values. Collective: without comparing where ranks could
-        differ.
+        """Set the copy unless it has these values; collective.
+
+        Where ranks could differ nothing is compared.
         """
         if self._comm.size > 1 or self.differs(values):
             self.write(values)

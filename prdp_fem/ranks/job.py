@@ -49,8 +49,7 @@ class Refused(OSError, ValueError):
 
 
 def say_refusals() -> None:
-    """Have a run end without a traceback where it refuses something, or a serial one is
-    interrupted.
+    """Have a run end without a traceback where it refuses, or a serial one is interrupted.
 
     Collective on ``COMM_WORLD``.
     """
@@ -142,9 +141,7 @@ def _end(comm: MPI.Comm, show: Callable, kind, value, trace) -> None:
 
 
 def _messages_of_raising_ranks(comm: MPI.Comm, message: str) -> dict[int, str]:
-    """What the ranks that have raised say, this one included, after the grace or as soon as all
-    have.
-    """
+    """What the ranks that have raised say, this one too, after the grace or once all have."""
     messages = {comm.rank: message}
     sends = [comm.isend(message, dest=rank) for rank in range(comm.size) if rank != comm.rank]
     status = MPI.Status()

@@ -1,6 +1,4 @@
-"""One thread at a time: PETSc, Firedrake and what solvers keep between calls know nothing of
-others.
-"""
+"""One thread at a time: PETSc, Firedrake and what solvers keep know nothing of others."""
 
 from __future__ import annotations
 
@@ -34,8 +32,7 @@ _ALONE = _Alone()
 
 
 def one_thread(comm: MPI.Comm) -> AbstractContextManager:
-    """A context manager that has other threads wait until this one leaves; on several ranks they
-    are refused.
+    """A context manager in which other threads wait; on several ranks they are refused.
 
     Parameters
     ----------

@@ -90,8 +90,7 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
 
 
 class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSolver):
-    """Firedrake's :class:`firedrake.NonlinearVariationalSolver`, with its SNES and KSP under a
-    refinement.
+    """Firedrake's :class:`firedrake.NonlinearVariationalSolver`, its SNES and KSP refined.
 
     A setting of a linear solve (:class:`~prdp_fem.Iterations`, :class:`~prdp_fem.Tolerance`) is put
     on the KSP of each Newton step; :class:`~prdp_fem.NewtonSteps` limits the steps, too. A solve is

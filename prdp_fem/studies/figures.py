@@ -22,8 +22,7 @@ BLUE, RED = PRDP.colour, CONVERGED.colour
 
 
 def draw_training(runs: Runs, path: Path) -> None:
-    """Errors and iterations per solve against the epoch, after Figure 2 of the PRDP paper, for the
-    first seed.
+    """The first seed's errors and iterations against the epoch, after Figure 2 of the PRDP paper.
 
     Parameters
     ----------
@@ -40,8 +39,7 @@ def draw_training(runs: Runs, path: Path) -> None:
 
 
 def draw_study(runs: Runs, path: Path) -> None:
-    """The same, and beside it what each schedule reaches against what it takes: medians over the
-    seeds.
+    """The same, and what each schedule reaches against what it takes: medians over the seeds.
 
     Parameters
     ----------

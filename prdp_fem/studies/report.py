@@ -1,5 +1,4 @@
-"""A report on studies: their tables and figures, put between the lines of a text that says what
-they mean.
+"""A report on studies: tables and figures between the lines of a text that explains them.
 
 ``python -m prdp_fem.studies.report RUNS REPORT.md`` reads all runs in a folder, and renews in the
 report what stands between ``<!-- summary -->`` or ``<!-- study NAME: TITLE -->`` and the next
@@ -113,9 +112,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
 
 
 def _summary(studies: dict[str, Runs]) -> str:
-    """One row a study, by its title: progressive refinement against converged physics, medians over
-    the seeds.
-    """
+    """One row a study, by its title: PRDP against converged physics, medians over the seeds."""
     lines = [
         (
             "| study | error, against converged | inner iterations saved | by refining late + by"

@@ -185,9 +185,7 @@ Runs = Mapping[Schedule, Mapping[int, Run]]  # by schedule and seed
 
 
 def machine(ensemble: Ensemble) -> dict[str, Any]:
-    """Processor, ranks and how many groups deal samples out among them, and versions of what is
-    installed.
-    """
+    """Processor, ranks, how many groups share samples out, and versions of what is installed."""
     processor = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():

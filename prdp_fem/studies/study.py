@@ -207,9 +207,7 @@ class Study:
         return self.output / f"{self.name}-{what}.png"
 
     def representative(self, runs: Runs) -> tuple[Schedule, Run]:
-        """The run that pictures show: that of progressive refinement where there is one, with the
-        first seed.
-        """
+        """The run that pictures show: with the first seed, of PRDP where there is one."""
         schedule = PRDP if PRDP in runs else next(iter(runs))
         return schedule, next(iter(runs[schedule].values()))
 

@@ -192,8 +192,7 @@ def _node_numbers(wanted: Sequence[int] | np.ndarray) -> np.ndarray:
 def agree_on_axes(
     comm: MPI.Comm, values: torch.Tensor, axis: int, size: int, expected: str
 ) -> None:
-    """Make sure that ranks have tensors with which they make the same calls, forward and backward;
-    collective.
+    """Make sure that ranks have tensors for the same calls, forward and backward; collective.
 
     One axis, of which each rank has a ``size`` of its own, is called ``expected`` in an error.
     """

@@ -190,7 +190,5 @@ class Gathering:
         return mine if self.components == 1 else mine.movedim(-2, -1).flatten(-2)
 
     def total(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks of a tensor without gradients, such as a part of an error;
-        collective.
-        """
+        """The sum over the ranks of a tensor without gradients, as part of an error; collective."""
         return total(part, self.comm)

@@ -88,9 +88,7 @@ class Nodes:
             )
 
     def bounding_box(self) -> tuple[np.ndarray, np.ndarray]:
-        """The mesh's lowest and highest coordinates; of a periodic one those of both of its ends.
-        Collective.
-        """
+        """The mesh's lowest and highest coordinates, of a periodic one its ends'; collective."""
         mesh = self._scalar.mesh()
         local = mesh.coordinates.dat.data_ro.reshape(-1, mesh.geometric_dimension)
         ends = np.stack([local.min(axis=0, initial=np.inf), -local.max(axis=0, initial=-np.inf)])

@@ -65,8 +65,7 @@ def total(part: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
 
 
 def shared(x: torch.Tensor, comm: MPI.Comm) -> torch.Tensor:
-    """A tensor that all ranks have alike, and hand to a solver layer as a Constant, or in a Real
-    space.
+    """A tensor that all ranks have alike, for a solver layer's Constant or Real space.
 
     The layer gives each rank the whole gradient by it. Behind this function each has an equal part,
     so that the sum over the ranks is the gradient, as it is for fields.
@@ -272,8 +271,9 @@ class GradientReduction:
 
     @PETSc.Log.EventDecorator("PRDPReduce")
     def finish(self) -> None:
-        """After the backward pass: gradients are sums over the ranks, and None where no rank has
-        any. Collective.
+        """After the backward pass, have gradients be sums over the ranks; collective.
+
+        They are None where no rank has any.
 
         Raises
         ------
@@ -315,9 +315,7 @@ class GradientReduction:
                 parts[place][0].grad = None
 
     def _add_up_latecomers(self) -> None:
-        """Add up the gradients of what has been unfrozen, or has joined the network, since
-        :meth:`zero`.
-        """
+        """Add up gradients of what was unfrozen, or has joined the network, since :meth:`zero`."""
         before = set(map(id, self._parameters))
         late = [parameter for parameter in self._trained() if id(parameter) not in before]
         agree(

@@ -1,6 +1,4 @@
-"""Samples and batches: in an order that a seed decides, and dealt out to the members of an
-ensemble.
-"""
+"""Samples and batches: in the order of a seed, and dealt out to members of an ensemble."""
 
 from __future__ import annotations
 
