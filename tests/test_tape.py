@@ -21,7 +21,13 @@ from problems import (
 )
 
 import prdp_fem
-from prdp_fem import FixedRefinement, IterationLadder, Iterations, ScheduledRefinement
+from prdp_fem import (
+    FixedRefinement,
+    IterationLadder,
+    Iterations,
+    NewtonSteps,
+    ScheduledRefinement,
+)
 
 pytestmark = pytest.mark.parallel([1, 2, 3])
 
@@ -206,6 +212,49 @@ def test_adjoint_identity(make, count):
     with stop_annotating():
         product = assemble(action(reduced.derivative(), direction))
     assert abs(tangent - product) < 1e-12 * max(1, abs(tangent))
+
+
+class WithoutConditions(AuxiliaryOperatorPC):
+    """A preconditioner that mixes boundary rows with others."""
+
+    def form(self, pc, test, trial):
+        return inner(grad(trial), grad(test)) * dx + 3 * trial * test * dx, None
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_adjoint_identity_where_a_preconditioner_mixes_boundary_rows(nonlinear):
+    """Truncated, by inputs of the operator and of boundary values."""
+    mesh = UnitSquareMesh(6, 6)
+    V = FunctionSpace(mesh, "CG", 1)
+    u, w, v, f = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1)
+    kappa = smooth(V, 2)
+    conditions = DirichletBC(V, kappa * f, 1)
+    parameters = {
+        "ksp_type": "richardson",
+        "ksp_richardson_scale": 0.3,
+        "pc_type": "python",
+        "pc_python_type": f"{__name__}.WithoutConditions",
+        "aux_pc_type": "bjacobi",
+        "aux_sub_pc_type": "lu",
+    }
+    L = f**2 * v * dx
+    a = w * v * dx + exp(kappa) * inner(grad(w), grad(v)) * dx
+    if nonlinear:
+        problem = NonlinearVariationalProblem(action(a, u) - L, u, bcs=conditions)
+        make, setting = prdp_fem.NonlinearVariationalSolver, NewtonSteps(1, Iterations(2))
+    else:
+        problem = LinearVariationalProblem(a, L, u, bcs=conditions)
+        make, setting = prdp_fem.LinearVariationalSolver, Iterations(2)
+    make(
+        problem, refinement=FixedRefinement(setting), warm_start=False, solver_parameters=parameters
+    ).solve()
+    controls = f, kappa
+    reduced = ReducedFunctional(assemble(u**2 * dx), [Control(control) for control in controls])
+    with stop_annotating():
+        directions = [smooth(V, 3), smooth(V, 4)]
+        tangent = reduced.tlm(directions)
+        product = sum(map(assemble, map(action, reduced.derivative(), directions)))
+        assert abs(tangent - product) < 1e-12 * abs(tangent)
 
 
 @pytest.mark.parametrize("name", ["initial", "source", "diffusivity", "time step"])

@@ -100,6 +100,7 @@ class ImplicitDerivative:
                 if needs_forms:
                     # Each row has a point of its own.
                     assert at is not None and solutions is not None
+                    self._zero_boundary(multipliers)
                     inputs.at(at, solutions[rows.start], multipliers)
                 inputs.write(wanted, rows, multipliers, cotangents)
 
@@ -138,6 +139,13 @@ class ImplicitDerivative:
             statistics.adjoint_iterations += solve(cotangent, multiplier)
             statistics.adjoint_solves += 1
         return multipliers
+
+    def _zero_boundary(self, multipliers: Batch | DeviceBatch) -> None:
+        """Leave boundary rows out of what forms are weighted by, as forward solves leave them out.
+
+        A preconditioner that does not keep them apart has truncated iterations write there.
+        """
+        multipliers.zero(self._linearisation.boundary_entries())
 
     def tangent(
         self,
@@ -185,6 +193,7 @@ class ImplicitDerivative:
             )
             solve = linearisation.krylov.transposed_solver(setting)
             multipliers = self._solve(solve, second.cotangent[None])
+            self._zero_boundary(multipliers)
             by_forms.at(point, solution, multipliers.values(0))
             if wanted.first_boundary is not None:
                 inputs.write_boundary(second.cotangent, wanted.first_boundary[0])
@@ -193,6 +202,7 @@ class ImplicitDerivative:
             seconds = {index: by_forms.second_by_input(index) for index in wanted.gradients}
             meshes = {mesh: by_forms.second_by_mesh(mesh) for mesh in wanted.meshes}
             multipliers = self._solve(solve, cotangent[None])
+            self._zero_boundary(multipliers)
             by_forms.at(point, solution, multipliers.values(0))
             inputs.write(wanted, slice(0, 1), multipliers, cotangent[None])
             for index, gradient in wanted.gradients.items():
