@@ -21,6 +21,7 @@ from pyop2 import op2
 from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
 
+from prdp_fem.krylov.entries import require_finite_entries
 from prdp_fem.krylov.nested import is_self_contained
 from prdp_fem.memory.memory import Memory
 
@@ -268,7 +269,7 @@ class Callbacks:
             # Not Firedrake's own vector, which each evaluation writes to: a SNES that tries a step
             # and refuses it still has the residual of where it stands.
             snes.setFunction(context.form_function, self._residual)
-            context.set_jacobian(snes)
+            snes.setJacobian(self._form_jacobian_on_host, *operators(self._solver))
         else:
             if not self._has_pattern:
                 # The first assembly changes what places there are in a matrix.
@@ -287,8 +288,12 @@ class Callbacks:
 
     def _form_jacobian(self, snes, x, J, P):
         A, P = operators(self._solver)
-        self._context.form_jacobian(snes, self._memory.to_host(x), A, P)
+        self._form_jacobian_on_host(snes, self._memory.to_host(x), A, P)
         self._memory.operators(A, P)
+
+    def _form_jacobian_on_host(self, snes, x, J, P):
+        self._context.form_jacobian(snes, x, J, P)
+        require_finite_entries(self._context._x.name(), J, P)
 
 
 def assemble_operators(solver, state: PETSc.Vec) -> None:

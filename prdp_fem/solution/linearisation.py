@@ -18,6 +18,7 @@ from pyadjoint.tape import stop_annotating
 
 from prdp_fem.assembly.copies import Copies
 from prdp_fem.freshness import MEMORY, MESH, STATE, UNSEEN, USERS_CODE, Kept
+from prdp_fem.krylov.entries import require_finite_entries
 from prdp_fem.krylov.ksp import RefinedKSP, abandon_preconditioner, reset, set_up
 from prdp_fem.krylov.nested import has_failed_inside
 from prdp_fem.krylov.snes import Newton
@@ -206,6 +207,7 @@ class Linearisation:
             self.forms.solution.dat.zero()
         # The state that operators depend on is in the forms' own Function: the solver's may be any.
         assemble_operators(solver, self.layout)
+        require_finite_entries(self.name, *operators(solver))
         set_up(solver.snes.getKSP(), *self.place.memory.operators(*operators(solver)), self.name)
 
     def inner(self, cotangents) -> Batch | DeviceBatch:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from firedrake.petsc import PETSc
 
+from prdp_fem.krylov.entries import require_finite_entries
 from prdp_fem.krylov.ksp import renew_preconditioner, set_up
 from prdp_fem.krylov.nested import has_memory_inside
 from prdp_fem.krylov.snes import Newton
@@ -123,6 +124,7 @@ class NewtonSolve:
         self._callbacks().attach()
         memory = self.linearisation.place.memory
         assemble_operators(self.solver, memory.to_host(self.state()))
+        require_finite_entries(self.linearisation.name, *operators(self.solver))
         set_up(
             self.newton.snes.getKSP(),
             *memory.operators(*operators(self.solver)),
