@@ -331,3 +331,29 @@ def test_what_was_set_by_hand_stays():
         solver.solve()
     problem.kappa.assign(kappa)
     np.testing.assert_array_equal(solver.solve().dat.data_ro, expected)
+
+
+@pytest.mark.parametrize("pc_type", ["ilu", "bjacobi", "lu"])
+def test_a_factorisation_that_nobody_has_seen_fail(pc_type):
+    """Where no norm is computed, only the numbers tell."""
+    mesh = UnitSquareMesh(4, 4)
+    V = FunctionSpace(mesh, "CG", 1)
+    w, v, u = TrialFunction(V), TestFunction(V), Function(V, name="u")
+    k = Function(V, name="k").assign(1.0)
+    a = k * (inner(grad(w), grad(v)) + w * v) * dx
+    parameters = {
+        "ksp_type": "richardson",
+        "pc_type": pc_type if COMM_WORLD.size == 1 else "bjacobi",
+        "ksp_norm_type": "none",
+        "ksp_max_it": 5,
+    }
+    problem = LinearVariationalProblem(a, v * dx, u)
+    layer = SolverLayer(
+        prdp_fem.LinearVariationalSolver(problem, solver_parameters=parameters), [k]
+    )
+    values = to_torch(k, copy=True)
+    expected = layer(values)
+    for _ in range(2):
+        with pytest.raises(ConvergenceError, match="gave NaN or infinity"):
+            layer(0 * values)
+        assert torch.equal(layer(values), expected)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -185,13 +186,27 @@ class SolutionMap:
             raise
         # Also where PETSc has computed no norm, or one before the last thing that it did.
         if not (self.is_serial and is_finite(solutions, largest)):
-            require_finite(
-                self.comm,
-                [solutions],
-                lambda _: _of_solution(self.linearisation.name),
-                largest=largest,
-            )
+            with self._spoiled_by_failure():
+                require_finite(
+                    self.comm,
+                    [solutions],
+                    lambda _: _of_solution(self.linearisation.name),
+                    largest=largest,
+                )
         return records
+
+    @contextmanager
+    def _spoiled_by_failure(self) -> Iterator[None]:
+        """Have all made anew where numbers are not finite.
+
+        A preconditioner may have failed, which nobody has seen who computes no norm, and would stay
+        as it is.
+        """
+        try:
+            yield
+        except ConvergenceError as error:
+            self.linearisation.spoil(error)
+            raise
 
     # Its derivatives
 
@@ -264,7 +279,8 @@ class SolutionMap:
         def describe(place: int) -> str:
             return _of_derivative(self.linearisation.name, list(wanted.names(self.inputs))[place])
 
-        require_finite(self.comm, results, describe, largest=wanted.largest)
+        with self._spoiled_by_failure():
+            require_finite(self.comm, results, describe, largest=wanted.largest)
 
     def solve_tangent(
         self,
@@ -295,7 +311,8 @@ class SolutionMap:
             Where the solve fails, or gives a number that is not finite.
         """
         self.derivative.tangent(point, setting, solution, record, direction, out)
-        require_finite(self.comm, [out[None]], lambda _: _of_tangent(self.linearisation.name))
+        with self._spoiled_by_failure():
+            require_finite(self.comm, [out[None]], lambda _: _of_tangent(self.linearisation.name))
 
     def solve_second_adjoint(
         self,
