@@ -7,8 +7,9 @@ import pytest
 import torch
 from firedrake import *
 from firedrake.adjoint import *
+from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
-from problems import boundary_dofs, dense, smooth, whole
+from problems import boundary_dofs, dense, norm_by_dofs, smooth, whole
 
 import prdp_fem
 from prdp_fem import FixedRefinement, Iterations, NewtonSteps, Tolerance
@@ -235,3 +236,53 @@ def test_tiny_cotangents_whatever_an_earlier_solve_has_left():
     for exponent in (-520, -900):
         tiny = problem.gradient(layer, 2.0**exponent)
         np.testing.assert_allclose(tiny * 2.0**-exponent, gradient, rtol=1e-10)
+
+
+@pytest.mark.parametrize("how", ["made", "under control", "inside"])
+def test_minres_makes_solutions_of_any_size(how):
+    """PETSc bounds them, in the norm of the preconditioner, and calls the bound convergence."""
+    for units, pc_type in ((1e-9, "none"), (1e20, "jacobi")):
+        parameters = {"ksp_type": "minres", "pc_type": pc_type, "ksp_rtol": 1e-11}
+        if how == "inside":
+            nested = {f"ksp_{option}": value for option, value in parameters.items()}
+            parameters = {"ksp_type": "preonly", "pc_type": "ksp", **nested}
+        problem = Reaction()
+        problem.problem = LinearVariationalProblem(
+            Constant(units) * problem.a,
+            Constant(units) * problem.source * TestFunction(problem.V) * dx,
+            problem.problem.u,
+            bcs=problem.bc,
+        )
+        if how == "under control":
+            solver = LinearVariationalSolver(problem.problem, solver_parameters=parameters)
+            prdp_fem.control(solver, None)
+        else:
+            solver = problem.solver(parameters)
+        layer = SolverLayer(solver, [problem.source])
+        gradient = problem.gradient(layer, 1.0)
+        assert relative(gradient, problem.exact()) < 1e-8
+        problem.source.assign(1 + smooth(problem.V, 1))
+        solver.solve()
+        u = problem.problem.u
+        residual = assemble(action(problem.a, u) - problem.source * TestFunction(problem.V) * dx)
+        problem.bc.zero(residual)
+        assert norm_by_dofs(residual) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "parameters, found",
+    [
+        ({"ksp_type": "minres", "ksp_minres_radius": 1e-3}, "STEP_LENGTH .*ksp_minres_radius"),
+        ({"ksp_type": "stcg", "ksp_cg_radius": 1e-3}, "STEP_LENGTH .*ksp_minres_radius"),
+        ({"ksp_type": "stcg", "ksp_converged_neg_curve": None}, "NEG_CURVE .*use ksp_type minres"),
+    ],
+)
+def test_where_a_method_stops_at_a_bound_it_has_no_solution(parameters, found):
+    problem = Reaction()
+    sign = -1 if "ksp_converged_neg_curve" in parameters else 1
+    problem.problem = LinearVariationalProblem(
+        Constant(sign) * problem.a, problem.source * TestFunction(problem.V) * dx, problem.problem.u
+    )
+    layer = SolverLayer(problem.solver({**parameters, "pc_type": "none"}), [problem.source])
+    with pytest.raises(ConvergenceError, match=f"forward solve .* failed: CONVERGED_{found}"):
+        layer(problem.values)

@@ -27,7 +27,9 @@ __all__ = [
     "SetByHand",
     "abandon_preconditioner",
     "forget_zero_pivots",
+    "has_failed",
     "in_a_sentence",
+    "lift_bounds",
     "reason_names",
     "renew_preconditioner",
     "reset",
@@ -62,6 +64,11 @@ def reason_names(reasons: type) -> dict[int, str]:
 
 _REASONS = reason_names(PETSc.KSP.ConvergedReason)
 _USED_UP = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
+# Where a method stops at the edge of a region that it trusts, and calls that convergence.
+_STOPPED_SHORT = (
+    PETSc.KSP.ConvergedReason.CONVERGED_NEG_CURVE,
+    PETSc.KSP.ConvergedReason.CONVERGED_STEP_LENGTH,
+)
 _REMEDIES = {
     "DIVERGED_MAX_IT": (
         "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance "
@@ -78,6 +85,10 @@ _REMEDIES = {
     "DIVERGED_INDEFINITE_MAT": (
         "the operator is not positive definite: use ksp_type minres or gmres"
     ),
+    "CONVERGED_NEG_CURVE": "which is no solution, since the operator is not positive definite: "
+    "use ksp_type minres or gmres",
+    "CONVERGED_STEP_LENGTH": "which is no solution, since that is larger than the method was "
+    "allowed to make it: take its radius away (ksp_minres_radius, ksp_cg_radius)",
     "DIVERGED_INDEFINITE_PC": (
         "the preconditioner is not positive definite: use another pc_type, or ksp_type gmres"
     ),
@@ -92,6 +103,34 @@ _NO_ROOM = (
     "the factorisation needs more room than was estimated: allow for more "
     "(mat_mumps_icntl_14 200, of MUMPS), or use another pc_type"
 )
+
+
+def has_failed(reason: int) -> bool:
+    """Whether a converged reason of a KSP says that it has no solution."""
+    return reason < 0 or reason in _STOPPED_SHORT
+
+
+def lift_bounds(solver) -> None:
+    """Have MINRES make solutions of any size, where options name none.
+
+    PETSc's own bound is 6.7e7, in the norm of the preconditioner, whatever the units.
+
+    Parameters
+    ----------
+    solver : petsctools.OptionsManager
+        One of Firedrake's, with a SNES.
+    """
+    minres = PETSc.KSP.Type.MINRES
+    for option, value in list(solver.parameters.items()):
+        if option.endswith("ksp_type") and value == minres:
+            solver.set_default_parameter(option.removesuffix("type") + "minres_radius", _NEVER)
+    # Of what there is already, options have been read.
+    outer = solver.snes.getKSP()
+    for ksp in nested.all_inside(outer):
+        if ksp.getType() == minres:
+            prefix = (ksp.getOptionsPrefix() or "").removeprefix(outer.getOptionsPrefix() or "")
+            radius = float(solver.parameters.get(f"{prefix}ksp_minres_radius", _NEVER))
+            _LIBRARY.KSPMINRESSetRadius(ctypes.c_void_p(ksp.handle), ctypes.c_double(radius))
 
 
 def in_a_sentence(error: PETSc.Error, what: str) -> BaseException:
@@ -556,7 +595,7 @@ class RefinedKSP:
         reason = ksp.getConvergedReason()
         is_nested = self.is_nested
         is_spent = reason == _USED_UP and self._is_budget and not is_nested
-        if reason < 0 and not is_spent:
+        if has_failed(reason) and not is_spent:
             raise ConvergenceError(f"the {kind} solve for '{self.name}' {self.failure()}")
         return self._account() if is_nested else ksp.getIterationNumber()
 

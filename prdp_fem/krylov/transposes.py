@@ -11,7 +11,7 @@ from prdp_fem.freshness import MEMORY, METHOD, Clock, Kept
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
-from prdp_fem.krylov.ksp import RefinedKSP
+from prdp_fem.krylov.ksp import RefinedKSP, has_failed
 from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space_left_by, one_sided_null_space
 from prdp_fem.krylov.petsc_types import pc_facts
 from prdp_fem.krylov.scaling import CountedSolve, scaled
@@ -263,7 +263,7 @@ class Krylov:
             reason = ksp.getConvergedReason()
             if reason == _BY_SIZE and is_relative:
                 reason = _solve_without_atol(ksp, solve, b, x)
-            if is_nested or (reason < 0 and reason != spent):
+            if is_nested or (has_failed(reason) and reason != spent):
                 iterations = refined.checked_iterations(kind)
             else:
                 iterations = ksp.getIterationNumber()

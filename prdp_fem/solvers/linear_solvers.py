@@ -8,7 +8,7 @@ from typing import Any
 import firedrake
 
 from prdp_fem.krylov.factorisation import detect_null_pivots
-from prdp_fem.krylov.ksp import SetByHand
+from prdp_fem.krylov.ksp import SetByHand, lift_bounds
 from prdp_fem.krylov.snes import solves_linear_systems
 from prdp_fem.problem.firedrake_internals import assemble_directly, share_transfers
 
@@ -54,6 +54,7 @@ class LinearSolvers:
         solver = firedrake.LinearVariationalSolver(problem, **arguments)
         if self.have_null_spaces:
             detect_null_pivots(solver)
+        lift_bounds(solver)
         if not solves_linear_systems(solver.snes):
             with solver.inserted_options():
                 solver.snes.getKSP().setFromOptions()

@@ -13,6 +13,7 @@ from pyadjoint.tape import annotate_tape, stop_annotating
 
 from prdp_fem.citation import cite
 from prdp_fem.krylov.factorisation import detect_null_pivots
+from prdp_fem.krylov.ksp import lift_bounds
 from prdp_fem.memory.devices import Device
 from prdp_fem.memory.memory import memory_of
 from prdp_fem.memory.place import Place
@@ -130,6 +131,7 @@ class RefinedSolver(_Firedrakes):
         linear_solvers = LinearSolvers(self, arguments, by_hand)
         if linear_solvers.have_null_spaces:
             detect_null_pivots(self)
+        lift_bounds(self)
         assemble_directly(self)
         return linear_solvers
 
