@@ -333,6 +333,21 @@ def test_what_was_set_by_hand_stays():
     np.testing.assert_array_equal(solver.solve().dat.data_ro, expected)
 
 
+def test_a_method_that_draws_random_numbers_draws_the_same_again():
+    step = HeatStep(8)
+    solver = prdp_fem.LinearVariationalSolver(
+        step.problem,
+        solver_parameters={"ksp_type": "idr", "pc_type": "jacobi"},
+        refinement=FixedRefinement(Iterations(4)),
+    )
+    layer = SolverLayer(solver, [step.u0])
+    values = to_torch(step.u0, copy=True)
+    expected = layer(values)
+    with pytest.raises(ConvergenceError):
+        layer(values * float("nan"))
+    assert torch.equal(layer(values), expected)
+
+
 @pytest.mark.parametrize("pc_type", ["ilu", "bjacobi", "lu"])
 def test_a_factorisation_that_nobody_has_seen_fail(pc_type):
     """Where no norm is computed, only the numbers tell."""

@@ -243,6 +243,8 @@ def reset(ksp: PETSc.KSP) -> None:
     """
     forget_zero_pivots(ksp)
     ksp.reset()
+    if ksp.getType() == PETSc.KSP.Type.IDR:
+        _start_random_numbers(ksp)
     pc = ksp.getPC()
     kind = pc.getType()
     if pc_facts(kind).is_self_contained:
@@ -253,6 +255,13 @@ def reset(ksp: PETSc.KSP) -> None:
     elif kind is not None:  # as it is where a SNES solves no linear systems
         # What is inside is not made anew by itself.
         _exchange_preconditioner(ksp)
+
+
+def _start_random_numbers(ksp: PETSc.KSP) -> None:
+    """Have IDR(s) draw the shadow space of a new KSP when it draws it anew."""
+    random = ctypes.c_void_p()
+    _LIBRARY.KSPIDRGetRandom(ctypes.c_void_p(ksp.handle), ctypes.byref(random))
+    _LIBRARY.PetscRandomSeed(random)
 
 
 class SetByHand:
