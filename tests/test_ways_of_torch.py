@@ -192,6 +192,31 @@ def test_sparse_gradients(kind, how, same):
         compare(make, how, same)
 
 
+@pytest.mark.parametrize("option", [None, "weight_decay", "fused"])
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_each_optimiser_with_sparse_gradients(kind, option):
+    """Of most torch makes no step."""
+    if option is not None and option not in inspect.signature(kind).parameters:
+        pytest.skip("there is no such option")
+    options = {**WANTED.get(kind, {}), **({} if option is None else {option: 1})}
+
+    def make():
+        network = sparse_network()
+        return network, squares(network, torch.arange(10)), kind(network.parameters(), **options)
+
+    compare(make, in_train, same_bits)
+
+
+def test_dense_steps_for_sparse_gradients_are_refused():
+    network = sparse_network()
+    refused = network, squares(network), torch.optim.Adam(network.parameters())
+    assert_refused(
+        in_train,
+        *refused,
+        words="Adam takes dense gradients only, .* by an Embedding .* SparseAdam",
+    )
+
+
 def test_sparse_steps_for_dense_gradients_are_refused():
     refused = optimiser_maker(torch.optim.SparseAdam)()
     assert_refused(in_train, *refused, words="by the weight of a Linear is dense")

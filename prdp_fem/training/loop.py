@@ -487,6 +487,36 @@ def _check_optimiser(network, optimiser, comm: MPI.Comm, sharing: MPI.Comm) -> N
                 "over ranks are dense: use another optimiser, or one rank"
             )
         _check_sparsity(network, optimiser)
+    elif comm.size == 1:  # on several ranks they are added up dense
+        _check_density(network, optimiser)
+
+
+def _check_density(network: torch.nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    """Raise for layers with sparse gradients, of which an optimiser of torch's makes no step."""
+    name = type(optimiser).__name__
+    if not type(optimiser).__module__.startswith("torch.optim"):
+        return
+    takes_sparse = isinstance(optimiser, _TAKE_SPARSE)
+    sparse = {
+        id(parameter): type(layer).__name__
+        for layer in network.modules()
+        if getattr(layer, "sparse", False) is True
+        for parameter in layer.parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    for group in optimiser.param_groups:
+        options = [option for option in ("weight_decay", "fused") if group.get(option)]
+        kinds = [sparse[id(one)] for one in group["params"] if id(one) in sparse]
+        if kinds and (options or not takes_sparse):
+            found = f"{name} with {options[0]}" if takes_sparse else name
+            raise ValueError(
+                f"{found} takes dense gradients only, and that by an {kinds[0]} with sparse=True "
+                "is sparse: leave sparse=True away, or use SparseAdam, or SGD or Adagrad without "
+                "weight_decay and fused"
+            )
+
+
+_TAKE_SPARSE = (torch.optim.SGD, torch.optim.Adagrad, torch.optim.LBFGS)
 
 
 def _check_sparsity(network: torch.nn.Module, optimiser: torch.optim.SparseAdam) -> None:
