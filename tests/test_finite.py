@@ -129,6 +129,7 @@ def is_last() -> bool:
     return COMM_WORLD.rank == COMM_WORLD.size - 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_numbers_are_told_from_others():
     for finite in ([0.0, -1.0], [1e200, -1e300], [], [5e-324], [1.7e308] * 3):
         assert is_finite(np.array([finite]))

@@ -30,9 +30,9 @@ def is_finite(values, largest: float = LARGEST) -> bool:
     if not isinstance(values, np.ndarray):
         return bool((values.abs() <= largest).all())
     # One pass, and no array of truths: the sum of squares is NaN or infinite where a number is. It
-    # may be so, or be too large, where none is: only then one has to look closer.
-    flat = values.ravel()
-    return bool(flat.dot(flat) <= largest or (np.abs(values) <= largest).all())
+    # may be so, or be too large, where none is: only then one has to look closer. (Other products
+    # of NumPy's warn of that.)
+    return bool(np.vdot(values, values) <= largest or (np.abs(values) <= largest).all())
 
 
 def require_finite(
