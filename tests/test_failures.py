@@ -372,3 +372,21 @@ def test_a_factorisation_that_nobody_has_seen_fail(pc_type):
         with pytest.raises(ConvergenceError, match="gave NaN or infinity"):
             layer(0 * values)
         assert torch.equal(layer(values), expected)
+
+
+@pytest.mark.parametrize(
+    "parameters, words",
+    [
+        ({"pc_type": "vpbjacobi"}, "asks for something else .*MatSetVariableBlockSizes"),
+        ({"pc_type": "nn"}, "asks for something else .*MATIS.* another ksp_type or pc_type"),
+        ({"pc_type": "ilu", "mat_type": "matfree"}, "no such factorisation .*ILU.* mat_type or"),
+    ],
+    ids=lambda value: value["pc_type"] if isinstance(value, dict) else "",
+)
+def test_what_petsc_refuses_whatever_the_numbers_are(parameters, words):
+    solver = prdp_fem.LinearVariationalSolver(
+        Diffusion().problem, solver_parameters={"ksp_type": "gmres", **parameters}
+    )
+    with pytest.raises(ConvergenceError, match=words) as raised:
+        solver.solve()
+    assert "NaN" not in str(raised.value)
