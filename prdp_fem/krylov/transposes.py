@@ -68,6 +68,8 @@ class Krylov:
         Whether solves may end at what is no solution, without an error.
     keeps_iterates : bool
         Whether solves give PETSc's iterates as they are, with what these have of a null space.
+    look_before : callable
+        Called with the KSP before the first forward solve with each operator.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Krylov:
         self.ksp = ksp
         self._transposed = transposed
         self.keeps_iterates = False
+        self.look_before: Callable[[PETSc.KSP], None] = lambda ksp: None
         self._name, self._prefix = name, prefix
         self._consistency = ConsistencyCheck(name)
         self._refined_transposed: RefinedKSP | None = None
@@ -150,6 +153,7 @@ class Krylov:
             self._prepare(self.refined, setting, guess, is_absolute=True)
             solves = self._solves()
             if kind not in solves:
+                self.look_before(self.ksp)
                 solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
             return solves[kind]
         self._prepare(self.refined, setting)

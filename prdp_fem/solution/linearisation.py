@@ -18,6 +18,7 @@ from pyadjoint.tape import stop_annotating
 
 from prdp_fem.assembly.copies import Copies
 from prdp_fem.freshness import MEMORY, MESH, STATE, UNSEEN, USERS_CODE, Kept
+from prdp_fem.krylov.constants import ConstantsCheck
 from prdp_fem.krylov.entries import require_finite_entries
 from prdp_fem.krylov.ksp import RefinedKSP, abandon_preconditioner, reset, set_up
 from prdp_fem.krylov.nested import has_failed_inside
@@ -26,6 +27,7 @@ from prdp_fem.krylov.transposes import Krylov
 from prdp_fem.memory.batch import Batch
 from prdp_fem.memory.device_batch import DeviceBatch
 from prdp_fem.memory.place import Place
+from prdp_fem.problem.components import components_of
 from prdp_fem.problem.context import condenses_locally
 from prdp_fem.problem.firedrake_internals import SolverContext, assemble_operators, operators
 from prdp_fem.problem.forms import Forms
@@ -76,6 +78,8 @@ class Linearisation:
     statistics : Statistics
     copies : Copies
     krylov : Krylov
+    constants : ConstantsCheck
+        What looks at operators that are solved with by iterations.
     lending : Lending
     states, cotangents, multipliers : BatchStore
         States or tangents, right-hand sides of adjoint and tangent solves, and what these give.
@@ -118,6 +122,8 @@ class Linearisation:
         self.krylov = Krylov(
             ksp, self._transposed_ksp, self.name, ksp_prefix, place.clock, of_operator, newton
         )
+        self.constants = ConstantsCheck(self.name, components_of(forms.solution))
+        self.krylov.look_before = self.constants.look
         self._operator = Kept(self._set_up_operator, place.clock, of_operator)
         self._adjoint_operator = Kept(self._set_up_adjoint, place.clock, of_operator)
         self.states, self.cotangents = place.batches(self.layout), place.batches(self.layout)

@@ -178,6 +178,9 @@ class NewtonSolve:
         self._callbacks().attach()
         self._forget_steps(setting)
         spent = self.newton.solve(work, setting)
+        steps, _ = spent
+        if steps and self.newton.solves_linear_systems:
+            self.linearisation.constants.look(self.newton.snes.getKSP())
         solution[:] = memory.unload(work)
         return spent
 
