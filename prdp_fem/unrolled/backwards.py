@@ -6,8 +6,7 @@ import math
 
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
-from prdp_fem.unrolled.trace import Trace
-from prdp_fem.unrolled.traced import TracedScalar, TracedVector
+from prdp_fem.unrolled.trace import Trace, TracedScalar, TracedVector
 from prdp_fem.unrolled.values import Values, Vector, VectorPool
 
 __all__ = ["Backwards", "advance"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +15,169 @@ from prdp_fem.unrolled.least_squares import (
 )
 from prdp_fem.unrolled.operator_cotangent import OperatorCotangent
 from prdp_fem.unrolled.preconditioned_system import PreconditionedSystem
-from prdp_fem.unrolled.traced import Cotangent, TracedScalar, TracedVector, read
-from prdp_fem.unrolled.values import Values, Vector, VectorPool
+from prdp_fem.unrolled.values import Values, Vector, VectorPool, add_to
 
-__all__ = ["Trace"]
+__all__ = ["Trace", "TracedScalar", "TracedVector"]
+
+# So many contributions to a cotangent wait to be added in one pass over memory.
+_WAITING = 8
+# A factor that is kept beside a vector stays within these bounds, so that products of them over
+# many iterations do not overflow.
+_SMALL, _LARGE = 1e-60, 1e60
+
+
+class Cotangent:
+    """The cotangent of a vector: a list of terms, which are summed when it is first needed.
+
+    A vector that only passes through is not copied.
+    """
+
+    __slots__ = ("_factor", "_sum", "_terms")
+
+    def __init__(self):
+        self._factor, self._sum = 1.0, None
+        self._terms: list = []  # factors and vectors in turns
+
+    def add(self, factor: float, vector: Vector, pool: VectorPool) -> None:
+        """Add factor · vector."""
+        if factor != 0:
+            terms = self._terms
+            terms += (factor, vector)
+            if len(terms) >= 2 * _WAITING:
+                self._add_up(pool)
+
+    def add_owned(self, factor: float, vector: Vector, pool: VectorPool) -> None:
+        """Add factor · vector, which nobody else will read: its memory may be the sum's."""
+        if self._sum is None and factor != 0:
+            self._factor, self._sum = factor, vector
+        else:
+            self.add(factor, vector, pool)
+
+    def total(self, pool: VectorPool) -> tuple[float, Vector | None]:
+        """It as a factor and a vector, not to be written to; None for zero."""
+        terms = self._terms
+        if terms:
+            if self._sum is None and len(terms) == 2:
+                return terms[0], terms[1]
+            self._add_up(pool)
+        return self._factor, self._sum
+
+    def _add_up(self, pool: VectorPool) -> None:
+        coefficients, vectors = self._terms[::2], self._terms[1::2]
+        self._terms = []
+        if self._sum is None:
+            self._sum = pool.take()
+            if len(vectors) == 1:
+                vectors[0].vec.copy(self._sum.vec)
+                self._factor = coefficients[0]
+                return
+            if abs(coefficients[0]) < abs(coefficients[1]):
+                coefficients[:2], vectors[:2] = coefficients[1::-1], vectors[1::-1]
+            self._factor = coefficients[0]
+            self._sum.vec.waxpy(coefficients[1] / self._factor, vectors[1].vec, vectors[0].vec)
+            coefficients, vectors = coefficients[2:], vectors[2:]
+        if not _SMALL < abs(self._factor) < _LARGE:
+            self._sum.vec.scale(self._factor)
+            self._factor = 1.0
+        if vectors:
+            factor = self._factor
+            add_to(self._sum.vec, [c / factor for c in coefficients], vectors)
+
+
+class TracedVector:
+    """A vector with its cotangent.
+
+    Its value is worked out when it is first read, from a function and its arguments. Some never
+    are: a solution that grows by a term in each iteration, or all that is linear in what is
+    differentiated. What is recorded keeps the values that it will read, and no others.
+
+    Parameters
+    ----------
+    value : Vector or None
+    recipe : tuple
+        The function, and a sequence of its arguments, some of them traced vectors; empty once the
+        value is there.
+    source : TracedVector or None
+        What a symmetric operator or preconditioner was applied to.
+    """
+
+    __slots__ = ("cotangent", "recipe", "source", "value")
+
+    def __init__(
+        self, value: Vector | None, recipe: tuple = (), source: TracedVector | None = None
+    ):
+        self.value = value
+        self.recipe = recipe
+        self.source = source
+        self.cotangent = Cotangent()
+
+
+class TracedScalar:
+    """A number, or an array of numbers, and its cotangent.
+
+    Parameters
+    ----------
+    value : float or numpy.ndarray
+    nodes : list
+        Those of the trace.
+    """
+
+    __slots__ = ("_nodes", "cotangent", "value")
+
+    def __init__(self, value, nodes: list):
+        self.value = value
+        self._nodes = nodes
+        self.cotangent: Any = 0.0  # a number, or an array of them, as the value is
+
+    def __float__(self) -> float:
+        return float(self.value)
+
+    def __neg__(self):
+        return self._record(-self.value, ((self, -1.0),))
+
+    def __add__(self, other):
+        if isinstance(other, TracedScalar):
+            return self._record(self.value + other.value, ((self, 1.0), (other, 1.0)))
+        return self._record(self.value + other, ((self, 1.0),))
+
+    def __sub__(self, other):
+        if isinstance(other, TracedScalar):
+            return self._record(self.value - other.value, ((self, 1.0), (other, -1.0)))
+        return self._record(self.value - other, ((self, 1.0),))
+
+    def __mul__(self, other):
+        if isinstance(other, TracedScalar):
+            return self._record(
+                self.value * other.value, ((self, other.value), (other, self.value))
+            )
+        return self._record(self.value * other, ((self, other),))
+
+    def __truediv__(self, other):
+        if isinstance(other, TracedScalar):
+            quotient = self.value / other.value
+            return self._record(
+                quotient, ((self, 1 / other.value), (other, -quotient / other.value))
+            )
+        return self._record(self.value / other, ((self, 1 / other),))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def __rsub__(self, other):
+        return self._record(other - self.value, ((self, -1.0),))
+
+    def __rtruediv__(self, other):
+        quotient = other / self.value
+        return self._record(quotient, ((self, -quotient / self.value),))
+
+    def _record(self, value, partials: tuple) -> TracedScalar:
+        result = TracedScalar(value, self._nodes)
+        self._nodes.append(partial(_pull_scalar, result, partials))
+        return result
+
+
+def _pull_scalar(result: TracedScalar, partials: tuple) -> None:
+    for argument, derivative in partials:
+        argument.cotangent = argument.cotangent + result.cotangent * derivative
 
 
 class _Products:
@@ -132,7 +292,7 @@ class Trace:
     def _applied(self, function, x: TracedVector, is_symmetric: bool) -> TracedVector:
         if self._puts_off:
             return TracedVector(None, (function, (x,)))
-        return TracedVector(function(read(x)), (), x if is_symmetric else None)
+        return TracedVector(function(_read(x)), (), x if is_symmetric else None)
 
     def precondition(self, r: TracedVector) -> TracedVector:
         """B r."""
@@ -143,7 +303,7 @@ class Trace:
         z = self._applied(self._on.precondition, r, is_symmetric)
         kept: tuple[Vector | None, Vector | None] = (None, None)
         if not is_constant:
-            kept = read(r), self._on.with_null_space(read(r), read(z))
+            kept = _read(r), self._on.with_null_space(_read(r), _read(z))
         self._nodes.append(
             partial(self._products.pull_precondition, z.cotangent, r.cotangent, *kept)
         )
@@ -151,8 +311,8 @@ class Trace:
 
     def dot(self, x: TracedVector, y: TracedVector) -> TracedScalar:
         """(x, y)."""
-        of_x = read(x)
-        of_y = read(y)
+        of_x = _read(x)
+        of_y = _read(y)
         s = TracedScalar(of_x.vec.dot(of_y.vec), self._nodes)
         if x is y or y.source is x or x.source is y:
             # With y = A x for a symmetric A: the cotangent of x is 2 A x, and no product takes
@@ -178,7 +338,7 @@ class Trace:
         of_terms: list[tuple] = []
         for a, y in zip(terms[::2], terms[1::2]):
             if isinstance(a, TracedScalar):
-                value = read(y)
+                value = _read(y)
                 of_terms.append((a, value, y.cotangent))
                 arguments += (a.value, value)
             else:
@@ -208,7 +368,7 @@ class Trace:
         total = TracedVector(None, (self._on.combine, (x, coefficients.value, *basis)))
         of_x = None if x is None else x.cotangent
         of_basis = [v.cotangent for v in basis]
-        values = [read(v) for v in basis]
+        values = [_read(v) for v in basis]
         self._nodes.append(
             partial(self._pull_combine, total.cotangent, of_x, coefficients, of_basis, values)
         )
@@ -235,8 +395,8 @@ class Trace:
         self, x: TracedVector, basis: list[TracedVector]
     ) -> tuple[TracedVector, Column]:
         """The next vector of a basis; see :meth:`Values.orthonormalised`."""
-        vectors = [read(u) for u in basis]
-        value, (products, norm, _) = self._on.orthonormalised(read(x), vectors)
+        vectors = [_read(u) for u in basis]
+        value, (products, norm, _) = self._on.orthonormalised(_read(x), vectors)
         v = TracedVector(value)
         of_basis = [u.cotangent for u in basis]
         self._nodes.append(
@@ -277,7 +437,7 @@ class Trace:
         y, residual = least_squares(r.norm, H)
         traced = TracedScalar(y, self._nodes)
         of_products = [column.derivative for column in columns]
-        values = [read(v) for v in basis]
+        values = [_read(v) for v in basis]
         self._nodes.append(
             partial(self._pull_minimiser, traced, r.derivative, of_products, H, residual, values)
         )
@@ -301,3 +461,32 @@ class Trace:
         for of_w, a, b in zip(of_products, s.tolist(), y.value.tolist()):
             of_w.add(a, rest, self.pool)
             of_w.add(-b, image, self.pool)
+
+
+def _read(x: TracedVector) -> Vector:
+    """The value of a vector."""
+    value = x.value
+    return _worked_out(x) if value is None else value
+
+
+def _worked_out(x: TracedVector) -> Vector:
+    # One after the other, and not by recursion: what has not been worked out may go back over all
+    # iterations.
+    waiting = [x]
+    while waiting:
+        y = waiting[-1]
+        if y.value is None:
+            function, arguments = y.recipe
+            values = []
+            for part in arguments:
+                if type(part) is TracedVector:
+                    if part.value is None:
+                        waiting.append(part)
+                    part = part.value
+                values.append(part)
+            if waiting[-1] is not y:
+                continue
+            y.value, y.recipe = function(*values), ()
+        waiting.pop()
+    assert x.value is not None  # x was the first to wait
+    return x.value
