@@ -9,6 +9,7 @@ require_firedrake()
 # Name by name, as a type checker, which meets these modules in a circle, loses those of a star.
 from prdp_fem.refinement import (
     FixedRefinement,
+    GeometricLadder,
     IterationLadder,
     Iterations,
     NewtonLadder,
@@ -32,6 +33,7 @@ from prdp_fem.unrolled import SteepestDescent
 # names from Firedrake and torch alone.
 __all__ = [
     "FixedRefinement",
+    "GeometricLadder",
     "Implicit",
     "IterationLadder",
     "Iterations",

@@ -1,4 +1,7 @@
 """What the levels of a refinement mean: ladders of :mod:`prdp_fem.refinement` by another name."""
 
+from prdp_fem.refinement import ladders
+from prdp_fem.refinement.geometric import GeometricLadder as GeometricLadder
 from prdp_fem.refinement.ladders import *  # noqa: F403
-from prdp_fem.refinement.ladders import __all__ as __all__
+
+__all__ = [*ladders.__all__, "GeometricLadder"]

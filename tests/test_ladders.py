@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prdp_fem.refinement.ladders import (
+from prdp_fem.arguments import COUNT
+from prdp_fem.ladders import (
+    GeometricLadder,
     IterationLadder,
     Iterations,
     Setting,
@@ -87,6 +89,7 @@ def test_anything_with_the_three_attributes_is_a_setting(lacking):
         (lambda value: IterationLadder(step=value), "step", "an integer of at least 1"),
         (lambda value: IterationLadder(stop=value), "stop", "an integer of at least 1"),
         (lambda value: ToleranceLadder(max_it=value), "max_it", "an integer of at least 1"),
+        (lambda value: GeometricLadder(start=value), "start", "an integer of at least 1"),
     ],
 )
 @pytest.mark.parametrize(
@@ -107,6 +110,7 @@ def test_counts_are_refused(make, name, expected, value):
         (lambda value: ToleranceLadder(stop=value), "stop", "(0, 1)"),
         (lambda value: Iterations(1, rtol_floor=value), "rtol_floor", "[0, 1)"),
         (lambda value: IterationLadder(rtol_floor=value), "rtol_floor", "[0, 1)"),
+        (lambda value: GeometricLadder(rtol_floor=value), "rtol_floor", "[0, 1)"),
     ],
 )
 @pytest.mark.parametrize(
@@ -224,6 +228,61 @@ def test_iteration_ladder_that_would_be_empty(start, stop):
         IterationLadder(start=start, stop=stop)
 
 
+# --- geometric ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, counts",
+    [
+        # each is the last times the ratio, rounded, but at least one more
+        ({"stop": 100}, [1, 2, 3, 4, 6, 8, 11, 16, 23, 33, 47, 66, 93]),
+        ({"ratio": 2, "stop": 64}, [1, 2, 4, 8, 16, 32, 64]),
+        ({"start": 10, "ratio": 1.5, "stop": 100}, [10, 15, 22, 33, 50, 75]),
+        ({"ratio": 1.01, "stop": 6}, [1, 2, 3, 4, 5, 6]),
+        ({"start": 7, "stop": 7}, [7]),
+        ({"start": np.int64(3), "ratio": np.float64(3), "stop": np.int64(30)}, [3, 9, 27]),
+        ({"ratio": 1e300, "stop": 30}, [1]),
+    ],
+)
+def test_geometric_ladder(arguments, counts):
+    ladder = GeometricLadder(**arguments)
+    assert isinstance(ladder, Sequence)
+    assert list(ladder) == [Iterations(count) for count in counts]
+    assert len(ladder) == len(counts)
+    assert list(ladder[1:]) == list(ladder)[1:] and list(reversed(ladder)) == list(ladder)[::-1]
+    assert all(setting in ladder for setting in ladder)
+
+
+@settings(deadline=None)
+@given(start=st.integers(1, 1000), ratio=st.floats(1.01, 50))
+def test_geometric_ladder_grows_by_its_ratio_and_by_one_at_least(start, ratio):
+    counts = [setting.iterations for setting in GeometricLadder(start, ratio)]
+    assert counts[0] == start and counts[-1] <= COUNT < (counts[-1] + 1) * ratio + 1
+    for coarser, finer in zip(counts, counts[1:]):
+        assert finer == coarser + 1 or abs(finer - ratio * coarser) <= 0.5
+        assert finer > coarser and finer >= ratio * coarser - 0.5
+
+
+def test_geometric_ladder_without_an_end_doubles_every_other_level():
+    ladder = GeometricLadder()
+    assert len(ladder) == 61 and ladder[:3] == [Iterations(1), Iterations(2), Iterations(3)]
+    for level in range(6, 58):
+        assert ladder[level + 2].iterations == pytest.approx(2 * ladder[level].iterations, rel=0.08)
+    assert list(GeometricLadder(stop=2, rtol_floor=1e-6)) == [
+        Iterations(1, 1e-6),
+        Iterations(2, 1e-6),
+    ]
+    assert Iterations(5) not in ladder and Iterations(4, 1e-3) not in ladder and 4 not in ladder
+
+
+def test_geometric_ladders_that_would_be_empty_or_endless():
+    with pytest.raises(ValueError, match="start must not exceed stop, found start=3 and stop=2"):
+        GeometricLadder(start=3, stop=2)
+    for ratio in (1, 0.5, 1.005, math.nan, math.inf, True, "2", None):
+        with pytest.raises(ValueError, match="ratio must be a number of at least 1.01"):
+            GeometricLadder(ratio=ratio)
+
+
 # --- tolerances -----------------------------------------------------------------------------------
 
 
@@ -308,6 +367,8 @@ def test_tolerance_ladder_that_would_be_empty():
         (ToleranceLadder(), 10),
         (ToleranceLadder(), -11),
         (IterationLadder(), 10**30),
+        (GeometricLadder(stop=3), 3),
+        (GeometricLadder(), 61),
     ],
 )
 def test_level_beyond_the_ends(ladder, level):
@@ -315,14 +376,18 @@ def test_level_beyond_the_ends(ladder, level):
         ladder[level]
 
 
-@pytest.mark.parametrize("ladder", [IterationLadder(stop=3), IterationLadder(), ToleranceLadder()])
+@pytest.mark.parametrize(
+    "ladder", [IterationLadder(stop=3), IterationLadder(), ToleranceLadder(), GeometricLadder()]
+)
 @pytest.mark.parametrize("level", ["0", 1.0, None])
 def test_level_that_is_no_integer(ladder, level):
     with pytest.raises(TypeError, match="integers or slices"):
         ladder[level]
 
 
-@pytest.mark.parametrize("ladder", [IterationLadder(stop=3), IterationLadder(), ToleranceLadder()])
+@pytest.mark.parametrize(
+    "ladder", [IterationLadder(stop=3), IterationLadder(), ToleranceLadder(), GeometricLadder()]
+)
 def test_level_of_numpy(ladder):
     assert ladder[np.int64(1)] == ladder[1]
 
@@ -337,6 +402,8 @@ LADDERS = [
     ToleranceLadder(),
     ToleranceLadder(start=0.5, factor=0.5, stop=0.1, max_it=20),
     ToleranceLadder(start=1 / 3, factor=1 / 7, stop=1 / 3e5),
+    GeometricLadder(),
+    GeometricLadder(start=3, ratio=1 + 1 / 3, stop=np.int64(60), rtol_floor=1e-6),
 ]
 
 
@@ -355,6 +422,8 @@ def test_repr_makes_the_same_ladder_again(ladder):
             IterationLadder(rtol_floor=1e-6),
             "IterationLadder(start=1, step=1, stop=None, rtol_floor=1e-06)",
         ),
+        (GeometricLadder(), "GeometricLadder(start=1, ratio=2**0.5, stop=None)"),
+        (GeometricLadder(2, 1.5, 9), "GeometricLadder(start=2, ratio=1.5, stop=9)"),
         (ToleranceLadder(), "ToleranceLadder(start=0.1, factor=0.1, stop=1e-10, max_it=10000)"),
     ],
 )
@@ -397,6 +466,8 @@ def test_ladders_are_compared_by_value():
         (ToleranceLadder(), ToleranceLadder(stop=1e-9)),
         (ToleranceLadder(), ToleranceLadder(max_it=9)),
         (ToleranceLadder(), "ToleranceLadder()"),
+        (GeometricLadder(), GeometricLadder(ratio=2)),
+        (GeometricLadder(ratio=1.01, stop=5), IterationLadder(stop=5)),
     ],
 )
 def test_ladders_that_differ(one, other):

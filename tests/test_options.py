@@ -10,6 +10,7 @@ from petsc4py import PETSc
 
 import prdp_fem
 from prdp_fem.refinement import (
+    GeometricLadder,
     IterationLadder,
     Iterations,
     NewtonLadder,
@@ -66,6 +67,7 @@ CHANGES = {
     ),
     "start": ("7", lambda refinement, output: refinement.ladder == IterationLadder(start=7)),
     "step": ("7", lambda refinement, output: refinement.ladder == IterationLadder(step=7)),
+    "ratio": ("1.5", lambda refinement, output: refinement.ladder == GeometricLadder(ratio=1.5)),
     "stop": ("7", lambda refinement, output: refinement.ladder == IterationLadder(stop=7)),
     "tau_step": ("0.75", lambda refinement, output: refinement.tau_step == 0.75),
     "tau_stop": ("0.75", lambda refinement, output: refinement.tau_stop == 0.75),
@@ -92,6 +94,8 @@ def test_every_documented_option_is_read(name, set_options, capfd):
     value, changed = CHANGES[name]
     assert not changed(*make_and_step(capfd))
     set_options(**{f"prdp_{name}": value})
+    if name == "ratio":
+        set_options(prdp_ladder="geometric")
     assert changed(*make_and_step(capfd))
 
 
@@ -125,6 +129,7 @@ def test_documented_defaults():
         "ladder": "iterations",
         "start": f"{iterations.ladder.start}, or {tolerances.ladder.start}",
         "step": f"{iterations.ladder.step}, or {tolerances.ladder.factor}",
+        "ratio": "1.4142",
         "stop": f"no limit, or {tolerances.ladder.stop}",
         "tau_step": f"{iterations.tau_step}",
         "tau_stop": f"{iterations.tau_stop}",
@@ -135,9 +140,10 @@ def test_documented_defaults():
 
 def test_documented_types():
     assert {name: kind for name, (kind, _) in DOCUMENTED.items()} == {
-        "ladder": "iterations|tolerances|newton",
+        "ladder": "geometric|iterations|tolerances|newton",
         "start": "number",
         "step": "number",
+        "ratio": "real",
         "stop": "number",
         "tau_step": "real",
         "tau_stop": "real",
@@ -337,19 +343,19 @@ def test_communicator_is_handed_on(set_options, capfd):
             {"prdp_ladder": "levels"},
             "",
             {},
-            "-prdp_ladder must be one of iterations, tolerances, newton, found 'levels'",
+            "-prdp_ladder must be one of geometric, iterations, tolerances, newton, found 'levels'",
         ),
         (
             {"heat_prdp_ladder": "levels"},
             "heat_",
             {},
-            "-heat_prdp_ladder must be one of iterations, tolerances, newton, found 'levels'",
+            "-heat_prdp_ladder must be one of geometric, iterations, tolerances, newton, found",
         ),
         (
             {},
             "",
             {"ladder": "levels"},
-            "-prdp_ladder must be one of iterations, tolerances, newton, found 'levels'",
+            "-prdp_ladder must be one of geometric, iterations, tolerances, newton, found 'levels'",
         ),
         ({"prdp_start": "0"}, "", {}, "start must be an integer of at least 1, found 0"),
         ({"prdp_step": "-2"}, "", {}, "step must be an integer of at least 1, found -2"),
@@ -385,6 +391,29 @@ def test_bad_values(set_options, capfd, options, prefix, arguments, message):
         refinement_from_options(prefix, **arguments)
     assert message in str(error.value)
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "ladder, option, has",
+    [
+        ("geometric", "step", "start, ratio, stop"),
+        ("iterations", "ratio", "start, step, stop"),
+        ("tolerances", "ratio", "start, step, stop"),
+    ],
+)
+def test_options_of_another_ladder_are_not_left_unread(set_options, ladder, option, has):
+    message = f"prdp_{option} is no option of the ladder {ladder}, which has {has}: leave it away"
+    with pytest.raises(ValueError, match=message):
+        refinement_from_options(ladder=ladder, **{option: 2})
+    set_options(**{f"heat_prdp_{option}": "2", "heat_prdp_ladder": ladder})
+    with pytest.raises(ValueError, match=f"-heat_{message}"):
+        refinement_from_options("heat_")
+
+
+def test_a_geometric_ladder_from_options(set_options):
+    assert refinement_from_options(ladder="geometric").ladder == GeometricLadder()
+    set_options(prdp_ladder="geometric", prdp_start="2", prdp_ratio="3", prdp_stop="20")
+    assert list(refinement_from_options().ladder) == [*map(Iterations, (2, 6, 18))]
 
 
 @pytest.mark.parametrize(
@@ -674,6 +703,6 @@ def test_defaults_without_an_option(defaults, unknown, ladder):
         refinement_from_options(ladder=ladder, **defaults)
     assert (
         str(error.value)
-        == f"no option has the default {unknown}: known are start, step, stop, tau_step, tau_stop,"
-        " ema_window, error_window"
+        == f"no option has the default {unknown}: known are start, step, ratio, stop, tau_step,"
+        " tau_stop, ema_window, error_window"
     )

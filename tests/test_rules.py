@@ -22,6 +22,7 @@ from prdp_fem.refinement import (
     LADDERS,
     RULES,
     FixedRefinement,
+    GeometricLadder,
     IterationLadder,
     Iterations,
     NewtonLadder,
@@ -271,6 +272,15 @@ def test_any_sequence_of_settings_is_a_ladder(ladder):
     assert refinement.setting is ladder[0] or refinement.setting == ladder[0]
     run(refinement, [8, 8, 8])
     assert refinement.setting == ladder[1]
+
+
+def test_the_ladder_where_none_is_given():
+    refinement = ProgressiveRefinement(**EXACT)
+    assert refinement.ladder == GeometricLadder()
+    assert run(refinement, [8, 8, 8, 9, 10]) == [0, 0, 1, 2, 3]
+    other = ProgressiveRefinement(**EXACT)
+    other.load_state_dict(json.loads(json.dumps(refinement.state_dict())))
+    assert state_of(other) == state_of(refinement) and other.setting == Iterations(4)
 
 
 @pytest.mark.parametrize(
@@ -554,6 +564,7 @@ def test_infinity_survives_json():
             [SimpleNamespace(rtol=np.float32(0.5), max_it=np.int64(3), budget=np.True_)]
         ),
         lambda: ProgressiveRefinement(NewtonLadder(linear=Tolerance(0.1)), **EXACT),
+        lambda: ProgressiveRefinement(GeometricLadder(ratio=3), **EXACT),
         lambda: ScheduledRefinement(ToleranceLadder(), {np.int64(1): np.int64(2)}),
         lambda: FixedRefinement(NewtonSteps(2)),
     ],
@@ -577,6 +588,7 @@ DIFFERENT = {
     "Newton steps": ProgressiveRefinement(
         NewtonLadder(stop=1, linear=IterationLadder(stop=40)), **EXACT
     ),
+    "geometric": ProgressiveRefinement(GeometricLadder(stop=40), **EXACT),
     "a list": ProgressiveRefinement([*range(1, 39), 41, 42], **EXACT),
     **{
         name: ProgressiveRefinement(IterationLadder(stop=40), **{**EXACT, name: value})

@@ -4,6 +4,7 @@ Ladders and rules are registered as their modules are imported here; what is in 
 ``prdp_fem`` itself exports, too.
 """
 
+from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.refinement.registry import LADDERS as LADDERS
 from prdp_fem.refinement.registry import RULES as RULES
@@ -18,6 +19,7 @@ from prdp_fem.refinement.settings import Iterations, NewtonSteps, Setting, Toler
 
 __all__ = [
     "FixedRefinement",
+    "GeometricLadder",
     "IterationLadder",
     "Iterations",
     "NewtonLadder",

@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 # Behind prdp_: what refinement_from_options reads, and what solvers read.
-OF_LADDERS = ("start", "step", "stop")
+OF_LADDERS = ("start", "step", "ratio", "stop")
 OF_REFINEMENTS = ("ladder", *OF_LADDERS, *RULES["prdp"].options, "monitor", "view")
 OF_SOLVERS = ("device",)
 # A prefix, and what is behind prdp_; PETSc does not tell capitals from small letters.

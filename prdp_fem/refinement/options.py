@@ -34,8 +34,9 @@ def _documented(function: _Function) -> _Function:
     def defaults(option: str) -> str:
         texts = []
         for entry in LADDERS.values():
-            default = signature(entry.make).parameters[entry.numbers[option].argument].default
-            texts.append("no limit" if default is None else str(default))
+            if option in entry.numbers:
+                default = signature(entry.make).parameters[entry.numbers[option].argument].default
+                texts.append("no limit" if default is None else f"{default:.5g}")
         return ", or ".join(dict.fromkeys(texts))
 
     texts = {
@@ -58,6 +59,7 @@ def refinement_from_options(
         -prdp_ladder <{LADDERS}>: what the levels mean (iterations)
         -prdp_start <number>: iterations, steps or relative tolerance at level 0 ({START})
         -prdp_step <number>: what a level adds, or multiplies a tolerance by ({STEP})
+        -prdp_ratio <real>: what a level of a geometric ladder multiplies iterations by ({RATIO})
         -prdp_stop <number>: most iterations or steps, or smallest tolerance ({STOP})
         -prdp_tau_step <real>: ratio of moving averages above which training has plateaued (0.98)
         -prdp_tau_stop <real>: least improvement that makes another refinement worth while (0.9)
@@ -80,8 +82,8 @@ def refinement_from_options(
         Communicator of the refinement, see :class:`~prdp_fem.refinement.rules.Refinement`; the
         world's where None. This is collective on it.
     **defaults
-        Defaults of the other options, by the name behind ``prdp_``: ``start``, ``step``, ``stop``,
-        ``tau_step``, ``tau_stop``, ``ema_window``, ``error_window``.
+        Defaults of the other options, by the name behind ``prdp_``: ``start``, ``step``,
+        ``ratio``, ``stop``, ``tau_step``, ``tau_stop``, ``ema_window``, ``error_window``.
 
     Returns
     -------
@@ -143,7 +145,14 @@ def _read(
         raise TypeError(
             f"no option has the default {', '.join(sorted(unknown))}: known are {', '.join(known)}"
         )
-    entry = _ladder(prefix, options.getString("ladder") if options.hasName("ladder") else ladder)
+    kind = options.getString("ladder") if options.hasName("ladder") else ladder
+    entry = _ladder(prefix, kind)
+    for name in OF_LADDERS:
+        if name not in entry.numbers and (name in defaults or options.hasName(name)):
+            raise ValueError(
+                f"-{prefix}prdp_{name} is no option of the ladder {kind}, which has "
+                f"{', '.join(entry.numbers)}: leave it away, or choose another -{prefix}prdp_ladder"
+            )
 
     def read(numbers: Mapping[str, Number]) -> tuple[dict[str, Any], str]:
         """Values by argument, and how they were written where they are those of options."""

@@ -50,7 +50,7 @@ class LadderEntry:
     make : type
         Of the ladder.
     numbers : mapping of str to Number
-        What ``-prdp_start``, ``-prdp_step`` and ``-prdp_stop`` give it.
+        What options give it, by the names behind ``prdp_``.
     """
 
     make: type
@@ -84,7 +84,12 @@ RULES: dict[str, RuleEntry] = {}
 
 
 def ladder(
-    name: str, *, start: type = int, step: tuple[str, type] = ("step", int), stop: type = int
+    name: str,
+    *,
+    start: type = int,
+    step: tuple[str, type] | None = ("step", int),
+    ratio: tuple[str, type] | None = None,
+    stop: type = int,
 ) -> Callable[[_Class], _Class]:
     """Register a class of ladders, as a decorator.
 
@@ -96,8 +101,9 @@ def ladder(
         Of the ladder in ``-prdp_ladder``.
     start, stop : type
         Of the arguments of these names: int or float.
-    step : tuple of str and type
-        The argument that ``-prdp_step`` gives, and its type.
+    step, ratio : tuple of str and type, or None
+        The argument that ``-prdp_step``, or ``-prdp_ratio``, gives, and its type; None where it is
+        no option of the ladder.
 
     Examples
     --------
@@ -105,11 +111,11 @@ def ladder(
     ... class ToleranceLadder(Sequence):
     ...     def __init__(self, start=1e-1, factor=0.1, stop=1e-10): ...
     """
-    step_argument, step_type = step
+    arguments = {"start": ("start", start), "step": step, "ratio": ratio, "stop": ("stop", stop)}
     numbers = {
-        "start": Number("start", start is float),
-        "step": Number(step_argument, step_type is float),
-        "stop": Number("stop", stop is float),
+        option: Number(given[0], given[1] is float)
+        for option, given in arguments.items()
+        if given is not None
     }
 
     def register(make: _Class) -> _Class:

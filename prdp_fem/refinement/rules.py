@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from prdp_fem.arguments import count, shown
+from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import checked_ladder
 from prdp_fem.refinement.registry import rule
 from prdp_fem.refinement.settings import Setting, checked_setting, setting_of
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 _Value = TypeVar("_Value")
+# Where none is given; it cannot be changed, and so is one for all.
+_LADDER = GeometricLadder()
 
 
 @dataclass(frozen=True)
@@ -360,8 +363,9 @@ class ProgressiveRefinement(Refinement):
     Parameters
     ----------
     ladder : Sequence of Setting or int
-        For example :class:`~prdp_fem.refinement.ladders.IterationLadder`, or ``[5, 10, 20]`` for so
-        many iterations.
+        :class:`~prdp_fem.refinement.geometric.GeometricLadder` suits any solver; another one is
+        :class:`~prdp_fem.refinement.ladders.IterationLadder`, or ``[5, 10, 20]`` for so many
+        iterations.
     tau_step : float
         In (0, 1]: the ratio of moving averages above which training counts as plateaued. Higher
         waits longer.
@@ -399,7 +403,7 @@ class ProgressiveRefinement(Refinement):
 
     def __init__(
         self,
-        ladder: Sequence[Setting | int],
+        ladder: Sequence[Setting | int] = _LADDER,
         *,
         tau_step: float = 0.98,
         tau_stop: float = 0.9,
