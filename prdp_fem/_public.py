@@ -8,6 +8,8 @@ require_firedrake()
 
 # Name by name, as a type checker, which meets these modules in a circle, loses those of a star.
 from prdp_fem.refinement import (
+    Assessment,
+    CoarsePhysicsWarning,
     FixedRefinement,
     GeometricLadder,
     IterationLadder,
@@ -32,6 +34,8 @@ from prdp_fem.unrolled import SteepestDescent
 # Without LinearVariationalSolver and NonlinearVariationalSolver: a star import leaves a script's
 # names from Firedrake and torch alone.
 __all__ = [
+    "Assessment",
+    "CoarsePhysicsWarning",
     "FixedRefinement",
     "GeometricLadder",
     "Implicit",

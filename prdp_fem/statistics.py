@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from prdp_fem.arguments import is_integer, is_real, shown
@@ -79,6 +81,17 @@ class Statistics:
         """Count a copy of so many bytes to the host."""
         self.copies_to_host += 1
         self.bytes_to_host += size
+
+    @contextmanager
+    def apart(self) -> Iterator[Statistics]:
+        """Within, what is done is counted apart: in what this gives, once it is left."""
+        before, done = dict(vars(self)), Statistics()
+        try:
+            yield done
+        finally:
+            for name, value in before.items():
+                setattr(done, name, getattr(self, name) - value)
+            vars(self).update(before)
 
     def reset(self) -> None:
         """Start counting from zero."""

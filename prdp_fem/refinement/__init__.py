@@ -4,6 +4,7 @@ Ladders and rules are registered as their modules are imported here; what is in 
 ``prdp_fem`` itself exports, too.
 """
 
+from prdp_fem.refinement.assessment import Assessment, CoarsePhysicsWarning
 from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.refinement.registry import LADDERS as LADDERS
@@ -18,6 +19,8 @@ from prdp_fem.refinement.rules import (
 from prdp_fem.refinement.settings import Iterations, NewtonSteps, Setting, Tolerance
 
 __all__ = [
+    "Assessment",
+    "CoarsePhysicsWarning",
     "FixedRefinement",
     "GeometricLadder",
     "IterationLadder",

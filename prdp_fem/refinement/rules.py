@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from prdp_fem.arguments import count, shown
+from prdp_fem.refinement.assessment import Assessable
 from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import checked_ladder
 from prdp_fem.refinement.registry import rule
@@ -94,7 +95,7 @@ class _Checked(Generic[_Value]):
         attributes["changes"] = attributes.get("changes", 0) + 1
 
 
-class Refinement:
+class Refinement(Assessable):
     """What all refinements share: a ladder, a level, and the record of the outer iterations.
 
     A rule of one's own is a subclass with one method, :meth:`next_level`. Where it has numbers of
@@ -171,7 +172,9 @@ class Refinement:
 
     @property
     def setting(self) -> Setting:
-        """What the current level means: ``ladder[level]``."""
+        """What the current level means: ``ladder[level]``; or what was put in its place."""
+        if self._instead is not None:
+            return self._instead
         return setting_of(self.ladder[self.level])
 
     def _checked_ladder(self, ladder) -> Sequence[Setting]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import firedrake
@@ -212,6 +213,22 @@ class RefinedSolver(_Firedrakes):
         refinement = self._refinement
         # Settings of a user's class can have changed since they were looked at.
         return None if refinement is None else checked_setting(refinement.setting)
+
+    @contextmanager
+    def apart(self) -> Iterator[Statistics]:
+        """Within, solves leave no trace: they are counted apart, are on no tape, and the solution
+        Function is as before. Collective.
+
+        Gives what is counted, once it is left.
+        """
+        u = self.problem.u
+        values, version = local_values(u), u.dat.dat_version
+        with stop_annotating(), self.statistics.apart() as done:
+            try:
+                yield done
+            finally:
+                if u.dat.dat_version != version:
+                    set_local_values(u, values)
 
     def get_solution(self) -> firedrake.Function:
         """The user's solution Function."""
