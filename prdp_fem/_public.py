@@ -10,6 +10,7 @@ require_firedrake()
 from prdp_fem.refinement import (
     Assessment,
     CoarsePhysicsWarning,
+    DiscrepancyRefinement,
     FixedRefinement,
     GeometricLadder,
     IterationLadder,
@@ -36,6 +37,7 @@ from prdp_fem.unrolled import SteepestDescent
 __all__ = [
     "Assessment",
     "CoarsePhysicsWarning",
+    "DiscrepancyRefinement",
     "FixedRefinement",
     "GeometricLadder",
     "Implicit",

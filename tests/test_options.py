@@ -10,6 +10,7 @@ from petsc4py import PETSc
 
 import prdp_fem
 from prdp_fem.refinement import (
+    DiscrepancyRefinement,
     GeometricLadder,
     IterationLadder,
     Iterations,
@@ -73,6 +74,11 @@ CHANGES = {
     "tau_stop": ("0.75", lambda refinement, output: refinement.tau_stop == 0.75),
     "ema_window": ("7", lambda refinement, output: refinement.ema_window == 7),
     "error_window": ("7", lambda refinement, output: refinement.error_window == 7),
+    "rule": (
+        "discrepancy",
+        lambda refinement, output: isinstance(refinement, DiscrepancyRefinement),
+    ),
+    "gap": ("0.5", lambda refinement, output: getattr(refinement, "gap", None) == 0.5),
     "monitor": (None, lambda refinement, output: "PRDP metric" in output),
     "view": (None, lambda refinement, output: "ProgressiveRefinement(" in output),
 }
@@ -80,7 +86,7 @@ CHANGES = {
 
 def make_and_step(capfd):
     refinement = refinement_from_options()
-    refinement.step(1.0)
+    refinement.step(refinement.told(1.0, lambda: 1.0))
     return refinement, printed(capfd)
 
 
@@ -96,6 +102,8 @@ def test_every_documented_option_is_read(name, set_options, capfd):
     set_options(**{f"prdp_{name}": value})
     if name == "ratio":
         set_options(prdp_ladder="geometric")
+    if name == "gap":
+        set_options(prdp_rule="discrepancy")
     assert changed(*make_and_step(capfd))
 
 
@@ -131,10 +139,12 @@ def test_documented_defaults():
         "step": f"{iterations.ladder.step}, or {tolerances.ladder.factor}",
         "ratio": "1.4142",
         "stop": f"no limit, or {tolerances.ladder.stop}",
+        "rule": "prdp",
         "tau_step": f"{iterations.tau_step}",
         "tau_stop": f"{iterations.tau_stop}",
         "ema_window": f"{iterations.ema_window}",
         "error_window": f"{iterations.error_window}",
+        "gap": f"{refinement_from_options(rule='discrepancy').gap}",
     }
 
 
@@ -145,10 +155,12 @@ def test_documented_types():
         "step": "number",
         "ratio": "real",
         "stop": "number",
+        "rule": "prdp|discrepancy",
         "tau_step": "real",
         "tau_stop": "real",
         "ema_window": "int",
         "error_window": "int",
+        "gap": "real",
         "monitor": "",
         "view": "",
     }
@@ -408,6 +420,18 @@ def test_options_of_another_ladder_are_not_left_unread(set_options, ladder, opti
     set_options(**{f"heat_prdp_{option}": "2", "heat_prdp_ladder": ladder})
     with pytest.raises(ValueError, match=f"-heat_{message}"):
         refinement_from_options("heat_")
+
+
+def test_options_of_another_rule_are_not_left_unread(set_options):
+    with pytest.raises(
+        ValueError, match="prdp_gap is no option of the rule prdp, which has tau_st"
+    ):
+        refinement_from_options(gap=0.2)
+    set_options(prdp_tau_stop="0.5", heat_prdp_rule="prpd")
+    with pytest.raises(ValueError, match="prdp_tau_stop is no option of the rule discrepancy, whi"):
+        refinement_from_options(rule="discrepancy")
+    with pytest.raises(ValueError, match="-heat_prdp_rule must be one of prdp, discrepancy, found"):
+        refinement_from_options("heat")
 
 
 def test_a_geometric_ladder_from_options(set_options):
@@ -704,5 +728,5 @@ def test_defaults_without_an_option(defaults, unknown, ladder):
     assert (
         str(error.value)
         == f"no option has the default {unknown}: known are start, step, ratio, stop, tau_step,"
-        " tau_stop, ema_window, error_window"
+        " tau_stop, ema_window, error_window, gap"
     )

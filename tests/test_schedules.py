@@ -2,13 +2,30 @@
 
 import pytest
 
-from prdp_fem import IterationLadder, Iterations, ProgressiveRefinement, Refinement, Tolerance
+from prdp_fem import (
+    DiscrepancyRefinement,
+    IterationLadder,
+    Iterations,
+    ProgressiveRefinement,
+    Refinement,
+    Tolerance,
+)
 from prdp_fem.refinement import RULES, registry
 from prdp_fem.studies import CONVERGED, PRDP, Schedule
 
 
 @pytest.mark.parametrize(
-    "text", ["prdp:0.9000001:0.9", "converged", "prdp", "prdp:0.9:0.8", "1", "25"]
+    "text",
+    [
+        "prdp:0.9000001:0.9",
+        "converged",
+        "prdp",
+        "prdp:0.9:0.8",
+        "1",
+        "25",
+        "discrepancy",
+        "discrepancy:0.2",
+    ],
 )
 def test_schedules_have_names_that_are_read_again(text):
     schedule = Schedule.from_text(text)
@@ -44,6 +61,8 @@ def test_schedules_make_refinements():
         prdp.tau_stop,
         prdp.setting,
     ) == (0.9, 0.8, Iterations(2))
+    discrepancy = Schedule.from_text("discrepancy:0.2").refinement(**how)
+    assert isinstance(discrepancy, DiscrepancyRefinement) and discrepancy.gap == 0.2
     default, ours = ProgressiveRefinement(IterationLadder()), Schedule("prdp").refinement(**how)
     assert (ours.tau_step, ours.tau_stop) == (default.tau_step, default.tau_stop)
 
@@ -57,9 +76,7 @@ class Halving(Refinement):
 
 
 def test_a_rule_that_is_registered_is_a_schedule(monkeypatch):
-    with pytest.raises(
-        ValueError, match="a schedule is converged, prdp, prdp:TAU_STEP:TAU_STOP or a number"
-    ):
+    with pytest.raises(ValueError, match="TAU_STOP, discrepancy, discrepancy:GAP or a number"):
         Schedule.from_text("halving")
     monkeypatch.setitem(RULES, "halving", None)  # until the end of the test
     registry.rule("halving", title="halving", options={"ratio": float}, varied=("ratio",))(Halving)

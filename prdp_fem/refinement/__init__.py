@@ -5,6 +5,7 @@ Ladders and rules are registered as their modules are imported here; what is in 
 """
 
 from prdp_fem.refinement.assessment import Assessment, CoarsePhysicsWarning
+from prdp_fem.refinement.discrepancy import DiscrepancyRefinement
 from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import IterationLadder, NewtonLadder, ToleranceLadder
 from prdp_fem.refinement.registry import LADDERS as LADDERS
@@ -21,6 +22,7 @@ from prdp_fem.refinement.settings import Iterations, NewtonSteps, Setting, Toler
 __all__ = [
     "Assessment",
     "CoarsePhysicsWarning",
+    "DiscrepancyRefinement",
     "FixedRefinement",
     "GeometricLadder",
     "IterationLadder",

@@ -17,6 +17,7 @@ from prdp_fem.refinement import RULES
 __all__ = [
     "OF_LADDERS",
     "OF_REFINEMENTS",
+    "OF_RULES",
     "OF_SOLVERS",
     "check_option_names",
     "check_solver_parameters",
@@ -24,7 +25,8 @@ __all__ = [
 
 # Behind prdp_: what refinement_from_options reads, and what solvers read.
 OF_LADDERS = ("start", "step", "ratio", "stop")
-OF_REFINEMENTS = ("ladder", *OF_LADDERS, *RULES["prdp"].options, "monitor", "view")
+OF_RULES = tuple(dict.fromkeys(name for entry in RULES.values() for name in entry.options))
+OF_REFINEMENTS = ("ladder", *OF_LADDERS, "rule", *OF_RULES, "monitor", "view")
 OF_SOLVERS = ("device",)
 # A prefix, and what is behind prdp_; PETSc does not tell capitals from small letters.
 _OWN = re.compile(r"(?P<prefix>|.*_)prdp(?P<separator>[_-]?)(?P<name>.*)", re.IGNORECASE)

@@ -12,9 +12,9 @@ from petsc4py import PETSc
 
 from prdp_fem.arguments import instance, shown
 from prdp_fem.ranks.agreement import agree
-from prdp_fem.refinement import LADDERS, RULES, ProgressiveRefinement, Record
-from prdp_fem.refinement.option_names import OF_LADDERS, check_option_names
-from prdp_fem.refinement.registry import LadderEntry, Number
+from prdp_fem.refinement import LADDERS, RULES, Record, Refinement
+from prdp_fem.refinement.option_names import OF_LADDERS, OF_RULES, check_option_names
+from prdp_fem.refinement.registry import Number
 
 __all__ = ["refinement_from_options"]
 
@@ -41,6 +41,7 @@ def _documented(function: _Function) -> _Function:
 
     texts = {
         "LADDERS": "|".join(LADDERS),
+        "RULES": "|".join(RULES),
         **{option.upper(): defaults(option) for option in OF_LADDERS},
     }
     # Docstrings are taken away by python -OO.
@@ -50,9 +51,14 @@ def _documented(function: _Function) -> _Function:
 
 @_documented
 def refinement_from_options(
-    prefix: str = "", *, ladder: str = "iterations", comm: MPI.Comm | None = None, **defaults
-) -> ProgressiveRefinement:
-    """A :class:`ProgressiveRefinement` as PETSc's options say.
+    prefix: str = "",
+    *,
+    ladder: str = "iterations",
+    rule: str = "prdp",
+    comm: MPI.Comm | None = None,
+    **defaults,
+) -> Refinement:
+    """A :class:`ProgressiveRefinement`, or another rule, as PETSc's options say.
 
     They are given on the command line, or in the options database::
 
@@ -61,10 +67,12 @@ def refinement_from_options(
         -prdp_step <number>: what a level adds, or multiplies a tolerance by ({STEP})
         -prdp_ratio <real>: what a level of a geometric ladder multiplies iterations by ({RATIO})
         -prdp_stop <number>: most iterations or steps, or smallest tolerance ({STOP})
+        -prdp_rule <{RULES}>: when to refine (prdp)
         -prdp_tau_step <real>: ratio of moving averages above which training has plateaued (0.98)
         -prdp_tau_stop <real>: least improvement that makes another refinement worth while (0.9)
         -prdp_ema_window <int>: window of the moving average of the metrics (6)
         -prdp_error_window <int>: how many moving averages are looked back over (3)
+        -prdp_gap <real>: difference to a finer setting above which "discrepancy" refines (0.1)
         -prdp_monitor: print metric, level and setting at each step
         -prdp_view: print the refinement when it is made
 
@@ -78,22 +86,24 @@ def refinement_from_options(
         options are ``-heat_prdp_start`` and so on.
     ladder : str
         Default of ``-prdp_ladder``.
+    rule : str
+        Default of ``-prdp_rule``.
     comm : mpi4py.MPI.Comm or None
         Communicator of the refinement, see :class:`~prdp_fem.refinement.rules.Refinement`; the
         world's where None. This is collective on it.
     **defaults
         Defaults of the other options, by the name behind ``prdp_``: ``start``, ``step``,
-        ``ratio``, ``stop``, ``tau_step``, ``tau_stop``, ``ema_window``, ``error_window``.
+        ``ratio``, ``stop``, ``tau_step``, ``tau_stop``, ``ema_window``, ``error_window``, ``gap``.
 
     Returns
     -------
-    ProgressiveRefinement
+    Refinement
 
     Raises
     ------
     ValueError
-        For an unknown option or ladder, and for a value that cannot be meant; on all ranks, where
-        it is so on one.
+        For an unknown option, ladder or rule, for an option that these do not have, and for a value
+        that cannot be meant; on all ranks, where it is so on one.
     TypeError
         For a default without an option.
     """
@@ -108,12 +118,12 @@ def refinement_from_options(
             f"found {shown(comm)}"
         )
     comm = MPI.COMM_WORLD if comm is None else comm
-    refinement: ProgressiveRefinement
+    refinement: Refinement
 
     def make() -> tuple:
         nonlocal refinement
         check_option_names()
-        refinement, switches = _read(prefix, ladder, defaults, comm)
+        refinement, switches = _read(prefix, (ladder, rule), defaults, comm)
         return repr(refinement), switches
 
     _, switches = agree(
@@ -135,24 +145,23 @@ def refinement_from_options(
 
 
 def _read(
-    prefix: str, ladder: str, defaults: dict[str, Any], comm: MPI.Comm
-) -> tuple[ProgressiveRefinement, list[str]]:
+    prefix: str, kinds: tuple[str, str], defaults: dict[str, Any], comm: MPI.Comm
+) -> tuple[Refinement, list[str]]:
     """The refinement that the options mean, and which switches are on."""
     options = PETSc.Options(f"{prefix}prdp_")
-    known = [*OF_LADDERS, *RULES["prdp"].options]
+    known = [*OF_LADDERS, *OF_RULES]
     unknown = defaults.keys() - set(known)
     if unknown:
         raise TypeError(
             f"no option has the default {', '.join(sorted(unknown))}: known are {', '.join(known)}"
         )
-    kind = options.getString("ladder") if options.hasName("ladder") else ladder
-    entry = _ladder(prefix, kind)
-    for name in OF_LADDERS:
-        if name not in entry.numbers and (name in defaults or options.hasName(name)):
-            raise ValueError(
-                f"-{prefix}prdp_{name} is no option of the ladder {kind}, which has "
-                f"{', '.join(entry.numbers)}: leave it away, or choose another -{prefix}prdp_ladder"
-            )
+    ladder = _named(options, prefix, "ladder", kinds[0], LADDERS)
+    rule = _named(options, prefix, "rule", kinds[1], RULES)
+    given = {name for name in known if name in defaults or options.hasName(name)}
+    _refuse_unread(
+        prefix, f"ladder {ladder}", given.intersection(OF_LADDERS), LADDERS[ladder].numbers
+    )
+    _refuse_unread(prefix, f"rule {rule}", given.intersection(OF_RULES), RULES[rule].options)
 
     def read(numbers: Mapping[str, Number]) -> tuple[dict[str, Any], str]:
         """Values by argument, and how they were written where they are those of options."""
@@ -173,8 +182,8 @@ def _read(
                 f"{error} (as the options {written} have it)" if written else str(error)
             ) from None
 
-    levels = made(entry.make, *read(entry.numbers))
-    refinement = made(ProgressiveRefinement, *read(RULES["prdp"].options), ladder=levels, comm=comm)
+    levels = made(LADDERS[ladder].make, *read(LADDERS[ladder].numbers))
+    refinement = made(RULES[rule].make, *read(RULES[rule].options), ladder=levels, comm=comm)
     switches = [
         name
         for name in ("view", "monitor")
@@ -183,12 +192,26 @@ def _read(
     return refinement, switches
 
 
-def _ladder(prefix: str, name: Any) -> LadderEntry:
-    if not isinstance(name, str) or name not in LADDERS:
+def _named(
+    options: PETSc.Options, prefix: str, option: str, default: Any, known: Mapping[str, Any]
+) -> str:
+    """The name of a ladder or a rule that is known."""
+    name = options.getString(option) if options.hasName(option) else default
+    if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"-{prefix}prdp_ladder must be one of {', '.join(LADDERS)}, found {shown(name)}"
+            f"-{prefix}prdp_{option} must be one of {', '.join(known)}, found {shown(name)}"
         )
-    return LADDERS[name]
+    return name
+
+
+def _refuse_unread(prefix: str, whose: str, given: set[str], read: Mapping[str, Number]) -> None:
+    """Raise for an option that would change nothing, as it is another ladder's or rule's."""
+    if unread := sorted(given - read.keys()):
+        kind = whose.partition(" ")[0]
+        raise ValueError(
+            f"-{prefix}prdp_{unread[0]} is no option of the {whose}, which has "
+            f"{', '.join(read)}: leave it away, or choose another -{prefix}prdp_{kind}"
+        )
 
 
 def _number(option: str, text: str, *, is_real: bool) -> int | float:
@@ -208,7 +231,7 @@ def _switch(option: str, text: str) -> bool:
     return _SWITCHES[text.lower()]
 
 
-def _line(refinement: ProgressiveRefinement, record: Record) -> str:
+def _line(refinement: Refinement, record: Record) -> str:
     """One line of ``-prdp_monitor``."""
     line = (
         f"{len(refinement.history) - 1:5d} PRDP metric {record.metric:.6e} "

@@ -252,6 +252,18 @@ class Refinement(Assessable):
             raise ValueError(refusal)
         return value
 
+    def told(self, metric: float, validate: Callable[[], Any]) -> Any:
+        """What :meth:`step` is to be told after an outer iteration, by a loop such as ``train``.
+
+        Parameters
+        ----------
+        metric : float
+            Of the outer iteration, at the level.
+        validate : callable
+            It returns the metric at the physics of the moment.
+        """
+        return metric
+
     def next_level(self, smoothed: float) -> int:
         """The level after an outer iteration: what a rule is.
 
