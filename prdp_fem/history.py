@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +18,28 @@ from prdp_fem.statistics import Statistics
 __all__ = ["Account", "History"]
 
 _COUNTS = ("solves", "adjoint_solves", "forward_iterations", "adjoint_iterations")
+
+
+# What a guard has found; histories of earlier versions have none.
+_OF_GUARD = {"converged", "warnings", "guard_iterations"}
+
+
+def _check_guard(entries: dict[str, Any]) -> None:
+    """Raise where what a guard has found is nothing of the kind."""
+    found = entries.get("converged", [])
+    if type(found) is not list or not all(
+        type(pair) is list
+        and len(pair) == 2
+        and _is_amount(pair[0], (int,))
+        and _is_amount(pair[1], (int, float))
+        for pair in found
+    ):
+        raise ValueError("converged must be a list of pairs, each of an epoch and a metric")
+    texts = entries.get("warnings", [])
+    if type(texts) is not list or not all(type(text) is str for text in texts):
+        raise ValueError("warnings must be a list of texts")
+    if not _is_amount(entries.get("guard_iterations", 0), (int,)):
+        raise ValueError("guard_iterations must be a whole number of at least 0")
 
 
 def _is_amount(value, kinds: tuple[type, ...]) -> bool:
@@ -40,6 +63,13 @@ class History:
         What the solvers have done since the start, training and validation together.
     solver_seconds, seconds : list of float
         Wall-clock time since the start, in the solvers and in all; of the slowest rank.
+    converged : list of list
+        Pairs of an epoch, counted from 1, and the metric with converged physics after it, as the
+        guard of a training has found them. Neither the counts nor the seconds above have it.
+    warnings : list of str
+        What the guard has said.
+    guard_iterations : int
+        KSP iterations that the guard has spent.
     """
 
     metric: list[float] = field(default_factory=list)
@@ -51,6 +81,9 @@ class History:
     adjoint_iterations: list[int] = field(default_factory=list)
     solver_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    converged: list[list] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    guard_iterations: int = 0
 
     @classmethod
     def from_plain(cls, entries: dict[str, Any]) -> History:
@@ -61,9 +94,12 @@ class History:
         ValueError
             Where they are others, or not those of a training run.
         """
-        lists = sorted({field.name for field in fields(cls)} - {"settings"})
-        if not isinstance(entries, dict) or sorted(entries) != sorted([*lists, "settings"]):
+        lists = sorted({field.name for field in fields(cls)} - {"settings", *_OF_GUARD})
+        if not isinstance(entries, dict) or sorted(entries.keys() - _OF_GUARD) != sorted(
+            [*lists, "settings"]
+        ):
             raise ValueError(f"a history has {', '.join(lists)} and settings")
+        _check_guard(entries)
         for name in lists:
             is_real = name in ("metric", "seconds", "solver_seconds")
             kinds = (int, float) if is_real else (int,)
@@ -145,6 +181,15 @@ class Account:
         self._comm, self._members = comm, members
         self._opening = self._sums()
         self._start = time.perf_counter()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within, no wall-clock time is counted."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - start
 
     def _sums(self) -> dict[str, float]:
         return {

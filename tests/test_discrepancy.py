@@ -49,7 +49,7 @@ def test_it_refines_while_the_two_differ():
 def test_nothing_is_finer_than_the_last_level():
     refinement, seen = DiscrepancyRefinement([3, 7]), []
     refinement.level = 1
-    assert refinement.finer_setting is None
+    assert refinement.finer_level == 1
     assert refinement.step(metrics_of(refinement, {7: 1.0}, seen)) is False and seen == [7]
 
 
@@ -76,7 +76,7 @@ def test_nothing_is_finer_than_the_last_level():
 def test_finer_is_what_has_up_to_twice_the_work(ladder, level, finer):
     refinement = DiscrepancyRefinement(ladder)
     refinement.level = level
-    assert refinement.finer_setting == finer
+    assert refinement.ladder[refinement.finer_level] == finer
 
 
 def test_a_plateau_is_no_reason():

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prdp_fem.arguments import shown
 from prdp_fem.refinement.settings import (
@@ -25,7 +25,6 @@ from prdp_fem.refinement.settings import (
 __all__ = [
     "ALLOWED_GAP",
     "CONVERGED",
-    "REMEDY",
     "Assessable",
     "Assessment",
     "CoarsePhysicsWarning",
@@ -38,16 +37,20 @@ __all__ = [
 CONVERGED = Tolerance(1e-8)
 # The relative difference of metrics above which physics are too coarse to judge by.
 ALLOWED_GAP = 0.05
-REMEDY = (
-    "judge by the latter, and refine further, as with a GeometricLadder, a tau_stop nearer to 1, "
-    "or DiscrepancyRefinement"
-)
 # Newton steps that are converged where a setting leaves their linear solves to the options.
 _MANY_STEPS = 50
 
 
 class CoarsePhysicsWarning(UserWarning):
-    """A metric that was found with coarse physics is another one with converged physics."""
+    """A metric that was found with coarse physics is another one with converged physics.
+
+    Attributes
+    ----------
+    history : prdp_fem.history.History or None
+        That of the training which has raised it as an error.
+    """
+
+    history: Any = None
 
 
 def relative_gap(found: float, true: float) -> float:
@@ -111,6 +114,8 @@ class Assessment:
 class Assessable:
     """What can be assessed: the part of a refinement that puts another setting in its place."""
 
+    # What to do where physics are too coarse to judge by.
+    remedy: ClassVar[str] = "judge by the latter, and refine further"
     # What solvers are told instead of the level's setting.
     _instead: Setting | None = None
 
@@ -197,7 +202,7 @@ class Assessable:
             reported, true, work.iterations + more.iterations, work.seconds + more.seconds
         )
         if assessment.gap > ALLOWED_GAP:
-            warnings.warn(f"{assessment}: {REMEDY}", CoarsePhysicsWarning, stacklevel=2)
+            warnings.warn(f"{assessment}: {self.remedy}", CoarsePhysicsWarning, stacklevel=2)
         return assessment
 
     def metric_apart(

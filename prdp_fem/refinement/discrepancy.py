@@ -55,6 +55,10 @@ class DiscrepancyRefinement(Refinement):
     level's, and of the next one at least; work is a budget of iterations (times Newton steps), and
     of a tolerance it is not known. So a comparison costs no more than two validations.
 
+    Where solves converge slowly, even a setting of twice the work may tell nearly the same wrong
+    metric. In :func:`prdp_fem.torch.train` the guard finds that out with converged physics, and the
+    level then goes up to the finer one at once.
+
     Parameters
     ----------
     ladder : Sequence of Setting or int
@@ -71,6 +75,7 @@ class DiscrepancyRefinement(Refinement):
     """
 
     parameters = ("ema_window", "gap")
+    remedy = "judge by the latter, and refine further, by a smaller gap"
 
     def __init__(
         self, ladder: Sequence[Setting | int] = _LADDER, *, gap: float = 0.1, comm: Any = None
@@ -80,6 +85,8 @@ class DiscrepancyRefinement(Refinement):
             raise ValueError(f"gap must be a positive number, found {shown(gap)}")
         self.gap = float(gap)
         self._is_too_coarse = False
+        # Whether it was found to be by converged physics.
+        self._is_far_too_coarse = False
 
     def step(  # type: ignore[override]  # a rule may be told something else than a metric
         self, validate: Callable[[], float] | Comparison
@@ -125,27 +132,25 @@ class DiscrepancyRefinement(Refinement):
                 f"validates, as train() does, found {shown(validate)}"
             )
         reported = self.agreed_metric(validate() if reported is None else reported)
-        finer = self.finer_setting
-        if finer is None:
+        finer = self.finer_level
+        if finer == self.level:
             return Comparison(reported, reported)
-        with self.at(finer):
+        with self.at(setting_of(self.ladder[finer])):
             return Comparison(reported, self.agreed_metric(validate()))
 
     @property
-    def finer_setting(self) -> Setting | None:
-        """What the level is compared with; None at the last one."""
+    def finer_level(self) -> int:
+        """The level that the present one is compared with; itself, where it is the last one."""
         first, end = self.level + 1, len(self.ladder)
-        if first == end:
-            return None
         most = _MOST_WORK * self._work(self.level)
-        if most == math.inf:
-            return setting_of(self.ladder[first])
+        if first == end or most == math.inf:
+            return min(first, end - 1)
         # A ladder without an end cannot be looked through.
         last = first + 1
         while last < end and self._work(last) <= most:
             last = min(2 * last, end)
         fitting = bisect_right(range(first, last), most, key=self._work)
-        return setting_of(self.ladder[first + max(fitting, 1) - 1])
+        return first + max(fitting, 1) - 1
 
     def _work(self, level: int) -> float:
         """How many iterations a solve makes at a level; infinity where that is not known."""
@@ -160,7 +165,13 @@ class DiscrepancyRefinement(Refinement):
     def told(self, metric: float, validate: Callable[[], float]) -> Comparison:
         return self.compare(validate, metric)
 
+    def heed(self, gap: float) -> None:
+        self._is_far_too_coarse = gap > self.gap
+
     def next_level(self, smoothed: float) -> int:
+        if self._is_far_too_coarse:
+            self._is_far_too_coarse = False
+            return self.finer_level
         is_last = self.level + 1 == len(self.ladder)
         return self.level + (self._is_too_coarse and not is_last)
 

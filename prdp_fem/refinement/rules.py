@@ -177,6 +177,13 @@ class Refinement(Assessable):
             return self._instead
         return setting_of(self.ladder[self.level])
 
+    @property
+    def stopped(self) -> str:
+        """Why the level is not about to go up any more; empty where it may."""
+        if len(self.ladder) == 1:
+            return "it has no other level"
+        return "that is the last level" if self.level + 1 == len(self.ladder) else ""
+
     def _checked_ladder(self, ladder) -> Sequence[Setting]:
         ladder = checked_ladder(ladder)
         if vars(self).get("level", 0) >= len(ladder):
@@ -263,6 +270,17 @@ class Refinement(Assessable):
             It returns the metric at the physics of the moment.
         """
         return metric
+
+    def heed(self, gap: float) -> None:
+        """Be told, before a step, how far a metric at the level is off that of converged physics.
+
+        A rule need not heed it, and PRDP, as it was published, does not.
+
+        Parameters
+        ----------
+        gap : float
+            Relative to the metric with converged physics.
+        """
 
     def next_level(self, smoothed: float) -> int:
         """The level after an outer iteration: what a rule is.
@@ -411,6 +429,10 @@ class ProgressiveRefinement(Refinement):
     """
 
     parameters = ("ema_window", "tau_step", "tau_stop", "error_window")
+    remedy = (
+        "judge by the latter, and refine further, as with a GeometricLadder, a tau_stop nearer to "
+        "1, or DiscrepancyRefinement"
+    )
 
     tau_step = _Checked[float](lambda refinement, ratio: _checked_threshold("tau_step", ratio))
     tau_stop = _Checked[float](lambda refinement, ratio: _checked_threshold("tau_stop", ratio))
@@ -436,6 +458,16 @@ class ProgressiveRefinement(Refinement):
                 f"checkpoint must be a positive number or inf, found {shown(checkpoint)}"
             )
         self.checkpoint = float(checkpoint)
+
+    @property
+    def stopped(self) -> str:
+        for place in range(len(self.history) - 1, self.error_window - 1, -1):
+            record, earlier = self.history[place], self.history[place + 1 - self.error_window]
+            if record.refined:
+                break
+            if _ratio(record.smoothed, earlier.smoothed) > self.tau_step:
+                return super().stopped or "this level gains less than tau_stop asks"
+        return super().stopped
 
     def next_level(self, smoothed: float) -> int:
         if len(self.history) + 1 <= self.error_window or self.level + 1 >= len(self.ladder):

@@ -113,6 +113,7 @@ class Run:
                 f"{path} cannot be written: what is to be kept must be plain numbers, "
                 f"strings and lists ({error})"
             ) from None
+        entries["warnings"] = self.history.warnings
         entries["checksum"] = _checksum(entries)
         write(path, json.dumps(entries, separators=(",", ":")) + "\n")
 
@@ -144,8 +145,9 @@ class Run:
             "extras": dict,
             "machine": dict,
         }
-        if type(entries) is not dict or entries.keys() - {"checksum"} != kinds.keys():
+        if type(entries) is not dict or entries.keys() - {"checksum", "warnings"} != kinds.keys():
             raise ValueError(f"a run has {', '.join(kinds)}")
+        entries.pop("warnings", None)  # the history has them, too
         # Files of earlier versions have none.
         if entries.pop("checksum", checksum := _checksum(entries)) != checksum:
             raise ValueError("its history or extras have been changed since it was written")

@@ -25,6 +25,7 @@ from prdp_fem.ranks.agreement import agree, from_first_rank
 from prdp_fem.refinement.rules import Refinement, checked_metric
 from prdp_fem.solvers import RefinedSolver
 from prdp_fem.torch.layer import SolverLayer
+from prdp_fem.training.guard import Guard, checked_mode
 from prdp_fem.training.reduction import GradientReduction, check_replicas
 from prdp_fem.training.sampling import EnsembleSampler
 
@@ -46,6 +47,7 @@ def train(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     comm: MPI.Comm = MPI.COMM_SELF,
     ensemble: Ensemble | None = None,
+    guard: str | None = "warn",
     label: str = "training",
     progress: bool = True,
 ) -> History:
@@ -101,6 +103,14 @@ def train(
     ensemble : firedrake.Ensemble or None
         Its members deal the samples of each batch out among them; the ranks of a member share the
         unknowns.
+    guard : str or None
+        What becomes of a metric that is another one with converged physics, by more than 5 %:
+        ``"warn"`` says so, once and at the end, in a warning and in ``history.warnings``;
+        ``"error"`` raises it, at the end, or as soon as the refinement has stopped; None does not
+        look. It takes at most 3 % of the run's iterations, which ``history.guard_iterations``
+        counts, and nothing else does. It also says where a refinement has stopped while residuals
+        are large, where learning rates have fallen while physics are coarse, and where levels climb
+        beyond the floor of rounding.
     label : str
         What the progress bar says.
     progress : bool
@@ -124,8 +134,13 @@ def train(
         that batch; where weights are not after an epoch, and where the metric is no number,
         negative or not finite: training has diverged.
 
+    CoarsePhysicsWarning
+        Where ``guard="error"``, and metrics differ. Its attribute ``history`` is the History.
+
     Warns
     -----
+    CoarsePhysicsWarning
+        See ``guard``.
     UserWarning
         Where no solver follows the refinement, or a solver none, and on several ranks where
         parameters have hooks.
@@ -155,14 +170,18 @@ def train(
         _check_solvers(solvers, refinement, sharing)
         _check_optimiser(network, optimiser, comm, sharing)
         _check_scheduler(optimiser, scheduler, epochs)
-        return epochs, samples, batch_size, seed, refinement.level, refinement.setting
+        checked_mode(guard)
+        return epochs, guard, samples, batch_size, seed, refinement.level, refinement.setting
 
     solvers = list(solvers) if isinstance(solvers, Iterable) else solvers
-    agree(comm, alike, "epochs, samples, batch sizes, seeds and levels of refinement")
+    agree(comm, alike, "epochs, guards, samples, batch sizes, seeds and levels of refinement")
     if comm.rank == 0:
         _warn_of_what_is_not_refined(network, solvers, refinement)
     sampler = EnsembleSampler(samples, batch_size, seed=seed, ensemble=ensemble)
     history, account = History(), Account(solvers, comm, members)
+    inside = [layer.solver for layer in network.modules() if isinstance(layer, SolverLayer)]
+    watched = list({id(solver): solver for solver in [*solvers, *inside]}.values())
+    watch = Guard(guard, validate, refinement, watched, optimiser, history, comm)
     bar = tqdm(
         range(epochs),
         desc=label,
@@ -181,11 +200,14 @@ def train(
             steps.check_weights()
             network.eval()
             with torch.no_grad():
-                found = validate()
-            # Those of ranks may differ by rounding, and decisions must not.
-            metric = from_first_rank(comm, partial(checked_metric, found))
-            history.record(metric, refinement, account)
-            refinement.step(metric)
+                found = watch.validate()
+                # Those of ranks may differ by rounding, and decisions must not.
+                metric = from_first_rank(comm, partial(checked_metric, found))
+                result = refinement.told(metric, validate)
+                history.record(metric, refinement, account)
+                with account.closed():
+                    watch.look(metric, epochs)
+            refinement.step(result)
             if scheduler is not None:
                 told: Any = [metric] if _required(scheduler.step) else []
                 scheduler.step(*told)
