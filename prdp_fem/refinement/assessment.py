@@ -112,7 +112,10 @@ class Assessment:
 
 
 class Assessable:
-    """What can be assessed: the part of a refinement that puts another setting in its place."""
+    """What can be assessed: the part of a refinement that has to do with finer physics.
+
+    It puts another setting in the level's place, and hears what metrics are with that.
+    """
 
     # What to do where physics are too coarse to judge by.
     remedy: ClassVar[str] = "judge by the latter, and refine further"
@@ -243,6 +246,29 @@ class Assessable:
             sum(one.iterations for one in done),
             sum(one.seconds for one in done),
         )
+
+    def told(self, metric: float, validate: Callable[[], Any]) -> Any:
+        """What :meth:`step` is to be told after an outer iteration, by a loop such as ``train``.
+
+        Parameters
+        ----------
+        metric : float
+            Of the outer iteration, at the level.
+        validate : callable
+            It returns the metric at the physics of the moment.
+        """
+        return metric
+
+    def heed(self, gap: float) -> None:
+        """Be told, before a step, how far a metric at the level is off that of converged physics.
+
+        A rule need not heed it, and PRDP, as it was published, does not.
+
+        Parameters
+        ----------
+        gap : float
+            Relative to the metric with converged physics.
+        """
 
 
 def checked_solvers(solvers: Any) -> list:

@@ -188,9 +188,8 @@ class Refinement(Assessable):
         ladder = checked_ladder(ladder)
         if vars(self).get("level", 0) >= len(ladder):
             raise ValueError(
-                f"level {self.level} is not on the ladder {shown(ladder)}, which has "
-                f"levels 0 to {len(ladder) - 1}: set the "
-                "level first"
+                f"level {self.level} is not on the ladder {shown(ladder)}, which has levels 0 to "
+                f"{len(ladder) - 1}: set the level first"
             )
         return ladder
 
@@ -246,41 +245,7 @@ class Refinement(Assessable):
         ValueError
             As :meth:`step`, on all ranks.
         """
-        if self.comm is None:
-            return checked_metric(metric)
-        value = refusal = None
-        if self.comm.rank == 0:
-            try:
-                value = checked_metric(metric)
-            except ValueError as error:
-                refusal = str(error)
-        value, refusal = self.comm.bcast((value, refusal), root=0)
-        if refusal is not None:
-            raise ValueError(refusal)
-        return value
-
-    def told(self, metric: float, validate: Callable[[], Any]) -> Any:
-        """What :meth:`step` is to be told after an outer iteration, by a loop such as ``train``.
-
-        Parameters
-        ----------
-        metric : float
-            Of the outer iteration, at the level.
-        validate : callable
-            It returns the metric at the physics of the moment.
-        """
-        return metric
-
-    def heed(self, gap: float) -> None:
-        """Be told, before a step, how far a metric at the level is off that of converged physics.
-
-        A rule need not heed it, and PRDP, as it was published, does not.
-
-        Parameters
-        ----------
-        gap : float
-            Relative to the metric with converged physics.
-        """
+        return checked_metric(metric) if self.comm is None else _of_first_rank(self.comm, metric)
 
     def next_level(self, smoothed: float) -> int:
         """The level after an outer iteration: what a rule is.
@@ -357,22 +322,13 @@ class Refinement(Assessable):
         for name, value in self._rule().items():
             if not is_equal(state[name], value):
                 raise ValueError(
-                    f"the state was saved with {name} {shown(state[name])}, and this "
-                    f"refinement has {shown(value)}: load it "
-                    "into one that was made as that which it was saved from"
+                    f"the state was saved with {name} {shown(state[name])}, and this refinement "
+                    f"has {shown(value)}: load it into one that was made as that which it was "
+                    "saved from"
                 )
         check_records(state["history"])
         check_levels(state, self.ladder)
-        history = [
-            Record(
-                float(metric),
-                float(smoothed),
-                int(level),
-                setting_of(self.ladder[level]),
-                bool(refined),
-            )
-            for metric, smoothed, level, refined in state["history"]
-        ]
+        history = [_record(self.ladder, *entries) for entries in state["history"]]
         return {"level": int(state["level"]), "history": history}
 
 
@@ -496,9 +452,8 @@ class ProgressiveRefinement(Refinement):
         checkpoint = math.inf if state["checkpoint"] is None else state["checkpoint"]
         if not is_number(checkpoint) or not checkpoint >= 0:
             raise ValueError(
-                "checkpoint must be a number of at least 0 in a state, or None before "
-                "the first plateau, found "
-                f"{shown(checkpoint)}"
+                "checkpoint must be a number of at least 0 in a state, or None before the first "
+                f"plateau, found {shown(checkpoint)}"
             )
         return {**super().checked_state(state), "checkpoint": float(checkpoint)}
 
@@ -552,9 +507,8 @@ class ScheduledRefinement(Refinement):
         ladder = checked_ladder(ladder)
         if not isinstance(schedule, Mapping):
             raise TypeError(
-                "a schedule must be a dictionary from outer iterations to levels, "
-                "such as {0: 0, 20: 3}, found "
-                f"{shown(schedule)}"
+                "a schedule must be a dictionary from outer iterations to levels, such as "
+                f"{{0: 0, 20: 3}}, found {shown(schedule)}"
             )
         for iteration, level in schedule.items():
             if not (is_natural(iteration) and is_natural(level)):
@@ -567,9 +521,8 @@ class ScheduledRefinement(Refinement):
         for iteration, level in schedule.items():
             if level >= len(ladder):
                 raise ValueError(
-                    f"level {level} at outer iteration {iteration} is not on the "
-                    f"ladder {shown(ladder)}, "
-                    f"which has levels 0 to {len(ladder) - 1}"
+                    f"level {level} at outer iteration {iteration} is not on the ladder "
+                    f"{shown(ladder)}, which has levels 0 to {len(ladder) - 1}"
                 )
             if level < previous:
                 raise ValueError(
@@ -585,6 +538,26 @@ class ScheduledRefinement(Refinement):
 
     def __repr__(self) -> str:
         return f"ScheduledRefinement({self.ladder!r}, {self.schedule!r})"
+
+
+def _of_first_rank(comm, metric) -> float:
+    """The metric of rank 0, checked; what is wrong with it is raised on all ranks."""
+    value = refusal = None
+    if comm.rank == 0:
+        try:
+            value = checked_metric(metric)
+        except ValueError as error:
+            refusal = str(error)
+    value, refusal = comm.bcast((value, refusal), root=0)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return value
+
+
+def _record(ladder: Sequence, metric, smoothed, level, refined) -> Record:
+    """A record from the numbers of a state, which were checked."""
+    setting = setting_of(ladder[level])
+    return Record(float(metric), float(smoothed), int(level), setting, bool(refined))
 
 
 def _averaged(average: float, metric: float, window: int) -> float:
