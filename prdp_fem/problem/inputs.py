@@ -6,6 +6,8 @@ the user's objects alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +29,7 @@ __all__ = [
     "is_real_space",
     "local_values",
     "name_of",
+    "put_back",
     "same_bits",
     "set_local_values",
     "vector_like",
@@ -100,6 +103,17 @@ def set_local_values(coefficient, values: np.ndarray) -> None:
         data = part.data_wo
         data[...] = values[start : start + data.size].reshape(data.shape)
         start += data.size
+
+
+@contextmanager
+def put_back(function: Function) -> Iterator[None]:
+    """Have a Function's rank-local values, whatever happens to them within, as they were before."""
+    values, version = local_values(function), function.dat.dat_version
+    try:
+        yield
+    finally:
+        if function.dat.dat_version != version:
+            set_local_values(function, values)
 
 
 _FEW = 500

@@ -24,7 +24,7 @@ from prdp_fem.problem.firedrake_internals import (
     assemble_directly,
 )
 from prdp_fem.problem.forms import Forms
-from prdp_fem.problem.inputs import local_values, set_local_values, vector_like
+from prdp_fem.problem.inputs import local_values, put_back, set_local_values, vector_like
 from prdp_fem.problem.point import Point
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.ranks.threads import by_one_thread
@@ -45,7 +45,7 @@ from prdp_fem.solvers.arguments import (
 from prdp_fem.solvers.device_choice import find_device_for
 from prdp_fem.solvers.kinds import Kind
 from prdp_fem.solvers.linear_solvers import LinearSolvers
-from prdp_fem.solvers.takeover import take_over
+from prdp_fem.solvers.takeover import refuse_to_solve_as_before, take_over
 from prdp_fem.statistics import Statistics
 from prdp_fem.tape import SolveBlock
 from prdp_fem.taped_objects import TapedMeshes
@@ -65,6 +65,8 @@ class RefinedSolver(_Firedrakes):
     _kind: Kind
     # What a solver has been before it came under control, while it is initialised again.
     _predecessor: Predecessor | None = None
+    # What Firedrake's own solve looks for first, and nobody else does.
+    _problem = property(refuse_to_solve_as_before)
 
     def __init__(
         self,
@@ -135,17 +137,6 @@ class RefinedSolver(_Firedrakes):
         lift_bounds(self)
         assemble_directly(self)
         return linear_solvers
-
-    @property
-    def _problem(self):
-        """What Firedrake's own ``solve`` looks for first, and nobody else does.
-
-        Kept from before a solver came under control, it would solve for what is not the user's.
-        """
-        raise RuntimeError(
-            f"this is the solve() that the solver for '{self.problem.u.name()}' had before it came "
-            "under control, which would leave the solution as it is: call solver.solve() of now"
-        )
 
     @property
     def refinement(self) -> Refinement | None:
@@ -221,14 +212,8 @@ class RefinedSolver(_Firedrakes):
 
         Gives what is counted, once it is left.
         """
-        u = self.problem.u
-        values, version = local_values(u), u.dat.dat_version
-        with stop_annotating(), self.statistics.apart() as done:
-            try:
-                yield done
-            finally:
-                if u.dat.dat_version != version:
-                    set_local_values(u, values)
+        with stop_annotating(), put_back(self.problem.u), self.statistics.apart() as done:
+            yield done
 
     def get_solution(self) -> firedrake.Function:
         """The user's solution Function."""

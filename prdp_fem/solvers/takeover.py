@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.ksp import SetByHand, set_inside_by_hand
@@ -11,7 +13,7 @@ from prdp_fem.memory.memory import Memory
 from prdp_fem.problem.firedrake_internals import Callbacks, Predecessor, options_in_place
 from prdp_fem.ranks.agreement import agree
 
-__all__ = ["refuse_to_lose", "reset", "take_over"]
+__all__ = ["refuse_to_lose", "refuse_to_solve_as_before", "reset", "take_over"]
 
 
 def refuse_to_lose(solver) -> None:
@@ -34,6 +36,17 @@ def refuse_to_lose(solver) -> None:
 
     # Blocks of a preconditioner may be each on one rank.
     agree(solver.snes.comm.tompi4py(), look, "preconditioners")
+
+
+def refuse_to_solve_as_before(solver) -> NoReturn:
+    """Raise a RuntimeError where a ``solve`` that was kept from before is called.
+
+    Firedrake's would solve for what is not the user's.
+    """
+    raise RuntimeError(
+        f"this is the solve() that the solver for '{solver.problem.u.name()}' had before it came "
+        "under control, which would leave the solution as it is: call solver.solve() of now"
+    )
 
 
 def take_over(solver, predecessor: Predecessor) -> SetByHand | None:
