@@ -24,16 +24,16 @@ _COUNTS = ("solves", "adjoint_solves", "forward_iterations", "adjoint_iterations
 _OF_GUARD = {"converged", "warnings", "guard_iterations"}
 
 
+def _is_epoch_with_metric(pair: Any) -> bool:
+    if type(pair) is not list or len(pair) != 2:
+        return False
+    return _is_amount(pair[0], (int,)) and _is_amount(pair[1], (int, float))
+
+
 def _check_guard(entries: dict[str, Any]) -> None:
     """Raise where what a guard has found is nothing of the kind."""
     found = entries.get("converged", [])
-    if type(found) is not list or not all(
-        type(pair) is list
-        and len(pair) == 2
-        and _is_amount(pair[0], (int,))
-        and _is_amount(pair[1], (int, float))
-        for pair in found
-    ):
+    if type(found) is not list or not all(map(_is_epoch_with_metric, found)):
         raise ValueError("converged must be a list of pairs, each of an epoch and a metric")
     texts = entries.get("warnings", [])
     if type(texts) is not list or not all(type(text) is str for text in texts):

@@ -89,13 +89,14 @@ class ConstantsCheck:
         return found, expected
 
     def _message(self, place: int, found: float, expected: float) -> str:
-        many = len(self._components)
-        what = "a constant" if many == 1 else f"a constant of component {place} of the solution"
-        remedy = (
-            "nullspace=VectorSpaceBasis(constant=True)"
-            if many == 1
-            else "nullspace= with the constants of that component, or with a body's rigid motions"
-        )
+        if len(self._components) == 1:
+            what = "a constant"
+            remedy = "nullspace=VectorSpaceBasis(constant=True)"
+        else:
+            what = f"a constant of component {place} of the solution"
+            remedy = (
+                "nullspace= with the constants of that component, or with a body's rigid motions"
+            )
         return (
             f"the operator of the solve for '{self._name}' is singular: it makes of {what} a "
             f"vector {found:.1e} times as long, and of one as large without a pattern "
