@@ -647,3 +647,39 @@ def test_derivatives_of_methods_without_linear_solves_are_made_as_options_say(sn
     with pytest.raises(ConvergenceError):
         layer(float("nan") * values)
     np.testing.assert_array_equal(gradient(layer), first)
+
+
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("inside", ["", "npc_"])
+def test_solvers_on_coarser_meshes_solve_again(inside):
+    """Also after an error, and beside another solver of the same function space."""
+    parameters = {
+        "ksp_type": "cg",
+        "pc_type": "jacobi",
+        f"{inside}snes_type": "fas",
+        f"{inside}fas_levels_ksp_type": "cg",
+        f"{inside}fas_levels_pc_type": "jacobi",
+        f"{inside}fas_coarse_ksp_type": "cg",
+        f"{inside}fas_coarse_pc_type": "jacobi",
+    }
+    problem = Diffusion(mesh=MeshHierarchy(UnitSquareMesh(4, 4), 1)[-1])
+    solver, other = (
+        prdp_fem.NonlinearVariationalSolver(
+            problem.problem, warm_start=False, solver_parameters=options
+        )
+        for options in (parameters, GMRES)
+    )
+    solutions = []
+    for source in (1.0, np.nan, 1.0, 1.0):
+        with stop_annotating():
+            good = problem.f.copy(deepcopy=True)
+            problem.f.assign(source * good)
+            if np.isnan(source):
+                with pytest.raises(ConvergenceError):
+                    solver.solve()
+            else:
+                other.solve()
+                solver.solve()
+                solutions.append(problem.u.dat.data_ro.copy())
+            problem.f.assign(good)
+    assert all(np.array_equal(solution, solutions[0]) for solution in solutions)

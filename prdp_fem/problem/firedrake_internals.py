@@ -21,6 +21,7 @@ from pyop2 import op2
 from pyop2.types.mat import MatBlock
 from tsfc.ufl_utils import compute_form_data
 
+from prdp_fem.krylov.callbacks import CallbackPointers
 from prdp_fem.krylov.entries import require_finite_entries
 from prdp_fem.krylov.nested import is_self_contained
 from prdp_fem.memory.memory import Memory
@@ -251,20 +252,30 @@ class Callbacks:
     ----------
     solver : firedrake.NonlinearVariationalSolver
     memory : Memory
+        Where the SNES works.
     """
 
     def __init__(self, solver, memory: Memory):
         self._solver = solver
         self._context = solver._ctx
-        self._memory = memory
+        self.memory = memory
         with self._context._F.dat.vec_ro as vector:
             self._residual, self._residual_on_host = memory.vector(vector), vector.duplicate()
         self._has_pattern = False
+        self._pointers: CallbackPointers | None = None
 
     def attach(self) -> None:
         """Have the SNES call them: solvers of one space share its DM, which holds the callbacks."""
+        if self._pointers is None:
+            self._give()
+            self._pointers = CallbackPointers(self._solver.snes)
+        else:
+            matrices = self.memory.places(*operators(self._solver))
+            self._pointers.attach(self._residual, *matrices)
+
+    def _give(self) -> None:
         context, snes = self._context, self._solver.snes
-        if self._memory.device is None:
+        if self.memory.device is None:
             context.set_objective(snes)
             # Not Firedrake's own vector, which each evaluation writes to: a SNES that tries a step
             # and refuses it still has the residual of where it stands.
@@ -277,19 +288,19 @@ class Callbacks:
                 self._has_pattern = True
             snes.setObjective(self._form_objective if context._problem.E else None)
             snes.setFunction(self._form_function, self._residual)
-            snes.setJacobian(self._form_jacobian, *self._memory.places(*operators(self._solver)))
+            snes.setJacobian(self._form_jacobian, *self.memory.places(*operators(self._solver)))
 
     def _form_objective(self, snes, x):
-        return self._context.form_objective(snes, self._memory.to_host(x))
+        return self._context.form_objective(snes, self.memory.to_host(x))
 
     def _form_function(self, snes, x, f):
-        self._context.form_function(snes, self._memory.to_host(x), self._residual_on_host)
-        self._memory.load(self._residual_on_host.array_r, f)
+        self._context.form_function(snes, self.memory.to_host(x), self._residual_on_host)
+        self.memory.load(self._residual_on_host.array_r, f)
 
     def _form_jacobian(self, snes, x, J, P):
         A, P = operators(self._solver)
-        self._form_jacobian_on_host(snes, self._memory.to_host(x), A, P)
-        self._memory.operators(A, P)
+        self._form_jacobian_on_host(snes, self.memory.to_host(x), A, P)
+        self.memory.operators(A, P)
 
     def _form_jacobian_on_host(self, snes, x, J, P):
         self._context.form_jacobian(snes, x, J, P)

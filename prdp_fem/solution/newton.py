@@ -62,7 +62,7 @@ class NewtonSolve:
         self._no_boundary = np.zeros(linearisation.size)
         place = linearisation.place
         self.state = place.vector(linearisation.layout)
-        self._callbacks = place.kept(lambda: Callbacks(solver, place.memory))
+        self._made_callbacks: Callbacks | None = None
         self._was_set_up = False
         linearisation.look_after(solver, self._reset)
 
@@ -75,6 +75,16 @@ class NewtonSolve:
         with self._context():
             self.newton.reset()
         self._was_set_up = False
+
+    def _callbacks(self) -> Callbacks:
+        """What the SNES calls, in the memory of the moment.
+
+        The same after an error, which may have left solvers inside that know these.
+        """
+        memory = self.linearisation.place.memory
+        if self._made_callbacks is None or self._made_callbacks.memory is not memory:
+            self._made_callbacks = Callbacks(self.solver, memory)
+        return self._made_callbacks
 
     def check_setting(self, setting: Setting) -> None:
         """Raise a ValueError where a setting cannot be put on the SNES, or on a KSP."""
