@@ -566,6 +566,14 @@ def test_what_was_changed_inside_by_hand_is_refused_where_it_would_be_lost(name,
     np.testing.assert_array_equal(solves.solve().solution, expected)
 
 
+@pytest.mark.parametrize("inside", ["", "npc_"])
+def test_solvers_on_coarser_meshes_that_have_solved_are_refused(inside):
+    parameters = {"ksp_type": "cg", "pc_type": "jacobi", f"{inside}snes_type": "fas"}
+    with pytest.raises(ValueError, match="put a solver under control before it solves"):
+        Solves("jacobi", "nonlinear", parameters).stock().solve().controlled(NewtonSteps(2))
+    assert Solves("jacobi", "nonlinear", parameters).stock().controlled(NewtonSteps(2)).solve()
+
+
 def test_settings_by_hand_outlive_operators_that_change():
     solves = Solves("gamg", "linear").stock()
     ksp = solves.solver.snes.getKSP()

@@ -146,6 +146,9 @@ class SNESFacts:
         patches.
     is_for_inequalities : bool
         Whether it solves variational inequalities.
+    has_levels : bool
+        Whether it has solvers on coarser meshes inside, which know no other problem than the one
+        that they were first set up for.
     """
 
     solves_linear_systems: bool = False
@@ -153,6 +156,7 @@ class SNESFacts:
     remembers_solves: bool = False
     works_on_host: bool = False
     is_for_inequalities: bool = False
+    has_levels: bool = False
 
 
 _ORDINARY_KSP = KSPFacts()
@@ -308,7 +312,7 @@ SNES_TYPES: Mapping[str, SNESFacts] = {
     "shell": _OF_FIREDRAKE,
     "ngs": _ORDINARY_SNES,
     "ncg": _ORDINARY_SNES,
-    "fas": _OF_FIREDRAKE,
+    "fas": SNESFacts(works_on_host=True, has_levels=True),
     "ms": _ORDINARY_SNES,
     "nasm": _OF_FIREDRAKE,
     "anderson": _ORDINARY_SNES,

@@ -12,14 +12,11 @@ from prdp_fem.memory.memory import is_copied
 from prdp_fem.problem.firedrake_internals import operators
 from prdp_fem.ranks.agreement import agree
 from prdp_fem.refinement.option_names import check_option_names
+from prdp_fem.solvers.named_types import named_types
 
 __all__ = ["find_device_for"]
 
-# The options that name preconditioners and nonlinear solvers, and what is known of these.
-_NAMED = {
-    "pc_type": ("pc_type", "pc_composite_pcs"),
-    "snes_type": ("snes_type", "snes_composite_sneses"),
-}
+# What is known of the types that an option names.
 _FACTS: dict[str, Callable[[str], PCFacts | SNESFacts]] = {
     "pc_type": pc_facts,
     "snes_type": snes_facts,
@@ -77,17 +74,11 @@ def _obstacle(solver, changes_pattern: bool) -> str | None:
     for operator in operators(solver):
         if not is_copied(operator):
             return f"its operator is of type {operator.getType()}, use mat_type aij"
-    own = {"pc_type": solver.snes.getKSP().getPC().getType(), "snes_type": solver.snes.getType()}
     for option, facts in _FACTS.items():
-        named = [
-            value for name, value in solver.parameters.items() if name.endswith(_NAMED[option])
-        ]
-        for kinds in (own[option], *named):
-            if kinds is None:
-                continue
-            if any(facts(kind).works_on_host for kind in str(kinds).split(",")):
+        for kind in named_types(solver, option):
+            if facts(kind).works_on_host:
                 return (
-                    f"{option} {kinds} has vectors go through Firedrake, which is on the host, use "
+                    f"{option} {kind} has vectors go through Firedrake, which is on the host, use "
                     "another one of PETSc's"
                 )
     return None

@@ -7,17 +7,20 @@ from typing import NoReturn
 from firedrake.petsc import PETSc
 
 from prdp_fem.krylov.ksp import SetByHand, set_inside_by_hand
-from prdp_fem.krylov.petsc_types import pc_facts
+from prdp_fem.krylov.petsc_types import pc_facts, snes_facts
 from prdp_fem.krylov.snes import reset_with_linear_solver
 from prdp_fem.memory.memory import Memory
 from prdp_fem.problem.firedrake_internals import Callbacks, Predecessor, options_in_place
 from prdp_fem.ranks.agreement import agree
+from prdp_fem.solvers.named_types import named_types
 
 __all__ = ["refuse_to_lose", "refuse_to_solve_as_before", "reset", "take_over"]
 
 
 def refuse_to_lose(solver) -> None:
     """Raise a ValueError where what was set by hand inside the preconditioner would be lost.
+
+    And where solvers inside know no other problem than that of the solves that were made.
 
     Parameters
     ----------
@@ -28,6 +31,12 @@ def refuse_to_lose(solver) -> None:
         found = set_inside_by_hand(solver.snes.getKSP())
 
     def look() -> None:
+        for kind in named_types(solver, "snes_type"):
+            if snes_facts(kind).has_levels:
+                raise ValueError(
+                    f"the solver has solved with snes_type {kind}, whose solvers on coarser meshes "
+                    "stay with the problem of then: put a solver under control before it solves"
+                )
         if found is not None:
             raise ValueError(
                 f"inside the solver's preconditioner {found} was set by hand, and would be lost "
