@@ -118,6 +118,11 @@ SCALAR = {
         **python("AssembledPC"),
         **nested("assembled", **BLOCKS),
     },
+    "mg in AssembledPC": {
+        "ksp_type": "fgmres",
+        **python("AssembledPC"),
+        **nested("assembled", pc_type="mg", **levels(**RICHARDSON, pc_type="jacobi")),
+    },
     "PMGPC": {
         "ksp_type": "cg",
         **python("PMGPC"),

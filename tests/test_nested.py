@@ -266,6 +266,28 @@ def test_offloaded_preconditioners_are_looked_into():
     assert solver.statistics.forward_iterations == 3
 
 
+def test_what_objects_of_python_have_inside_is_there_to_be_named():
+    """It is set up at its first use only."""
+    stokes = Stokes()
+    split = {name: value for name, value in SCHUR.items() if name.startswith(("pc", "fieldsplit"))}
+    solver = prdp_fem.LinearVariationalSolver(
+        stokes.problem,
+        **stokes.nullspaces,
+        refinement=FixedRefinement(Iterations(3)),
+        ksp_prefix="assembled_fieldsplit_1_",
+        solver_parameters={
+            "mat_type": "matfree",
+            "ksp_type": "preonly",
+            "pc_type": "python",
+            "pc_python_type": "firedrake.AssembledPC",
+            "assembled_mat_type": "nest",
+            **nested("assembled", **split),
+        },
+    )
+    solver.solve()
+    assert solver.statistics.forward_iterations == 3
+
+
 # Derivatives through them
 
 

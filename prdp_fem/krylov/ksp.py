@@ -196,6 +196,7 @@ def set_inside_by_hand(ksp: PETSc.KSP) -> str | None:
     try:
         by_options.setUp()
         by_options.setUpOnBlocks()
+        nested.set_up_inside(by_options)
     except PETSc.Error:
         by_options.incRef()  # never destroyed, as in abandon_preconditioner
         return None
@@ -453,7 +454,7 @@ class RefinedKSP:
 
         The preconditioner is set up by then, where one may be inside.
         """
-        refined = nested.find_iterative(self.ksp, self._prefix)
+        refined = self._look_inside()
         if refined.handle == self.ksp.handle:
             refined = self.ksp
         self._refined = refined
@@ -461,6 +462,21 @@ class RefinedKSP:
         self._asked = None
         if self._is_hidden:
             self._post_solve.put_on(refined)
+
+    def _look_inside(self) -> PETSc.KSP:
+        try:
+            return nested.find_iterative(self.ksp, self._prefix)
+        except ValueError:
+            if not nested.needs_set_up(self.ksp, self._prefix) or not self._set_up_inside():
+                raise
+        return nested.find_iterative(self.ksp, self._prefix)
+
+    def _set_up_inside(self) -> bool:
+        """Whether there may be more inside the preconditioner than there was."""
+        try:
+            return nested.set_up_inside(self.ksp.getPC())
+        except PETSc.Error:
+            return False  # the first solve will say what is wrong
 
     def find_without_setup(self) -> None:
         """Find it where that takes no preconditioner that is set up."""

@@ -26,6 +26,7 @@ __all__ = [
     "krylov_method_inside",
     "needs_set_up",
     "parts",
+    "set_up_inside",
 ]
 
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
@@ -187,6 +188,25 @@ def all_inside(ksp: PETSc.KSP) -> list[PETSc.KSP]:
 def all_preconditioners(ksp: PETSc.KSP) -> Iterator[PETSc.PC]:
     """The preconditioner of a KSP and all inside it."""
     return _preconditioners(ksp.getPC())
+
+
+def set_up_inside(pc: PETSc.PC) -> bool:
+    """Have set up what objects of Python have inside a preconditioner that is set up. Collective.
+
+    PETSc knows nothing of it, and most of it is set up when it is used first, in a context that
+    only the object knows: until then nobody can tell what is inside that.
+
+    Returns
+    -------
+    bool
+        Whether there is such an object.
+    """
+    kinds = (inside.getType() for inside in _preconditioners(pc))
+    is_wanted = PETSc.PC.Type.PYTHON in kinds
+    if is_wanted:
+        zero, product = pc.getOperators()[1].createVecs()
+        pc.apply(zero, product)
+    return is_wanted
 
 
 def _shortened(ksp: PETSc.KSP, outer: str) -> str:
