@@ -292,6 +292,32 @@ def test_changes_of_coefficients_boundary_values_and_mesh_are_seen():
     check(5)
 
 
+def test_a_mesh_that_moves_and_returns_leaves_nothing_on_coarser_meshes():
+    """Coefficients are transferred there, to other values where the mesh is another one."""
+    mesh = MeshHierarchy(UnitSquareMesh(4, 4), 1)[-1]
+    V = FunctionSpace(mesh, "CG", 1)
+    u, w, v, f, kappa = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1), Function(V)
+    a = exp(kappa) * inner(grad(w), grad(v)) * dx + w * v * dx
+    solver = prdp_fem.LinearVariationalSolver(
+        LinearVariationalProblem(a, f * v * dx, u),
+        refinement=FixedRefinement(Iterations(3)),
+        solver_parameters={"ksp_type": "gmres", "pc_type": "mg", "mg_levels_pc_type": "jacobi"},
+    )
+    some, others = smooth(V, 2), smooth(V, 3)
+    kappa.assign(some)
+    solver.solve()
+    expected = u.dat.data_ro.copy()
+    places = mesh.coordinates.copy(deepcopy=True)
+    x, y = SpatialCoordinate(mesh)
+    mesh.coordinates.interpolate(as_vector([x + 0.05 * sin(pi * x), y]))
+    for values in (others, some):
+        kappa.assign(values)
+        solver.solve()
+    mesh.coordinates.assign(places)
+    solver.solve()
+    assert np.array_equal(u.dat.data_ro, expected)
+
+
 def test_the_right_hand_side_may_contain_the_solution():
     problem = HeatStep()
     v = TestFunction(problem.V)

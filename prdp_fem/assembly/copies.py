@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 import numpy as np
+from firedrake import Constant
 
 from prdp_fem.assembly.agreement import Agreement
 from prdp_fem.freshness import MESH, STATE, Clock
@@ -49,6 +50,8 @@ class Copies:
         coordinates = [mesh.coordinates.dat for mesh in forms.meshes]
         self._coordinates = [(dat, np.array(dat.data_ro)) for dat in coordinates]
         self._mesh_versions: list = [None] * len(coordinates)
+        fields = [entry.copy for entry in forms.inputs if not isinstance(entry.copy, Constant)]
+        self._fields = [field.dat for field in (*fields, forms.solution, forms.boundary)]
         self.mesh_stamp = 0
 
     def look_at_meshes(self) -> int:
@@ -63,6 +66,10 @@ class Copies:
             if on_any_rank(self._comm, any(moved)):
                 for coordinates, before in self._coordinates:
                     before[...] = coordinates.data_ro
+                # Firedrake transfers a field to a coarser mesh again where its values have changed,
+                # and not where their places have.
+                for field in self._fields:
+                    field.increment_dat_version()
                 self._clock.changed(MESH)
                 self.mesh_stamp = self._clock.now
             self._mesh_versions = versions
