@@ -120,6 +120,26 @@ def test_taylor_remainders_for_mesh_coordinates():
         assert abs(tangent - assemble(action(gradient, direction))) < 1e-11
 
 
+def test_a_matrix_of_numbers_as_a_control():
+    mesh = UnitSquareMesh(3, 3)
+    V = VectorFunctionSpace(mesh, "CG", 1)
+    u, w, v, f = Function(V), TrialFunction(V), TestFunction(V), smooth(V, 1)
+    A = Constant([[0.5, 0.2], [-0.1, 0.3]])
+    problem = LinearVariationalProblem(inner(w, v) * dx, inner(A * f, v) * dx, u)
+    prdp_fem.LinearVariationalSolver(problem, solver_parameters={**CG, **CONVERGED}).solve()
+    reduced = ReducedFunctional(assemble(inner(u, u) * dx), Control(A))
+    with stop_annotating():
+        # A f is in the space, and so is the solution.
+        second_moments = [[assemble(f[i] * f[j] * dx) for j in range(2)] for i in range(2)]
+        direction = np.array([[1.0, 2.0], [3.0, 4.0]])
+        for found, matrix in (
+            (reduced.derivative(), A.dat.data_ro.reshape(2, 2)),
+            (reduced.hessian(Constant(direction)), direction),
+        ):
+            expected = 2 * matrix @ np.array(second_moments)
+            assert np.allclose(found.dat.data_ro.reshape(2, 2), expected, rtol=1e-10)
+
+
 def test_taylor_remainders_through_a_cofunction():
     mesh = UnitSquareMesh(5, 5)
     V = FunctionSpace(mesh, "CG", 1)

@@ -66,6 +66,11 @@ class ConstantDerivative(Constant):
     def __iadd__(self, other):
         return self._ad_add(other)
 
+    def __array__(self, dtype=None, copy=None):
+        # pyadjoint makes a Constant of it, for which NumPy would go through UFL's indices, and fail
+        # where there are two or more.
+        return np.array(self.dat.data_ro.reshape(self.ufl_shape), dtype=dtype)
+
 
 def operators(solver) -> tuple[PETSc.Mat, PETSc.Mat]:
     """The operator and the matrix to precondition it by, assembled or not."""
