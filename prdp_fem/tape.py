@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
-from numbers import Number
+from functools import partial
 
 import numpy as np
 from firedrake import Cofunction, Function
@@ -13,17 +13,23 @@ from pyadjoint.tape import no_annotations
 from ufl.formatting.ufl2unicode import ufl2unicode
 
 from prdp_fem.problem.firedrake_internals import (
-    assigned_from,
+    has_saved_values,
     has_schedule,
     is_lost,
     maybe_disk_checkpoint,
 )
-from prdp_fem.problem.inputs import Input, is_real, local_values, set_local_values
+from prdp_fem.problem.inputs import Input, local_values, set_local_values
 from prdp_fem.problem.point import NO_VALUES, Direction, Point
 from prdp_fem.problem.wanted import Needs, SecondCotangent, Wanted
 from prdp_fem.ranks.threads import by_one_thread
 from prdp_fem.solution.map import SolutionMap
-from prdp_fem.taped_objects import TapedMeshes, forget_tapes_of_before
+from prdp_fem.taped_objects import (
+    SolvedWith,
+    TapedMeshes,
+    copied_from,
+    forget_tapes_of_before,
+    values_in,
+)
 
 __all__ = ["SolveBlock"]
 
@@ -85,18 +91,32 @@ class SolveBlock(Block):
             system.comm,
             [*(entry.original for entry in [*system.inputs, *boundary_inputs]), *meshes, problem.u],
         )
-        self._inputs = [self._depend_on(entry.original) for entry in system.inputs]
-        self._boundary_inputs = [self._depend_on(entry.original) for entry in boundary_inputs]
-        self._meshes = [self._depend_on(mesh) for mesh in meshes]
-        self._guess = self._depend_on(problem.u) if warm_start else None
+        self._solved_with = SolvedWith()
+        self._inputs, self._boundary_inputs = (
+            [self._depend_on(entry.original, entry.present_values) for entry in entries]
+            for entries in (system.inputs, boundary_inputs)
+        )
+        self._meshes = [
+            self._depend_on(mesh, partial(local_values, mesh.coordinates)) for mesh in meshes
+        ]
+        self._guess = (
+            self._depend_on(problem.u, partial(local_values, problem.u)) if warm_start else None
+        )
         self._duals: dict = {}
         # Ranks may differ in what else holds an object; and to make one, or to write to it, is
         # collective.
         self._may_reuse = system.is_serial
 
-    def _depend_on(self, original):
+    def _depend_on(self, original, present: Callable[[], np.ndarray]):
+        """The block variable of something that has values at present."""
+        was_saved = has_saved_values(original)
         self.add_dependency(original, no_duplicates=True)
-        return next(variable for variable in self.get_dependencies() if variable.output is original)
+        found = next(
+            variable for variable in self.get_dependencies() if variable.output is original
+        )
+        if was_saved and self._scheduled_tape is None:
+            self._solved_with.note(found, present())
+        return found
 
     def __str__(self) -> str:
         return f"solve({ufl2unicode(self._problem.F)} = 0)"
@@ -134,16 +154,17 @@ class SolveBlock(Block):
 
     def _point(self, unread: Container[int] = ()) -> Point:
         """Where this block is evaluated, from what the tape saved."""
+        values = self._solved_with.values
         for variable in self._meshes:
-            self._taped_meshes.restore(variable)
-        self._boundary.write(dict(enumerate(map(_saved_values, self._boundary_inputs))))
+            self._taped_meshes.restore(variable, self._solved_with)
+        self._boundary.write(dict(enumerate(map(values, self._boundary_inputs))))
         return Point(
             [
-                NO_VALUES if index in unread else _saved_values(variable)
+                NO_VALUES if index in unread else values(variable)
                 for index, variable in enumerate(self._inputs)
             ],
             self._system.present.boundary(self._boundary.conditions),
-            None if self._guess is None else _saved_values(self._guess),
+            None if self._guess is None else values(self._guess),
         )
 
     def _solution(self) -> np.ndarray:
@@ -221,7 +242,7 @@ class SolveBlock(Block):
         if markings and self._scheduled_tape is None:
             while (
                 not variable.is_control
-                and (source := _copied_from(variable)) is not None
+                and (source := copied_from(variable)) is not None
                 and source.is_control_dependent
             ):
                 variable = source
@@ -393,45 +414,10 @@ class SolveBlock(Block):
 def _tangents(variables: list) -> dict[int, np.ndarray]:
     """Rank-local tangents of those block variables that have any, by their places."""
     return {
-        place: _values_in(variable.output, variable.tlm_value)
+        place: values_in(variable.output, variable.tlm_value)
         for place, variable in enumerate(variables)
         if variable.tlm_value is not None
     }
-
-
-def _copied_from(variable):
-    """The block variable that one is a mere copy of; None where it is none, or where the other is
-    of another space.
-    """
-    source = assigned_from(variable)
-    # A Function of a Real space can be assigned to any other. (In place of an assembled Cofunction
-    # there may be a checkpoint.)
-    is_broadcast = (
-        source is not None
-        and isinstance(source.output, Function)
-        and is_real(source.output)
-        and not is_real(variable.output)
-    )
-    return None if is_broadcast else source
-
-
-def _saved_values(variable) -> np.ndarray:
-    """Rank-local values that the tape has saved; of what a variable is a copy of, rather than of
-    another copy made for the purpose.
-    """
-    original = variable.output
-    while (source := _copied_from(variable)) is not None:
-        variable = source
-    return _values_in(original, variable.saved_output)
-
-
-def _values_in(original, value) -> np.ndarray:
-    """Rank-local values of what pyadjoint has for an original: where not of its space, a number or
-    a Function of a Real space.
-    """
-    if isinstance(value, Number) or (is_real(value) and not is_real(original)):
-        value = Function(original.function_space()).assign(value, annotate=False)
-    return local_values(value)
 
 
 def _with_values(coefficient, values: np.ndarray):

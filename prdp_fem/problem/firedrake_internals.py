@@ -43,6 +43,7 @@ __all__ = [
     "constructor_arguments",
     "extract_subfunction",
     "has_block_variable",
+    "has_saved_values",
     "has_schedule",
     "has_solved",
     "has_taped_number",
@@ -617,6 +618,12 @@ def is_lost(variable) -> bool:
 def has_block_variable(original) -> bool:
     """Whether what can stand on a tape does, on one that is still there."""
     return original._block_variable() is not None
+
+
+def has_saved_values(original) -> bool:
+    """Whether a tape that is still there has saved the values of what can stand on it."""
+    variable = original._block_variable()
+    return variable is not None and variable.checkpoint is not None
 
 
 def has_schedule(tape) -> bool:
