@@ -390,3 +390,34 @@ def test_what_petsc_refuses_whatever_the_numbers_are(parameters, words):
     with pytest.raises(ConvergenceError, match=words) as raised:
         solver.solve()
     assert "NaN" not in str(raised.value)
+
+
+UNSEEN = {
+    "sweeps": {"ksp_type": "richardson", "pc_type": "sor"},
+    "cycles": {"ksp_type": "richardson", "pc_type": "gamg"},
+    "no norm": {"ksp_type": "richardson", "pc_type": "jacobi", "ksp_norm_type": "none"},
+    "no test": {"ksp_type": "cg", "pc_type": "jacobi", "ksp_convergence_test": "skip"},
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+@pytest.mark.parametrize("how", ["outside", "inside", "newton"])
+def test_a_tolerance_that_is_not_reached_is_an_error_where_petsc_says_nothing(name, how):
+    parameters = UNSEEN[name]
+    problem = Diffusion(how == "newton")
+    if how == "newton":
+        parameters = {**parameters, "snes_type": "ksponly"}
+    if how == "inside":
+        nested = {f"ksp_{option}": value for option, value in parameters.items()}
+        parameters = {"ksp_type": "preonly", "pc_type": "ksp", **nested}
+    kind = "Nonlinear" if how == "newton" else "Linear"
+    solver = getattr(prdp_fem, f"{kind}VariationalSolver")(
+        problem.problem,
+        solver_parameters=parameters,
+        refinement=FixedRefinement(Tolerance(1e-9, max_it=2)),
+    )
+    problem.source.assign(1.0)
+    with pytest.raises(ConvergenceError, match="'u' .*CONVERGED_ITS after 2 iterations.*max_it of"):
+        solver.solve()
+    solver.refinement = FixedRefinement(Iterations(2))
+    solver.solve()

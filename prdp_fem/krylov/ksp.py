@@ -27,7 +27,6 @@ __all__ = [
     "SetByHand",
     "abandon_preconditioner",
     "forget_zero_pivots",
-    "has_failed",
     "in_a_sentence",
     "lift_bounds",
     "reason_names",
@@ -64,11 +63,15 @@ def reason_names(reasons: type) -> dict[int, str]:
 
 _REASONS = reason_names(PETSc.KSP.ConvergedReason)
 _USED_UP = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
+# After a number of iterations, without a look at the residual or whatever it is.
+_BY_NUMBER = PETSc.KSP.ConvergedReason.CONVERGED_ITS
 # Where a method stops at the edge of a region that it trusts, and calls that convergence.
 _STOPPED_SHORT = (
     PETSc.KSP.ConvergedReason.CONVERGED_NEG_CURVE,
     PETSc.KSP.ConvergedReason.CONVERGED_STEP_LENGTH,
 )
+# What says that a KSP has a solution, where options alone have asked for it.
+_GOOD = frozenset(reason for reason in _REASONS if reason >= 0).difference(_STOPPED_SHORT)
 _REMEDIES = {
     "DIVERGED_MAX_IT": (
         "allow more iterations (ksp_max_it, or max_it of a tolerance ladder), a looser tolerance "
@@ -85,6 +88,10 @@ _REMEDIES = {
     "DIVERGED_INDEFINITE_MAT": (
         "the operator is not positive definite: use ksp_type minres or gmres"
     ),
+    "CONVERGED_ITS": "which says nothing of the tolerance: allow more iterations (max_it of a "
+    "tolerance ladder), leave away what looks at no residual (ksp_norm_type none, "
+    "ksp_convergence_test skip, pc_type sor with ksp_type richardson), or ask for iterations, as "
+    "by an IterationLadder",
     "CONVERGED_NEG_CURVE": "which is no solution, since the operator is not positive definite: "
     "use ksp_type minres or gmres",
     "CONVERGED_STEP_LENGTH": "which is no solution, since that is larger than the method was "
@@ -103,11 +110,6 @@ _NO_ROOM = (
     "the factorisation needs more room than was estimated: allow for more "
     "(mat_mumps_icntl_14 200, of MUMPS), or use another pc_type"
 )
-
-
-def has_failed(reason: int) -> bool:
-    """Whether a converged reason of a KSP says that it has no solution."""
-    return reason < 0 or reason in _STOPPED_SHORT
 
 
 def lift_bounds(solver) -> None:
@@ -440,6 +442,8 @@ class RefinedKSP:
         # The others beside the one that settings are put on; None where they are to be looked for.
         self._others: list[PETSc.KSP] | None = None
         self._is_budget = False
+        # The converged reasons by which the KSP that it is put on has done what a setting asks.
+        self._good = _GOOD
         self._hidden_iterations = 0
         self._hidden_failure: str | None = None
         self._post_solve = PostSolve(self._after_hidden_solve)
@@ -506,6 +510,11 @@ class RefinedKSP:
         return self._is_budget
 
     @property
+    def good_reasons(self) -> frozenset[int]:
+        """The converged reasons by which a solve of the KSP has done what it was asked for."""
+        return _GOOD if self.is_nested else self._good
+
+    @property
     def is_nested(self) -> bool:
         """Whether settings are put on a KSP inside the preconditioner."""
         return self._refined is not None and self._refined is not self.ksp
@@ -518,8 +527,8 @@ class RefinedKSP:
     def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
         self._hidden_iterations += ksp.getIterationNumber()
         reason = ksp.getConvergedReason()
-        is_used_up = reason == _USED_UP
-        if reason < 0 and not (self._is_budget and is_used_up):
+        # A SNES that trusts a region asks for a step in that.
+        if reason not in self._good and reason not in _STOPPED_SHORT:
             self._hidden_failure = _failure(ksp)
 
     def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> bool:
@@ -559,6 +568,9 @@ class RefinedKSP:
         if setting is not None and self._refined is None:
             self.find()
         self._is_budget = setting is not None and bool(setting.budget)
+        self._good = _GOOD
+        if setting is not None:
+            self._good = _GOOD | {_USED_UP} if setting.budget else _GOOD - {_BY_NUMBER}
         refined = ksp if self._refined is None else self._refined
         beside = self._beside(refined)
         for other in beside:
@@ -618,11 +630,9 @@ class RefinedKSP:
         """
         ksp = self.ksp
         reason = ksp.getConvergedReason()
-        is_nested = self.is_nested
-        is_spent = reason == _USED_UP and self._is_budget and not is_nested
-        if has_failed(reason) and not is_spent:
+        if reason not in self.good_reasons:
             raise ConvergenceError(f"the {kind} solve for '{self.name}' {self.failure()}")
-        return self._account() if is_nested else ksp.getIterationNumber()
+        return self._account() if self.is_nested else ksp.getIterationNumber()
 
     def checked_newton_iterations(self, iterations: int) -> int:
         """The iterations that the steps of a SNES have spent, where they were those of ``ksp``.

@@ -11,7 +11,7 @@ from prdp_fem.freshness import MEMORY, METHOD, Clock, Kept
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
 from prdp_fem.krylov.factorisation import FactorisationCheck
-from prdp_fem.krylov.ksp import RefinedKSP, has_failed
+from prdp_fem.krylov.ksp import RefinedKSP
 from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space_left_by, one_sided_null_space
 from prdp_fem.krylov.petsc_types import pc_facts
 from prdp_fem.krylov.scaling import CountedSolve, scaled
@@ -23,7 +23,6 @@ from prdp_fem.refinement.ladders import Setting
 __all__ = ["Krylov"]
 
 _BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
-_SPENT = PETSc.KSP.ConvergedReason.DIVERGED_MAX_IT
 
 
 def _solve_without_atol(ksp: PETSc.KSP, solve: Callable, b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -258,7 +257,7 @@ class Krylov:
         residuals of a large operator are below.
         """
         ksp, is_nested = refined.ksp, refined.is_nested
-        is_transposed, spent = solve == ksp.solveTranspose, _SPENT if refined.is_budget else None
+        is_transposed, good = solve == ksp.solveTranspose, refined.good_reasons
         left = None if self.keeps_iterates else null_space_left_by(ksp, transposed=is_transposed)
         is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
 
@@ -267,7 +266,7 @@ class Krylov:
             reason = ksp.getConvergedReason()
             if reason == _BY_SIZE and is_relative:
                 reason = _solve_without_atol(ksp, solve, b, x)
-            if is_nested or (has_failed(reason) and reason != spent):
+            if is_nested or reason not in good:
                 iterations = refined.checked_iterations(kind)
             else:
                 iterations = ksp.getIterationNumber()
