@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -178,9 +178,16 @@ class Account:
             instance(name, one, MPI.Comm, "a communicator of mpi4py's, such as mesh.comm")
         instance("solvers", solvers, Iterable, "a list of solvers of prdp_fem's")
         self._statistics = [_statistics_of(solver) for solver in solvers]
-        self._comm, self._members = comm, members
+        self.comm, self.members = comm, members
         self._opening = self._sums()
         self._start = time.perf_counter()
+
+    def summed(self, counts: Sequence[int]) -> list[int]:
+        """The sums of some counts over the members, as rank 0 has them. Collective."""
+        sums = np.array(counts, dtype=np.int64)
+        self.members.Allreduce(MPI.IN_PLACE, sums)
+        self.comm.Bcast(sums)
+        return sums.tolist()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -202,10 +209,10 @@ class Account:
         seconds = time.perf_counter() - self._start
         sums = self._sums()
         counts = np.array([int(sums[name] - self._opening[name]) for name in _COUNTS])
-        self._members.Allreduce(MPI.IN_PLACE, counts)
+        self.members.Allreduce(MPI.IN_PLACE, counts)
         spent = dict(zip(_COUNTS, counts.tolist()))
         slowest = np.array([sums["seconds"] - self._opening["seconds"], seconds])
-        self._comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
+        self.comm.Allreduce(MPI.IN_PLACE, slowest, MPI.MAX)
         spent["solver_seconds"], spent["seconds"] = slowest.round(4).tolist()
         return spent
 

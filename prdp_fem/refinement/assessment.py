@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -112,10 +112,7 @@ class Assessment:
 
 
 class Assessable:
-    """What can be assessed: the part of a refinement that has to do with finer physics.
-
-    It puts another setting in the level's place, and hears what metrics are with that.
-    """
+    """What can be assessed: the part of a refinement that a loop, and its guard, ask and tell."""
 
     # What to do where physics are too coarse to judge by.
     remedy: ClassVar[str] = "judge by the latter, and refine further"
@@ -124,6 +121,8 @@ class Assessable:
 
     if TYPE_CHECKING:
         changes: int
+        level: int
+        ladder: Sequence[Setting]
 
         @property
         def setting(self) -> Setting: ...
@@ -246,6 +245,13 @@ class Assessable:
             sum(one.iterations for one in done),
             sum(one.seconds for one in done),
         )
+
+    @property
+    def stopped(self) -> str:
+        """Why the level is not about to go up any more; empty where it may."""
+        if len(self.ladder) == 1:
+            return "it has no other level"
+        return "that is the last level" if self.level + 1 == len(self.ladder) else ""
 
     def told(self, metric: float, validate: Callable[[], Any]) -> Any:
         """What :meth:`step` is to be told after an outer iteration, by a loop such as ``train``.

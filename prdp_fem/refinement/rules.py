@@ -177,13 +177,6 @@ class Refinement(Assessable):
             return self._instead
         return setting_of(self.ladder[self.level])
 
-    @property
-    def stopped(self) -> str:
-        """Why the level is not about to go up any more; empty where it may."""
-        if len(self.ladder) == 1:
-            return "it has no other level"
-        return "that is the last level" if self.level + 1 == len(self.ladder) else ""
-
     def _checked_ladder(self, ladder) -> Sequence[Setting]:
         ladder = checked_ladder(ladder)
         if vars(self).get("level", 0) >= len(ladder):

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from firedrake.exceptions import ConvergenceError
-from mpi4py import MPI
 
 from prdp_fem.arguments import shown
-from prdp_fem.history import History
+from prdp_fem.history import Account, History
 from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.refinement.assessment import (
     ALLOWED_GAP,
@@ -62,7 +61,7 @@ def checked_mode(mode: Any) -> str | None:
 
 @dataclass(frozen=True)
 class _Counted:
-    """What a validation, and all before it, have taken on all ranks together.
+    """What a validation, and all before it, have taken, of all members together.
 
     Attributes
     ----------
@@ -90,6 +89,28 @@ class _Counted:
         return self.iterations / max(self.solves, self.newton_steps, 1)
 
 
+class _Rates:
+    """The learning rates of an optimiser, beside those of the start."""
+
+    def __init__(self, optimiser: torch.optim.Optimizer):
+        self._optimiser = optimiser
+        self._highest = self._now()
+
+    def _now(self) -> list[float]:
+        return [float(group.get("lr", 1)) for group in self._optimiser.param_groups]
+
+    def note(self) -> None:
+        """Look at them: where a schedule begins low, the highest count as those of the start."""
+        self._highest = list(map(max, self._highest, self._now()))
+
+    def have_fallen(self) -> bool:
+        """Whether all are far below those of the start."""
+        return all(now < _FALLEN * start for now, start in zip(self._now(), self._highest))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{rate:.3g}" for rate in self._now())
+
+
 class Guard:
     """Assesses the metric of a training with converged physics, and says where it is another one.
 
@@ -109,8 +130,8 @@ class Guard:
     optimiser : torch.optim.Optimizer
     history : History
         Where what is found is kept.
-    comm : mpi4py.MPI.Comm
-        All ranks.
+    account : Account
+        That of the run, whose clock stands still while the guard looks.
     """
 
     def __init__(
@@ -121,16 +142,15 @@ class Guard:
         solvers: list,
         optimiser: torch.optim.Optimizer,
         history: History,
-        comm: MPI.Comm,
+        account: Account,
     ):
         self._mode = mode
         self._validate = validate
         self._refinement = refinement
         self._solvers = solvers
-        self._optimiser = optimiser
         self._history = history
-        self._comm = comm
-        self._rates = self._learning_rates()
+        self._account = account
+        self._rates = _Rates(optimiser)
         self._opening = self._sums()
         self._validation = np.zeros_like(self._opening)
         self._random = torch.get_rng_state()
@@ -147,9 +167,6 @@ class Guard:
         self._has_warned_of_rates = False
         self._has_looked_at_rates = False
 
-    def _learning_rates(self) -> list[float]:
-        return [float(group.get("lr", 1)) for group in self._optimiser.param_groups]
-
     def _sums(self) -> np.ndarray:
         return (
             np.array(
@@ -165,8 +182,7 @@ class Guard:
 
     def validate(self) -> Any:
         """The validation of an epoch, which is counted."""
-        # Of schedules that begin low, the highest counts.
-        self._rates = list(map(max, self._rates, self._learning_rates()))
+        self._rates.note()
         self._random = torch.get_rng_state()
         before = self._sums()
         found = self._validate()
@@ -185,10 +201,17 @@ class Guard:
         """
         if self._mode is None:
             return
+        with self._account.closed():
+            self._look(metric, epochs)
+        if self._account.comm.rank == 0:
+            for text in self._history.warnings[self._said :]:
+                warnings.warn(text, CoarsePhysicsWarning, stacklevel=3)
+        self._said = len(self._history.warnings)
+
+    def _look(self, metric: float, epochs: int) -> None:
         is_last = len(self._history) == epochs
-        counts = np.array([*self._validation, (self._sums() - self._opening)[-1]])
-        self._comm.Allreduce(MPI.IN_PLACE, counts)
-        counted = _Counted(*counts.tolist())
+        total = (self._sums() - self._opening)[-1]
+        counted = _Counted(*self._account.summed([*self._validation, total]))
         if counted.solves and _is_coarse(self._refinement.setting):
             is_early = len(self._history) < self._looked_at + epochs / _TIMES
             if most := self._affordable(counted, is_last, is_early):
@@ -198,10 +221,6 @@ class Guard:
             self._history.converged.append([len(self._history), metric])
         if is_last:
             self._close(counted)
-        if self._comm.rank == 0:
-            for text in self._history.warnings[self._said :]:
-                warnings.warn(text, CoarsePhysicsWarning, stacklevel=3)
-        self._said = len(self._history.warnings)
 
     def _affordable(self, counted: _Counted, is_last: bool, is_early: bool) -> int:
         """Iterations that each linear solve is given now; 0 for no assessment.
@@ -218,7 +237,7 @@ class Guard:
         each = counted.solves * counted.steps
         if is_last:
             return min(max(allowed // each, least), CONVERGED.max_it)
-        if self._has_fallen() and not self._has_looked_at_rates:
+        if self._rates.have_fallen() and not self._has_looked_at_rates:
             most, wanted = allowed // each, float(least)
         elif is_early:
             return 0
@@ -227,33 +246,32 @@ class Guard:
             wanted = max(self._wanted, _FIRST * counted.iterations_of_each)
         return min(most, CONVERGED.max_it) if most >= wanted else 0
 
-    def _has_fallen(self) -> bool:
-        """Whether all learning rates are far below those of the start."""
-        pairs = zip(self._learning_rates(), self._rates)
-        return all(now < _FALLEN * start for now, start in pairs)
-
     def _assess(self, metric: float, counted: _Counted, most: int, is_last: bool) -> None:
         def validate() -> float:
             found = self._validate()
-            return from_first_rank(self._comm, partial(checked_metric, found))
+            try:
+                return from_first_rank(self._account.comm, partial(checked_metric, found))
+            except ValueError as error:
+                raise ConvergenceError(str(error)) from None
 
-        self._has_looked_at_rates |= self._has_fallen()
+        self._has_looked_at_rates |= self._rates.have_fallen()
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(self._random)
                 true, work = self._refinement.metric_apart(
                     validate, self._solvers, lambda now: _further(now, most, counted)
                 )
-        except (ConvergenceError, ValueError) as error:
+        except ConvergenceError as error:
+            if self._account.members.size > 1:
+                raise  # the other members know nothing of it
             self._count(most * counted.solves * counted.steps)
             self._wanted = 2.0 * most
             self._say(
                 f"{self._when()} the metric could not be assessed with converged physics: {error}"
             )
             return
-        spent = np.array([work.solves, work.newton_steps, work.iterations])
-        self._comm.Allreduce(MPI.IN_PLACE, spent)
-        solves, steps, iterations = spent.tolist()
+        spent = [work.solves, work.newton_steps, work.iterations]
+        solves, steps, iterations = self._account.summed(spent)
         self._count(iterations)
         self._needed = iterations / max(solves, steps, 1)
         is_converged = self._needed <= _WITHIN * most
@@ -294,11 +312,11 @@ class Guard:
         if is_last or not self._has_warned:
             self._has_warned = True
             self._say(f"{text}: {self._refinement.remedy}")
-        if self._has_fallen() and not self._has_warned_of_rates:
+        if self._rates.have_fallen() and not self._has_warned_of_rates:
             self._has_warned_of_rates = True
-            rates = ", ".join(f"{rate:.3g}" for rate in self._learning_rates())
             self._say(
-                f"{self._when()} learning rates have fallen below a tenth of the start (to {rates})"
+                f"{self._when()} learning rates have fallen below a tenth of the start (to "
+                f"{self._rates})"
                 f" while physics are too coarse (by {self._gap:.1%} of the metric), so that what is"
                 " left to learn with finer ones is learnt slowly: have rates fall after the "
                 "refinement has stopped, or refine by what finer physics say, as "
@@ -338,7 +356,9 @@ class Guard:
 
 def _is_coarse(setting: Setting) -> bool:
     """Whether a setting may stop earlier than converged physics do."""
-    return setting.rtol is None or setting.budget is True or setting.rtol > CONVERGED.rtol
+    if setting.rtol is None:
+        return newton_steps(setting) is not None
+    return bool(setting.budget) or setting.rtol > CONVERGED.rtol
 
 
 def _further(now: Setting, most: int, counted: _Counted) -> Setting:

@@ -171,17 +171,17 @@ def train(
         _check_optimiser(network, optimiser, comm, sharing)
         _check_scheduler(optimiser, scheduler, epochs)
         checked_mode(guard)
-        return epochs, guard, samples, batch_size, seed, refinement.level, refinement.setting
+        return epochs, samples, batch_size, seed, guard, refinement.level, refinement.setting
 
     solvers = list(solvers) if isinstance(solvers, Iterable) else solvers
-    agree(comm, alike, "epochs, guards, samples, batch sizes, seeds and levels of refinement")
+    agree(comm, alike, "epochs, samples, batch sizes, seeds, guards and levels of refinement")
     if comm.rank == 0:
         _warn_of_what_is_not_refined(network, solvers, refinement)
     sampler = EnsembleSampler(samples, batch_size, seed=seed, ensemble=ensemble)
     history, account = History(), Account(solvers, comm, members)
     inside = [layer.solver for layer in network.modules() if isinstance(layer, SolverLayer)]
     watched = list({id(solver): solver for solver in [*solvers, *inside]}.values())
-    watch = Guard(guard, validate, refinement, watched, optimiser, history, comm)
+    watch = Guard(guard, validate, refinement, watched, optimiser, history, account)
     bar = tqdm(
         range(epochs),
         desc=label,
@@ -205,8 +205,7 @@ def train(
                 metric = from_first_rank(comm, partial(checked_metric, found))
                 result = refinement.told(metric, validate)
                 history.record(metric, refinement, account)
-                with account.closed():
-                    watch.look(metric, epochs)
+                watch.look(metric, epochs)
             refinement.step(result)
             if scheduler is not None:
                 told: Any = [metric] if _required(scheduler.step) else []
