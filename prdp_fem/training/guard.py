@@ -297,21 +297,24 @@ class Guard:
         self._history.guard_iterations = self._spent
 
     def _warn_of_gap(self, metric: float, true: float, physics: str, is_last: bool) -> None:
-        why = self._refinement.stopped
+        why, remedy = self._refinement.stopped, self._refinement.remedy
+        if why:
+            remedy = f"the refinement has stopped there ({why}): {remedy}"
+        elif not is_last:
+            remedy = "judge by the latter as long as the refinement goes up"
         text = (
             f"{self._when()} the metric is {metric:.3g} with the physics of the moment "
             f"({self._refinement.setting}), and {true:.3g} with {physics} ({self._gap:.1%} apart, "
-            f"where {ALLOWED_GAP:.0%} are allowed)"
-            + (f"; the refinement has stopped there ({why})" if why else "")
+            f"where {ALLOWED_GAP:.0%} are allowed): {remedy}"
         )
         if self._mode == "error" and (is_last or why):
-            self._say(f"{text}: {self._refinement.remedy}")
-            error = CoarsePhysicsWarning(f"{text}: {self._refinement.remedy}")
+            self._say(text)
+            error = CoarsePhysicsWarning(text)
             error.history = self._history
             raise error
         if is_last or not self._has_warned:
             self._has_warned = True
-            self._say(f"{text}: {self._refinement.remedy}")
+            self._say(text)
         if self._rates.have_fallen() and not self._has_warned_of_rates:
             self._has_warned_of_rates = True
             self._say(
