@@ -162,6 +162,21 @@ def test_what_a_loop_tells_it():
     assert FixedRefinement(Iterations(1)).told(1.0, lambda: 2.0) == 1.0
 
 
+def test_what_converged_physics_say_is_heeded_once():
+    """The level goes up to the finer one at once, though the two say the same."""
+    refinement = DiscrepancyRefinement([3, 4, 6, 7, 12], gap=0.1)
+    same = metrics_of(refinement, lambda iterations: 1.0)
+    refinement.heed(0.1)  # not above it
+    assert refinement.step(same) is False
+    refinement.heed(0.5)
+    assert refinement.step(same) is True and refinement.setting == Iterations(6)
+    assert refinement.step(same) is False
+    refinement.heed(math.inf)
+    assert refinement.step(same) is True and refinement.setting == Iterations(12)
+    refinement.heed(math.inf)
+    assert refinement.step(same) is False  # at the last level
+
+
 @pytest.mark.parallel([2, 3])
 def test_ranks_decide_alike():
     comm = MPI.COMM_WORLD

@@ -1501,6 +1501,27 @@ def test_a_rule_may_be_told_something_else_than_a_metric():
     assert seen == [1, 2, 2, 4] and [record.metric for record in refinement.history] == [1.0, 0.5]
 
 
+def test_why_a_refinement_has_stopped():
+    """As far as a loop can tell; that PRDP is as published is what it is told of a gap."""
+    refinement = ProgressiveRefinement(IterationLadder(stop=3), **EXACT)
+    found = []
+    # as in "second plateau with gain" above: refined after steps 3 and 5, and improving at step 4
+    for metric in (8, 8, 8, 4, 3.5, 3.5):
+        refinement.heed(math.inf)
+        refinement.step(refinement.told(metric, lambda: 0.0))
+        found.append(refinement.stopped)
+    assert found == ["", "", "", "", "that is the last level", "that is the last level"]
+    refinement = ProgressiveRefinement(IterationLadder(), **EXACT)
+    # plateaus without gain at steps 4 and 5, as in "second plateau without gain"; step 7 is worse
+    found = []
+    for metric in (8, 8, 8, 7, 6, 3, 9):
+        refinement.step(metric)
+        found.append(refinement.stopped)
+    assert found == ["", "", "", *["this level gains less than tau_stop asks"] * 3, ""]
+    assert FixedRefinement(Iterations(3)).stopped == "it has no other level"
+    assert ScheduledRefinement([1, 2], {5: 1}).stopped == ""
+
+
 def test_a_rule_without_its_method_says_what_to_write():
     with pytest.raises(NotImplementedError, match=r"write its method next_level\(smoothed\)"):
         Refinement([1, 2]).step(1.0)

@@ -78,7 +78,8 @@ def train(
         that is smaller than the ensemble, does not call it.
     validate : callable
         Returns the metric, finite and not negative; lower is better. That of rank 0 counts. Called
-        without gradients, at the physics of the epoch.
+        without gradients, at the physics of the epoch; and by the guard, and by rules that compare,
+        once more with others, so it has to find the same again.
     optimiser : torch.optim.Optimizer
         One whose step needs a closure, such as LBFGS, is given one for each batch. Its hooks are
         those of a plain loop: one that ``optimiser.register_step_pre_hook`` takes can look at
