@@ -80,7 +80,8 @@ class Schedule:
         given = {name: number for name, number in numbers.items() if number is not None}
         varied = RULES[kind].varied if kind in RULES else ()
         if given and given.keys() != set(varied):
-            expected = f"{' and '.join(varied)}, or none" if varied else "no numbers"
+            both = "both " if len(varied) > 1 else ""
+            expected = f"{both}{' and '.join(varied)} or none" if varied else "no numbers"
             raise ValueError(f"a {kind} schedule has {expected}, found {given}")
         # as those of a frozen dataclass are set
         object.__setattr__(self, "kind", kind)
