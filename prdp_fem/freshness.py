@@ -8,6 +8,7 @@ a source tells the clock, on all ranks alike; nobody else has to know what was m
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, TypeVar
 
@@ -21,8 +22,6 @@ STATE = "state"  # that an operator is assembled at
 BOUNDARY = "boundary"  # the values that were lifted last
 USERS_CODE = "user's code"  # which reads whatever it likes
 UNSEEN = "unseen"  # what only the user can tell has changed
-
-_NEVER = -1
 
 T = TypeVar("T")
 
@@ -39,12 +38,20 @@ class Clock:
     def __init__(self):
         self.now = 0
         self._moments: dict[Hashable, int] = {}
+        self._made_from: defaultdict[Hashable, list[Kept]] = defaultdict(list)
 
     def changed(self, *sources: Hashable) -> None:
-        """Note that sources have changed, all at once."""
+        """Note that sources have changed, all at once, and drop what was made from them."""
         self.now += 1
         for source in sources:
             self._moments[source] = self.now
+            for kept in self._made_from[source]:
+                kept.drop()
+
+    def have_dropped(self, kept: Kept, sources: Iterable[Hashable]) -> None:
+        """Drop what is kept whenever one of some sources changes."""
+        for source in sources:
+            self._made_from[source].append(kept)
 
     def last(self, sources: Iterable[Hashable]) -> int:
         """When the last of some sources has changed; 0 where none has."""
@@ -55,11 +62,18 @@ class Clock:
         return frozenset(source for source in sources if self._moments.get(source, 0) > moment)
 
 
-class Kept(Generic[T]):
-    """Something that is kept until a source of it changes; called, it gives what is valid now.
+class _WhereMissing(Generic[T]):
+    """An attribute that Python asks for only where the object has none of that name."""
 
-    It is made at the first call, and where making it raises, at the next one. As long as the clock
-    stands still a call is one comparison.
+    def __get__(self, kept: Kept[T], owner: type) -> T:
+        return kept.make()
+
+
+class Kept(Generic[T]):
+    """Something that is kept until a source of it changes.
+
+    It is made when it is first read, and where making it raises, when it is read again. As long as
+    no source changes, to read it is to read an attribute.
 
     Parameters
     ----------
@@ -68,35 +82,38 @@ class Kept(Generic[T]):
     clock : Clock
     on : iterable of hashable
         The sources that it is made from.
+
+    Attributes
+    ----------
+    value
+        What is valid now.
     """
 
-    __slots__ = ("_clock", "_made", "_make", "_on", "_seen", "_value")
+    value = _WhereMissing[T]()
 
     def __init__(self, make: Callable[[], T], clock: Clock, on: Iterable[Hashable]):
         self._make = make
         self._clock = clock
-        self._on = tuple(on)
-        self._made = self._seen = _NEVER
-        self._value: T = None  # type: ignore[assignment]  # nobody sees it before it is made
+        self._on = frozenset(on)
+        clock.have_dropped(self, self._on)
 
-    def __call__(self) -> T:
-        if self._seen != self._clock.now:
-            self._look()
-        return self._value
-
-    def _look(self) -> None:
-        # From before it is made: what changes meanwhile has it made anew.
+    def make(self) -> T:
+        """Make it, and keep it, unless a source of it has changed meanwhile."""
         now = self._clock.now
-        if self._made < self._clock.last(self._on):
-            self._value = self._make()
-            self._made = now
-        self._seen = now
+        value = self._make()
+        if self._clock.last(self._on) <= now:
+            self.put(value)
+        return value
+
+    def ensure(self) -> None:
+        """Make it, unless it is there: for what is done once rather than read."""
+        if "value" not in vars(self):
+            self.make()
 
     def put(self, value: T) -> None:
         """Have something in it that is valid now, and was not made by it."""
-        self._value = value
-        self._made = self._seen = self._clock.now
+        vars(self)["value"] = value
 
     def drop(self) -> None:
-        """Have it made anew whatever its sources are, since it was used up."""
-        self._made = self._seen = _NEVER
+        """Have it made anew when it is read next, since a source has changed, or it was used up."""
+        vars(self).pop("value", None)

@@ -18,7 +18,7 @@ from firedrake.petsc import PETSc
 from jobs import run_ranks
 from problems import HeatStep
 
-from prdp_fem.memory.batch import Batch, BatchStore
+from prdp_fem.memory.batch import Batch, Batches
 
 HERE = Path(__file__).parent
 # What a processor must have for them.
@@ -172,7 +172,7 @@ def test_rows_are_columns_of_a_matrix(size):
     """Whatever room there is between them."""
     comm = PETSc.COMM_WORLD
     like = PETSc.Vec().createMPI((size, PETSc.DETERMINE), comm=comm)
-    store = BatchStore(lambda rows: Batch(rows, like))
+    batches = Batches(lambda rows: Batch(rows, like))
     A = PETSc.Mat().createAIJ((like.getSizes(), like.getSizes()), nnz=3, comm=comm)
     start, stop = A.getOwnershipRange()
     for row in range(start, stop):
@@ -181,7 +181,7 @@ def test_rows_are_columns_of_a_matrix(size):
             A[row, row - 1] = 1 / (1 + row)
     A.assemble()
     for rows in (1, 2, 5):
-        batch, out = store(rows), Batch(rows, like)
+        batch, out = batches[rows], Batch(rows, like)
         values = np.random.default_rng(rows).standard_normal((rows, size))
         batch.fill(values)
         batch.multiply(A, out)

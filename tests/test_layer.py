@@ -352,7 +352,7 @@ def test_ranks_cut_batches_alike_whatever_they_own(monkeypatch, differentiation)
     whole = values_and_gradient(layer, tensor)
     # The ranks that own least could take all rows at once, the others could not.
     monkeypatch.setattr(
-        "prdp_fem.memory.batch._CHUNK_SIZE", 4 * min(sizes) if COMM_WORLD.size > 1 else 2 * sizes[0]
+        "prdp_fem.solution.stretches._SIZE", 4 * min(sizes) if COMM_WORLD.size > 1 else 2 * sizes[0]
     )
     for one, other in zip(whole, values_and_gradient(layer, tensor)):
         assert torch.equal(one, other)

@@ -131,13 +131,13 @@ class InputDerivatives:
         total = np.zeros(self._size)
         for index, values in direction.inputs.items():
             if index in self._terms:
-                total += self._terms[index].products(values[None], self._product()).values(0)
+                total += self._terms[index].products(values[None], self._product.value).values(0)
             else:
                 total += self.by_forms.in_direction(index, values)
         for mesh, values in direction.meshes.items():
             total += self.by_forms.in_mesh_direction(mesh, values)
         total[self._forms.boundary_dofs] = 0.0
-        row = self._right_hand_side()
+        row = self._right_hand_side.value
         row.fill(total)
         if direction.boundary is not None:
             self._lifting.subtract(direction.boundary, row.vectors[0])

@@ -104,14 +104,14 @@ class RightHandSide:
 
     def _assemble_rest(self) -> Batch | DeviceBatch:
         assemble_into(self._rest_assembler, self._assembled)
-        row = self._room_for_rest()
+        row = self._room_for_rest.value
         with self._assembled.dat.vec_ro as vector:
             row.fill(vector.array_r)
         return row
 
     def _lift(self) -> Batch | DeviceBatch:
         """-J g."""
-        row = self._room_for_lifted()
+        row = self._room_for_lifted.value
         row.set_to_zero()
         row.changed()
         assert self._boundary_values is not None
@@ -119,7 +119,7 @@ class RightHandSide:
         return row
 
     def _fill_boundary(self) -> Batch | DeviceBatch:
-        row = self._room_for_boundary()
+        row = self._room_for_boundary.value
         row.fill(self._boundary_values)
         return row
 
@@ -134,13 +134,13 @@ class RightHandSide:
         """
         self._has_base = self._rest is not None or point.boundary is not None
         if self._has_base:
-            base = self._base()
+            base = self._base.value
             base.set_to_zero()
             if self._rest is not None:
-                base.add(self._rest_row())
+                base.add(self._rest_row.value)
             if point.boundary is not None:
                 self._note_boundary(point.boundary)
-                base.add(self._lifted())
+                base.add(self._lifted.value)
         self._shared = {
             index: term.kept_product(point.values[index])
             for index, term in self.terms.items()
@@ -159,9 +159,9 @@ class RightHandSide:
 
         Terms are added in one order, so that no bit depends on which of them vary.
         """
-        b, started = self._rows(rows.stop - rows.start), self._has_base
+        b, started = self._rows.value[rows.stop - rows.start], self._has_base
         if started:
-            b.assign(self._base())
+            b.assign(self._base.value)
         for index, term in self.terms.items():
             if index in self._shared:
                 if started:
@@ -169,7 +169,7 @@ class RightHandSide:
                 else:
                     b.assign(self._shared[index])
             elif started:
-                b.add(term.products(varying[index][rows], self._products(len(b.vectors))))
+                b.add(term.products(varying[index][rows], self._products.value[len(b.vectors)]))
             else:
                 term.products(varying[index][rows], b)
             started = True
@@ -206,8 +206,8 @@ class AffineTerm:
         room = place.batches(vector_like(forms.solution))
         of_matrix = [*parameters, MESH, UNSEEN]
         self._matrix = place.kept(self._assembled, of_matrix)
-        self._transpose = place.kept(lambda: place.memory.transpose(self._matrix()), of_matrix)
-        self._last = place.kept(lambda: _LastProduct(room(1)), of_matrix)
+        self._transpose = place.kept(lambda: place.memory.transpose(self._matrix.value), of_matrix)
+        self._last = place.kept(lambda: _LastProduct(room.value[1]), of_matrix)
 
     def _assembled(self) -> PETSc.Mat:
         matrix = self._assemble()
@@ -220,21 +220,21 @@ class AffineTerm:
 
     def products(self, values, b: Batch | DeviceBatch) -> Batch | DeviceBatch:
         """b = B m for the rows m of an array, or of a tensor on the device."""
-        matrix, m = self._matrix(), self._inputs(len(values))
+        matrix, m = self._matrix.value, self._inputs.value[len(values)]
         m.fill(values)
         m.multiply(matrix, b)
         return b
 
     def kept_product(self, values) -> Batch | DeviceBatch:
         """B m as one row, kept for the next time."""
-        last = self._last()
+        last = self._last.value
         # A product is collective, and in parallel the values may have changed on some ranks only.
         # To compare values on a device would take as long as the product.
         is_comparable = isinstance(values, np.ndarray)
         is_kept = (
             last.values is not None
             and is_comparable
-            and self._matrix().comm.size == 1
+            and self._matrix.value.comm.size == 1
             and same_bits(values, last.values)
         )
         if not is_kept:
@@ -244,9 +244,9 @@ class AffineTerm:
 
     def transposed_products(self, multipliers: Batch | DeviceBatch, out) -> None:
         """out = Bᵀ λ for the rows λ of a batch; out is an array, or a tensor on the device."""
-        matrix, m = self._matrix(), self._inputs(len(out))
+        matrix, m = self._matrix.value, self._inputs.value[len(out)]
         if self._place.memory.has_explicit_transposes or (len(out) > 1 and matrix.comm.size == 1):
-            multipliers.multiply(self._transpose(), m)
+            multipliers.multiply(self._transpose.value, m)
         else:
             for multiplier, product in zip(multipliers.vectors, m.vectors):
                 matrix.multTranspose(multiplier, product)
@@ -281,24 +281,24 @@ class CofunctionTerm:
 
     def products(self, values, b: Batch | DeviceBatch) -> Batch | DeviceBatch:
         """b = weight · m, zero at the boundary, for rows m: an array, or a tensor on the device."""
-        b.fill_inside(values, self._boundary())
+        b.fill_inside(values, self._boundary.value)
         b.scale(self._weight)
         b.changed()
         return b
 
     def kept_product(self, values) -> Batch | DeviceBatch:
         """weight · m as one row, zero at the boundary."""
-        return self.products(values[None], self._row())
+        return self.products(values[None], self._row.value)
 
     def transposed_products(self, multipliers: Batch | DeviceBatch, out) -> None:
         """out = weight · λ, zero at the boundary, for the rows λ of a batch.
 
         out is an array, or a tensor on the device.
         """
-        work = self._work(len(out))
+        work = self._work.value[len(out)]
         work.assign(multipliers)
         work.scale(self._weight)
-        work.zero(self._boundary())
+        work.zero(self._boundary.value)
         work.read(out)
 
 

@@ -63,22 +63,22 @@ class Symmetry:
         now = self._clock.now
         before = self._found_at
         changed = self._clock.since(0 if before is None else before, self._operator)
-        is_taken = before is not None and changed in self._symmetric_after()
+        is_taken = before is not None and changed in self._symmetric_after.value
         found = is_taken or (
-            ksp_facts(self._ksp.getType()).asks_for_symmetry and self.has_symmetric_operator()
+            ksp_facts(self._ksp.getType()).asks_for_symmetry and self.has_symmetric_operator.value
         )
         if found:
-            self._symmetric_after().add(changed)
+            self._symmetric_after.value.add(changed)
         self._found_at = now if found else None
         return found
 
     def _find_symmetric_operator(self) -> bool:
         A, _ = self._ksp.getOperators()
-        return self._probe().finds_symmetric(A.mult)
+        return self._probe.value.finds_symmetric(A.mult)
 
     def _find_symmetric_parts(self) -> bool:
         pc = self._ksp.getPC()
-        return self.has_symmetric_operator() and self._probe().finds_symmetric(pc.apply)
+        return self.has_symmetric_operator.value and self._probe.value.finds_symmetric(pc.apply)
 
     def _find_transposable(self) -> bool:
         return not self._is_refused() and self._is_found_by_trying()
@@ -99,7 +99,7 @@ class Symmetry:
         """Whether it is there: of a preconditioner PETSc does not tell otherwise."""
         A, P = self._ksp.getOperators()
         pc = self._ksp.getPC()
-        probe = self._probe()
+        probe = self._probe.value
         try:
             # A Python matrix may have no transposed product, or one that is none of its transpose.
             is_there = probe.finds_transposed_operator(A) and probe.finds_transposed(pc)

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from firedrake.petsc import PETSc
 
 from prdp_fem.freshness import MEMORY, METHOD, Clock, Kept
 from prdp_fem.krylov import nested
 from prdp_fem.krylov.consistency import ConsistencyCheck, solves_least_squares
+from prdp_fem.krylov.counted_solves import (
+    CountedSolve,
+    Rows,
+    adjoint_rows,
+    checked,
+    forward_rows,
+    scaled,
+)
 from prdp_fem.krylov.factorisation import FactorisationCheck
 from prdp_fem.krylov.ksp import RefinedKSP
-from prdp_fem.krylov.null_spaces import NullSpaceCheck, null_space_left_by, one_sided_null_space
+from prdp_fem.krylov.null_spaces import NullSpaceCheck, one_sided_null_space
 from prdp_fem.krylov.petsc_types import pc_facts
-from prdp_fem.krylov.scaling import CountedSolve, scaled
 from prdp_fem.krylov.snes import Newton
 from prdp_fem.krylov.symmetry import Symmetry
 from prdp_fem.ranks.warning import OneWarning
 from prdp_fem.refinement.ladders import Setting
+from prdp_fem.statistics import Statistics
 
 __all__ = ["Krylov"]
-
-_BY_SIZE = PETSc.KSP.ConvergedReason.CONVERGED_ATOL
-
-
-def _solve_without_atol(ksp: PETSc.KSP, solve: Callable, b: PETSc.Vec, x: PETSc.Vec) -> int:
-    """Solve until something relative stops it, and return the reason."""
-    atol = ksp.getTolerances()[1]
-    ksp.setTolerances(atol=0.0)
-    try:
-        solve(b, x)
-    finally:
-        ksp.setTolerances(atol=atol)
-    return ksp.getConvergedReason()
 
 
 class Krylov:
@@ -103,7 +99,7 @@ class Krylov:
             lambda: one_sided_null_space(ksp.getOperators()[0]), clock, [MEMORY]
         )
         self.may_hide_residuals = Kept(
-            lambda: self._one_sided_null_space() is not None or solves_least_squares(ksp),
+            lambda: self._one_sided_null_space.value is not None or solves_least_squares(ksp),
             clock,
             [MEMORY, METHOD],
         )
@@ -125,38 +121,54 @@ class Krylov:
             Where the first operator does not have the null spaces that it was given.
         """
         self.refined.set_up()
-        self._null_spaces().look(self.ksp.getOperators()[0])
+        self._null_spaces.value.look(self.ksp.getOperators()[0])
 
-    def solver(
-        self, setting: Setting | None, *, guess: bool = False, kind: str = "forward"
-    ) -> CountedSolve:
-        """A function that solves A x = b for b and x, and returns the iterations spent.
-
-        It holds until another is asked for.
+    def solve(
+        self,
+        setting: Setting | None,
+        rows: Rows,
+        statistics: Statistics,
+        *,
+        guess: bool = False,
+        record: Callable[[], Any] | None = None,
+    ) -> list:
+        """Solve A x = b, one row after the other.
 
         Parameters
         ----------
         setting : Setting or None
             How far to go; None for what the KSP's options say.
+        rows : iterable of pairs of PETSc.Vec
+            b and x.
+        statistics : Statistics
+            Where each row is counted once it is done.
         guess : bool
             Start from ``x`` instead of zero.
-        kind : str
-            What messages call the solve.
+        record : callable or None
+            Called after each row, for what is kept of it; None for nothing.
 
-        Notes
-        -----
-        The function raises :class:`firedrake.exceptions.ConvergenceError` on NaN, breakdown or
-        divergence, and where a tolerance is not reached; not for a used-up budget.
+        Returns
+        -------
+        list
+            What is kept of each row.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            On NaN, breakdown or divergence, and where a tolerance is not reached; not for a used-up
+            budget.
         """
-        if kind == "forward":
-            self._prepare(self.refined, setting, guess, is_absolute=True)
-            solves = self._solves()
-            if kind not in solves:
-                self.look_before(self.ksp)
-                solves[kind] = self._checked(self.refined, self.ksp.solve, kind)
-            return solves[kind]
+        self._prepare(self.refined, setting, guess, is_absolute=True)
+        solves = self._solves.value
+        if "forward" not in solves:
+            self.look_before(self.ksp)
+            solves["forward"] = self._checked(self.refined, self.ksp.solve, "forward")
+        return forward_rows(solves["forward"], rows, statistics, record)
+
+    def solve_tangent(self, setting: Setting | None, b: PETSc.Vec, x: PETSc.Vec) -> int:
+        """Solve A x = b for a tangent, from zero, and return the iterations spent."""
         self._prepare(self.refined, setting)
-        return self._projected(self._scaled(self.refined, self.ksp.solve, kind))
+        return self._projected(self._scaled(self.refined, self.ksp.solve, "tangent"))(b, x)
 
     def _prepare(
         self,
@@ -168,7 +180,7 @@ class Krylov:
     ) -> None:
         """Put a setting on a KSP, and tell the clock of types that were set by hand."""
         if refined.apply(setting, guess, is_absolute=is_absolute):
-            self._solves().clear()
+            self._solves.value.clear()
             types = self.ksp.getType(), self.ksp.getPC().getType()
             if types != self._types:
                 self._types = types
@@ -193,19 +205,19 @@ class Krylov:
         self._prepare(self.refined, setting)
         self._consistency.look(self.refined, b, x)
 
-    def transposed_solver(self, setting: Setting | None) -> CountedSolve:
-        """A function that solves Aᵀ x = b from zero; see :meth:`solver`."""
+    def solve_transposed(self, setting: Setting | None, rows: Rows, statistics: Statistics) -> None:
+        """Solve Aᵀ x = b from zero, one row after the other; see :meth:`solve`."""
         self._prepare(self.refined, setting)
-        return self._transposed_solver()(setting)
+        adjoint_rows(self._transposed_solver.value(setting), rows, statistics)
 
     def _find_transposed_solver(self) -> Callable[[Setting | None], CountedSolve]:
-        """What :meth:`transposed_solver` asks, for the operator and the method as they are now."""
+        """What :meth:`solve_transposed` asks, for the operator and the method as they are now."""
         find: Callable[[Setting | None], CountedSolve] = self._solver_of_transposed
-        if self.symmetry.is_symmetric():
+        if self.symmetry.is_symmetric.value:
             find = self._solver_by(self.ksp.solve)
-        elif self.symmetry.is_transposable():
+        elif self.symmetry.is_transposable.value:
             find = self._solver_by(self.ksp.solveTranspose)
-        if self._one_sided_null_space() is None:
+        if self._one_sided_null_space.value is None:
             return find
         return lambda setting: self._projected(find(setting))
 
@@ -225,8 +237,8 @@ class Krylov:
 
     def _projected(self, solve: CountedSolve) -> CountedSolve:
         """With the null space of a symmetric operator for an unnamed one of its transpose."""
-        space = self._one_sided_null_space()
-        if space is None or not self.symmetry.has_symmetric_operator():
+        space = self._one_sided_null_space.value
+        if space is None or not self.symmetry.has_symmetric_operator.value:
             return solve
 
         def solve_projected(b: PETSc.Vec, x: PETSc.Vec) -> int:
@@ -242,7 +254,7 @@ class Krylov:
 
         It may write to that.
         """
-        solves = self._solves()
+        solves = self._solves.value
         if kind not in solves:
             solve_and_check = self._checked(refined, solve, kind, is_relative=True)
             solves[kind] = scaled(refined.ksp, solve_and_check, refined.may_have_thresholds)
@@ -250,32 +262,22 @@ class Krylov:
 
     def _checked(
         self, refined: RefinedKSP, solve: Callable, kind: str, *, is_relative: bool = False
-    ) -> Callable:
-        """A solve that raises where it failed, and returns its iterations.
+    ) -> CountedSolve:
+        """A solve that raises where it failed, or where a factorisation gives no solution."""
+        ksp = refined.ksp
+        is_transposed = solve == ksp.solveTranspose
 
-        Where it is relative nothing absolute stops it: not PETSc's own tolerance either, which
-        residuals of a large operator are below.
-        """
-        ksp, is_nested = refined.ksp, refined.is_nested
-        is_transposed, good = solve == ksp.solveTranspose, refined.good_reasons
-        left = None if self.keeps_iterates else null_space_left_by(ksp, transposed=is_transposed)
+        def look(b: PETSc.Vec, x: PETSc.Vec) -> None:
+            looked_at, check = self._looked_at.value, self._factorisation.value
+            if is_transposed not in looked_at and check.look(ksp, b, x, kind, is_transposed):
+                looked_at.add(is_transposed)  # unless it has raised, and will again
+
         is_direct = nested.is_direct(ksp) or pc_facts(ksp.getPC().getType()).factorises
-
-        def solve_and_check(b: PETSc.Vec, x: PETSc.Vec) -> int:
-            solve(b, x)
-            reason = ksp.getConvergedReason()
-            if reason == _BY_SIZE and is_relative:
-                reason = _solve_without_atol(ksp, solve, b, x)
-            if is_nested or reason not in good:
-                iterations = refined.checked_iterations(kind)
-            else:
-                iterations = ksp.getIterationNumber()
-            if left is not None:
-                left.remove(x)
-            if is_direct:
-                looked_at, check = self._looked_at(), self._factorisation()
-                if is_transposed not in looked_at and check.look(ksp, b, x, kind, is_transposed):
-                    looked_at.add(is_transposed)  # unless it has raised, and will again
-            return iterations
-
-        return solve_and_check
+        return checked(
+            refined,
+            solve,
+            kind,
+            is_relative=is_relative,
+            keeps_iterates=self.keeps_iterates,
+            look=look if is_direct else None,
+        )

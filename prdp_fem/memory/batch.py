@@ -5,31 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from firedrake.petsc import PETSc
 
-from prdp_fem.freshness import MEMORY, Clock
+__all__ = ["Batch", "Batches", "Entries"]
 
-__all__ = ["Batch", "BatchStore", "Entries", "chunks"]
-
-# Rows are worked through in chunks that fit into a processor's cache, so that they stay small
-# whatever the batch.
-_CHUNK_SIZE = 2**18
 # Batches that are kept: training, validation and the last, smaller batch of each come in turns.
 _KEPT = 6
 # Bytes that rows start at multiples of. BLAS kernels differ in what they load at once, and some add
 # up in another order where an array starts at other than such a multiple: a row's results would
 # depend on its place in the batch.
 _ALIGNMENT = 64
-
-
-def chunks(rows: int, size: int) -> list[slice]:
-    """A batch of rows cut into parts."""
-    if 0 < rows * size <= _CHUNK_SIZE:
-        return [slice(0, rows)]
-    step = max(1, _CHUNK_SIZE // max(size, 1))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _aligned(rows: int, size: int) -> np.ndarray:
@@ -157,31 +145,23 @@ class Batch:
                 matrix.mult(one, product)
 
 
-class BatchStore:
-    """Batches of one layout, kept by their number of rows until the memory is another one.
+class Batches(dict[int, Any]):
+    """Batches of one layout by their number of rows, with the values of their last use.
+
+    One that is not there is made.
 
     Parameters
     ----------
     make : callable
         Of a number of rows, which makes a batch.
-    clock : Clock or None
-        That tells of another memory; None where there will be none.
     """
 
-    def __init__(self, make: Callable, clock: Clock | None = None):
-        self._make, self._clock = make, Clock() if clock is None else clock
-        self._batches: dict = {}
-        self._seen = self._clock.now
+    def __init__(self, make: Callable[[int], Any]):
+        super().__init__()
+        self._make = make
 
-    def __call__(self, rows: int):
-        """The batch of so many rows; its values are those of its last use."""
-        if self._seen != self._clock.now:
-            if self._seen < self._clock.last([MEMORY]):
-                self._batches.clear()
-            self._seen = self._clock.now
-        batch = self._batches.get(rows)
-        if batch is None:
-            if len(self._batches) >= _KEPT:
-                del self._batches[next(iter(self._batches))]
-            batch = self._batches[rows] = self._make(rows)
+    def __missing__(self, rows: int):
+        if len(self) >= _KEPT:
+            del self[next(iter(self))]
+        batch = self[rows] = self._make(rows)
         return batch

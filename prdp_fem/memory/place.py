@@ -9,7 +9,7 @@ import numpy as np
 from firedrake.petsc import PETSc
 
 from prdp_fem.freshness import MEMORY, Clock, Kept
-from prdp_fem.memory.batch import BatchStore
+from prdp_fem.memory.batch import Batches
 from prdp_fem.memory.memory import Memory
 from prdp_fem.statistics import Statistics
 
@@ -51,9 +51,9 @@ class Place:
         """A vector of the layout of one on the host."""
         return self.kept(lambda: self.memory.vector(like))
 
-    def batches(self, like: PETSc.Vec) -> BatchStore:
+    def batches(self, like: PETSc.Vec) -> Kept[Batches]:
         """Batches of vectors of a layout, by their number of rows."""
-        return BatchStore(lambda rows: self.memory.batch(rows, like), self.clock)
+        return self.kept(lambda: Batches(lambda rows: self.memory.batch(rows, like)))
 
     def row(self, like: PETSc.Vec) -> Kept:
         """A batch of one vector of a layout."""

@@ -6,11 +6,12 @@ reached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 
 import numpy as np
 
 from prdp_fem.assembly.input_derivatives import InputDerivatives
+from prdp_fem.krylov.transposes import Krylov
 from prdp_fem.memory.batch import Batch
 from prdp_fem.memory.device_batch import DeviceBatch
 from prdp_fem.problem.point import Direction, Point
@@ -38,6 +39,7 @@ class ImplicitDerivative:
         self._forward, self._linearisation = forward, forward.linearisation
         linearisation = forward.linearisation
         self._inputs = InputDerivatives(linearisation.forms, forward.terms, linearisation.place)
+        self._adjoint_work, self._tangent_work = map(linearisation.work, ("adjoint", "tangent"))
 
     # Nothing is kept of a solve but its solution.
     record = None
@@ -82,21 +84,21 @@ class ImplicitDerivative:
         if wanted.guess is not None:
             wanted.guess[:] = 0.0
         needs_forms = inputs.needs_forms(wanted)
-        moves = needs_forms or linearisation.moves_with(varying)
-        with linearisation.work("adjoint"):
+        still = None if needs_forms else linearisation.still
+        with self._adjoint_work:
             if needs_forms:
                 point = point.on(linearisation.place.memory)  # once for all rows
             size = linearisation.largest_size
-            for rows, at in stretches(point, varying, len(cotangents), size, moves):
+            for rows, at in stretches(point, varying, len(cotangents), size, still):
                 if at is not None:
-                    linearisation.at(at, None if solutions is None else solutions[rows.start])
+                    solution = None if solutions is None else solutions[rows.start]
+                    krylov = linearisation.at(at, solution)
                     if needs_forms:
                         assert solutions is not None
                         self._require_solution(
                             at, setting, solutions[rows.start], wanted.gradients, wanted.meshes
                         )
-                    solve = linearisation.krylov.transposed_solver(setting)
-                multipliers = self._solve(solve, cotangents[rows])
+                multipliers = self._solve(krylov, setting, cotangents[rows])
                 if needs_forms:
                     # Each row has a point of its own.
                     assert at is not None and solutions is not None
@@ -124,20 +126,21 @@ class ImplicitDerivative:
         """
         linearisation = self._linearisation
         inputs, is_nonlinear = linearisation.forms.inputs, linearisation.copies.state is not None
-        if linearisation.krylov.may_hide_residuals() and (
+        if linearisation.krylov.may_hide_residuals.value and (
             is_nonlinear or any(inputs[index].in_operator for index in indices) or meshes
         ):
             b, w = self._forward.system_at(point, linearisation.place.memory.on_host(solution))
             linearisation.krylov.require_solution(setting, b, w)
 
-    def _solve(self, solve: Callable, cotangents) -> Batch | DeviceBatch:
+    def _solve(self, krylov: Krylov, setting: Setting | None, cotangents) -> Batch | DeviceBatch:
         """The rows λ from those of an array, or of a tensor on the device."""
-        linearisation = self._linearisation
-        inner, statistics = linearisation.inner(cotangents), linearisation.statistics
-        multipliers = linearisation.multipliers(len(cotangents))
-        for cotangent, multiplier in zip(inner.vectors, multipliers.vectors):
-            statistics.adjoint_iterations += solve(cotangent, multiplier)
-            statistics.adjoint_solves += 1
+        linearisation, count = self._linearisation, len(cotangents)
+        inner = linearisation.cotangents.value[count]
+        # A truncated solve would see what is at boundary dofs.
+        inner.fill_times_zero(cotangents, linearisation.boundary_entries.value)
+        multipliers = linearisation.multipliers.value[count]
+        pairs = zip(inner.vectors, multipliers.vectors)
+        krylov.solve_transposed(setting, pairs, linearisation.statistics)
         return multipliers
 
     def _zero_boundary(self, multipliers: Batch | DeviceBatch) -> None:
@@ -145,7 +148,7 @@ class ImplicitDerivative:
 
         A preconditioner that does not keep them apart has truncated iterations write there.
         """
-        multipliers.zero(self._linearisation.boundary_entries())
+        multipliers.zero(self._linearisation.boundary_entries.value)
 
     def tangent(
         self,
@@ -158,12 +161,12 @@ class ImplicitDerivative:
     ) -> None:
         """Write the solution's derivative in a direction; see :meth:`SolutionMap.solve_tangent`."""
         linearisation = self._linearisation
-        tangent = linearisation.states(1).vectors[0]
-        with linearisation.work("tangent"):
-            linearisation.at(point, solution)
+        tangent = linearisation.states.value[1].vectors[0]
+        with self._tangent_work:
+            krylov = linearisation.at(point, solution)
             self._require_solution(point, setting, solution, direction.inputs, direction.meshes)
             b = self._inputs.in_direction(point, solution, direction)
-            iterations = linearisation.krylov.solver(setting, kind="tangent")(b, tangent)
+            iterations = krylov.solve_tangent(setting, b, tangent)
             out[:] = linearisation.place.memory.unload(tangent)
             linearisation.forms.put_boundary(out, direction.boundary)
         linearisation.statistics.tangent_solves += 1
@@ -182,8 +185,8 @@ class ImplicitDerivative:
         linearisation = self._linearisation
         inputs = self._inputs
         by_forms = self._inputs.by_forms
-        with linearisation.work("adjoint"):
-            linearisation.at(point, solution)
+        with self._adjoint_work:
+            krylov = linearisation.at(point, solution)
             self._require_solution(
                 point,
                 setting,
@@ -191,8 +194,7 @@ class ImplicitDerivative:
                 [*wanted.gradients, *direction.inputs],
                 [*wanted.meshes, *direction.meshes],
             )
-            solve = linearisation.krylov.transposed_solver(setting)
-            multipliers = self._solve(solve, second.cotangent[None])
+            multipliers = self._solve(krylov, setting, second.cotangent[None])
             self._zero_boundary(multipliers)
             by_forms.at(point, solution, multipliers.values(0))
             if wanted.first_boundary is not None:
@@ -201,7 +203,7 @@ class ImplicitDerivative:
             cotangent = second.derivative + by_forms.second_by_solution()
             seconds = {index: by_forms.second_by_input(index) for index in wanted.gradients}
             meshes = {mesh: by_forms.second_by_mesh(mesh) for mesh in wanted.meshes}
-            multipliers = self._solve(solve, cotangent[None])
+            multipliers = self._solve(krylov, setting, cotangent[None])
             self._zero_boundary(multipliers)
             by_forms.at(point, solution, multipliers.values(0))
             inputs.write(wanted, slice(0, 1), multipliers, cotangent[None])

@@ -48,6 +48,7 @@ class LinearSolve:
     def __init__(self, linearisation: Linearisation, right_hand_side: RightHandSide):
         self.linearisation, self.right_hand_side = linearisation, right_hand_side
         self.terms = right_hand_side.terms
+        self._work = linearisation.work("forward")
 
     def check_setting(self, setting: Setting) -> None:
         """Raise a ValueError where there is no KSP for a setting to be put on, or more than one."""
@@ -72,47 +73,53 @@ class LinearSolve:
         what is kept of it; None for nothing.
         """
         linearisation, right_hand_side = self.linearisation, self.right_hand_side
-        statistics = linearisation.statistics
-        guess = point.guess
-        records = []
-        moves = self.moves(point, varying)
-        with linearisation.work("forward"):
-            size = linearisation.largest_size
-            for rows, at in stretches(point, varying, len(solutions), size, moves):
+        statistics, guess, has_guess = (
+            linearisation.statistics,
+            point.guess,
+            point.guess is not None,
+        )
+        records: list = []
+        with self._work:
+            for rows, at in self.stretches(point, varying, len(solutions)):
                 if at is not None:
-                    linearisation.at(at)
+                    krylov = linearisation.at(at)
                     right_hand_side.prepare(at, varying)
-                    solve = linearisation.krylov.solver(setting, guess=guess is not None)
                 b = right_hand_side.rows(varying, rows)
-                w = linearisation.states(rows.stop - rows.start)
+                w = linearisation.states.value[rows.stop - rows.start]
                 if guess is not None:
                     self.start(w, guess, rows)
-                for one, solution in zip(b.vectors, w.vectors):
-                    statistics.forward_iterations += solve(one, solution)
-                    records.append(None if record is None else record())
-                    statistics.solves += 1
+                pairs = zip(b.vectors, w.vectors)
+                records += krylov.solve(setting, pairs, statistics, guess=has_guess, record=record)
                 # For preconditioners that do not keep the boundary rows apart to the bit.
-                w.zero(linearisation.boundary_entries())
+                w.zero(linearisation.boundary_entries.value)
                 if point.boundary is not None:
-                    w.add(right_hand_side.boundary())
+                    w.add(right_hand_side.boundary.value)
                 w.read(solutions[rows])
         return records
 
-    def moves(self, point: Point, varying: Mapping[int, np.ndarray]) -> bool:
-        """Whether something is assembled between rows of a batch."""
-        return self.linearisation.moves_with(varying) or (
-            point.boundary is not None and point.boundary.ndim == 2
-        )
+    def stretches(
+        self,
+        point: Point,
+        varying: Mapping[int, np.ndarray],
+        count: int,
+        *,
+        has_forms: bool = False,
+    ) -> list[tuple[slice, Point | None]]:
+        """So many rows, cut where operator or right-hand side are assembled, or forms are."""
+        linearisation = self.linearisation
+        has_lifting = point.boundary is not None and point.boundary.ndim == 2
+        still = None if has_forms or has_lifting else linearisation.still
+        return stretches(point, varying, count, linearisation.largest_size, still)
 
     def start(self, w: Batch | DeviceBatch, guess: np.ndarray, rows: slice) -> None:
         """Have rows start from a guess, shape (n,) or (batch, n), without its boundary values."""
         w.fill_inside(
-            guess if guess.ndim == 1 else guess[rows], self.linearisation.boundary_entries()
+            guess if guess.ndim == 1 else guess[rows], self.linearisation.boundary_entries.value
         )
 
     def system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
         """b and w, whose residual b - A w is that of a solution, where the operator is."""
         self.right_hand_side.prepare(point, {})
-        w = self.linearisation.states(1)
-        w.fill_inside(solution, self.linearisation.boundary_entries())
+        w = self.linearisation.states.value[1]
+        w.fill_inside(solution, self.linearisation.boundary_entries.value)
         return self.right_hand_side.rows({}, slice(0, 1)).vectors[0], w.vectors[0]

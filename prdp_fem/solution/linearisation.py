@@ -6,9 +6,9 @@ dofs; rows and columns of all operators there are those of the identity.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
@@ -24,8 +24,6 @@ from prdp_fem.krylov.ksp import RefinedKSP, abandon_preconditioner, reset, set_u
 from prdp_fem.krylov.nested import has_failed_inside
 from prdp_fem.krylov.snes import Newton
 from prdp_fem.krylov.transposes import Krylov
-from prdp_fem.memory.batch import Batch
-from prdp_fem.memory.device_batch import DeviceBatch
 from prdp_fem.memory.place import Place
 from prdp_fem.problem.components import components_of
 from prdp_fem.problem.context import condenses_locally
@@ -77,11 +75,14 @@ class Linearisation:
         That of the rank which has most.
     statistics : Statistics
     copies : Copies
+    still : Set of int or None
+        The inputs that may differ from row to row of a batch while operator and forms stay as they
+        are; None for an operator that depends on the solution, which is another one in each row.
     krylov : Krylov
     constants : ConstantsCheck
         What looks at operators that are solved with by iterations.
     lending : Lending
-    states, cotangents, multipliers : BatchStore
+    states, cotangents, multipliers : Kept of Batches
         States or tangents, right-hand sides of adjoint and tangent solves, and what these give.
     boundary_entries : Kept
         Those of vectors at boundary dofs.
@@ -104,8 +105,9 @@ class Linearisation:
         self.comm = forms.solution.function_space().mesh().comm
         self.layout, self.size = vector_like(forms.solution), local_values(forms.solution).size
         self.largest_size = self.comm.allreduce(self.size, MPI.MAX)
-        self._make_adjoint_solver, self._unassembled = make_adjoint_solver, unassembled
+        self._make_adjoint_solver = make_adjoint_solver
         self.copies = Copies(forms, place.clock, unassembled)
+        self.still = unassembled if self.copies.state is None else None
         self.lending = Lending(forms)
         # Firedrake's solvers, and what resets their KSPs, in which everything is of one memory.
         self._solvers: list = []
@@ -116,6 +118,7 @@ class Linearisation:
         ksp.setOperators(*operators(solver))
         self._context = SolverContext(solver)
         self._needs_context = True
+        self._around = place.kept(self._find_around)
         self.look_after(solver, self._reset)
         in_operator = [index for index, entry in enumerate(forms.inputs) if entry.in_operator]
         of_operator = [*in_operator, MESH, STATE, USERS_CODE, UNSEEN, MEMORY]
@@ -124,8 +127,8 @@ class Linearisation:
         )
         self.constants = ConstantsCheck(self.name, components_of(forms.solution))
         self.krylov.look_before = self.constants.look
-        self._operator = Kept(self._set_up_operator, place.clock, of_operator)
-        self._adjoint_operator = Kept(self._set_up_adjoint, place.clock, of_operator)
+        self._krylov_at_point = Kept(self._set_up_operator, place.clock, of_operator)
+        self._adjoint_ksp = Kept(self._set_up_adjoint, place.clock, of_operator)
         self.states, self.cotangents = place.batches(self.layout), place.batches(self.layout)
         self.multipliers = place.batches(self.layout)
         self.boundary_entries = place.entries(self.layout, forms.boundary_dofs)
@@ -178,29 +181,31 @@ class Linearisation:
     @contextmanager
     def _transposed_ksp(self) -> Iterator[PETSc.KSP]:
         with self._adjoint_context():
-            self._adjoint_operator()
-            yield self._adjoint_solver.snes.getKSP()
+            yield self._adjoint_ksp.value
 
     # Being at a point
 
-    def at(self, point: Point, solution: np.ndarray | None = None) -> None:
-        """Have the operator at a point and, where it depends on that, at a solution."""
+    def at(self, point: Point, solution: np.ndarray | None = None) -> Krylov:
+        """What solves with the operator at a point and, where it depends on that, at a solution."""
         self.copies.write(point, solution)
         if self.lending.serves:
             self.place.clock.changed(USERS_CODE)
-        self._operator()
+        return self._krylov_at_point.value
 
-    def _set_up_operator(self) -> None:
+    def _set_up_operator(self) -> Krylov:
         if self.copies.state is not None:
             set_local_values(self.forms.solution, self.copies.state)
         with nullcontext() if self._needs_context else self._context():
             self._set_up(self.solver)
         self._needs_context = self._context.is_needed
+        self._around.drop()
         self.krylov.look_at_operator()
         self.statistics.assemblies += 1
+        return self.krylov
 
-    def _set_up_adjoint(self) -> None:
+    def _set_up_adjoint(self) -> PETSc.KSP:
         self._set_up(self._adjoint_solver)
+        return self._adjoint_solver.snes.getKSP()
 
     def _set_up(self, solver) -> None:
         """Assemble the operators of a linear solver, and set its KSP up; inside its context."""
@@ -216,20 +221,10 @@ class Linearisation:
         require_finite_entries(self.name, *operators(solver))
         set_up(solver.snes.getKSP(), *self.place.memory.operators(*operators(solver)), self.name)
 
-    def inner(self, cotangents) -> Batch | DeviceBatch:
-        """Rows of cotangents, zero at boundary dofs: a truncated solve would see what is there."""
-        rows = self.cotangents(len(cotangents))
-        rows.fill_times_zero(cotangents, self.boundary_entries())
-        return rows
-
-    def moves_with(self, varying: Mapping[int, np.ndarray]) -> bool:
-        """Whether the operator, or a form, is another one for each row of a batch."""
-        return self.copies.state is not None or not varying.keys() <= self._unassembled
-
     # What is done inside
 
     def work(self, kind: str, context: SolverContext | None = None) -> Work:
-        """Time and log what is inside, and keep its assemblies off pyadjoint's tape.
+        """A context manager of solves of a kind, to be entered for each of them.
 
         Parameters
         ----------
@@ -238,15 +233,19 @@ class Linearisation:
         context : SolverContext or None
             That of another solver than the linear one.
         """
-        self._solvers_are_reset()
+        around = self._around
+        if context is not None:
+            around = self.place.kept(lambda: self._inside(context))
+        return Work(kind, self.name, self.statistics, self.spoil, around)
+
+    def _find_around(self) -> Callable[[], AbstractContextManager] | None:
+        self._solvers_are_reset.ensure()  # after which the context is needed
         # Preconditioners may ask for forms and options at their first use, inside KSPSolve.
-        context = context or (self._context if self._needs_context else None)
-        entered: AbstractContextManager | None = None
-        if self.lending.lends:
-            entered = self.lending.inside(context)
-        elif context is not None:
-            entered = context()
-        return Work(kind, self.name, self.statistics, self.spoil, entered)
+        return self._inside(self._context if self._needs_context else None)
+
+    def _inside(self, context: SolverContext | None) -> Callable[[], AbstractContextManager] | None:
+        self._solvers_are_reset.ensure()
+        return partial(self.lending.inside, context) if self.lending.lends else context
 
     def check_setting(self, setting: Setting) -> None:
         """Find the KSP that settings are put on; inside a preconditioner, it may have to be set up.
@@ -277,7 +276,7 @@ class Linearisation:
         refined.find_without_setup()
         if refined.is_found or self._may_end_the_process:
             return
-        self._solvers_are_reset()
+        self._solvers_are_reset.ensure()
         present = Point([entry.present_values() for entry in self.forms.inputs])
         with stop_annotating(), self.lending.inside(context):
             try:

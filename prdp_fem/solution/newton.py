@@ -25,6 +25,7 @@ from prdp_fem.problem.inputs import set_local_values
 from prdp_fem.problem.point import Point
 from prdp_fem.refinement.settings import Setting, newton_steps
 from prdp_fem.solution.linearisation import Linearisation
+from prdp_fem.solution.work import Work
 
 __all__ = ["NewtonSolve"]
 
@@ -58,6 +59,7 @@ class NewtonSolve:
         self.linearisation, self.terms = linearisation, terms
         self.solver, self.newton = solver, newton
         self._context = SolverContext(solver)
+        self._work = self.work("forward")
         self._applies_boundary_first = applies_boundary_first(solver)
         self._no_boundary = np.zeros(linearisation.size)
         place = linearisation.place
@@ -109,7 +111,7 @@ class NewtonSolve:
         self.linearisation.copies.write(point)
         self._set_up()
 
-    def work(self, kind: str):
+    def work(self, kind: str) -> Work:
         """See :meth:`Linearisation.work`; what is inside may use the SNES."""
         return self.linearisation.work(kind, self._context)
 
@@ -124,16 +126,16 @@ class NewtonSolve:
 
     def assemble_at(self, state: np.ndarray, residual: PETSc.Vec) -> None:
         """Set the KSP of the steps up at a state, and write the residual there; inside the work."""
-        self.linearisation.place.memory.load(state, self.state())
+        self.linearisation.place.memory.load(state, self.state.value)
         self._set_up()
-        self.newton.snes.computeFunction(self.state(), residual)
+        self.newton.snes.computeFunction(self.state.value, residual)
 
     def _set_up(self) -> None:
         """Set the KSP of the steps up where the state is, with all inside it."""
         self._was_set_up = True
-        self._callbacks().attach()
+        self._callbacks.value.attach()
         memory = self.linearisation.place.memory
-        assemble_operators(self.solver, memory.to_host(self.state()))
+        assemble_operators(self.solver, memory.to_host(self.state.value))
         require_finite_entries(self.linearisation.name, *operators(self.solver))
         set_up(
             self.newton.snes.getKSP(),
@@ -164,7 +166,7 @@ class NewtonSolve:
     ) -> list:
         """Solve for rows, see :meth:`LinearSolve.solve`."""
         statistics, records = self.linearisation.statistics, []
-        with self.work("forward"):
+        with self._work:
             for row, solution in enumerate(solutions):
                 steps, iterations = self._solve_one(point.at(varying, row), setting, solution)
                 records.append(None if record is None else record())
@@ -176,7 +178,7 @@ class NewtonSolve:
     def _solve_one(
         self, point: Point, setting: Setting | None, solution: np.ndarray
     ) -> tuple[int, int]:
-        memory, work = self.linearisation.place.memory, self.state()
+        memory, work = self.linearisation.place.memory, self.state.value
         dofs = self.linearisation.forms.boundary_dofs
         boundary = self.write(point)
         solution[:] = 0.0 if point.guess is None else point.guess
@@ -185,7 +187,7 @@ class NewtonSolve:
         memory.load(solution, work)
         if self.newton.remembers:
             self.newton.reset()
-        self._callbacks().attach()
+        self._callbacks.value.attach()
         self._forget_steps(setting)
         spent = self.newton.solve(work, setting)
         steps, _ = spent
@@ -197,15 +199,15 @@ class NewtonSolve:
     def system_at(self, point: Point, solution: np.ndarray) -> tuple[PETSc.Vec, PETSc.Vec]:
         """b and w, whose residual b - A w is that of a solution, where the operator is."""
         # J w = b with b = J w - F(u), whose residual is the one of the state.
-        linearisation, state = self.linearisation, self.state()
+        linearisation, state = self.linearisation, self.state.value
         boundary = self._no_boundary if point.boundary is None else point.boundary
         set_local_values(linearisation.forms.boundary, boundary)
-        w, b = linearisation.states(1), linearisation.cotangents(1).vectors[0]
-        residual = linearisation.multipliers(1).vectors[0]
-        w.fill_inside(solution, linearisation.boundary_entries())
+        w, b = linearisation.states.value[1], linearisation.cotangents.value[1].vectors[0]
+        residual = linearisation.multipliers.value[1].vectors[0]
+        w.fill_inside(solution, linearisation.boundary_entries.value)
         linearisation.place.memory.load(solution, state)
         with self._context():
-            self._callbacks().attach()
+            self._callbacks.value.attach()
             self.newton.snes.computeFunction(state, residual)
         linearisation.krylov.ksp.getOperators()[0].mult(w.vectors[0], b)
         b.axpy(-1.0, residual)

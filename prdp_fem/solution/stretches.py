@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 
-from prdp_fem.memory.batch import chunks
 from prdp_fem.problem.point import Point
 
 __all__ = ["stretches"]
 
+# Rows are worked through in stretches that fit into a processor's cache, so that they stay small
+# whatever the batch.
+_SIZE = 2**18
+
 
 def stretches(
-    point: Point, varying: Mapping[int, np.ndarray], count: int, size: int, moves: bool
-) -> Iterator[tuple[slice, Point | None]]:
+    point: Point,
+    varying: Mapping[int, np.ndarray],
+    count: int,
+    size: int,
+    still: Set[int] | None,
+) -> list[tuple[slice, Point | None]]:
     """The stretches of a batch, the same on all ranks; one row each where something moves.
 
     Parameters
@@ -27,16 +33,22 @@ def stretches(
         The number of rows.
     size : int
         That of a row, the same on all ranks.
-    moves : bool
-        Whether anything that is assembled is another one for each row.
+    still : Set of int or None
+        The inputs that may differ while all that is assembled stays as it is; None where something
+        is assembled for each row, whatever differs.
 
-    Yields
-    ------
-    rows : slice
-    at : Point or None
-        Where they are; None for where the stretch before was.
+    Returns
+    -------
+    list of tuple
+        Of each stretch a slice of its rows, and the point where they are; None for where the
+        stretch before was.
     """
-    at: Point | None = point
-    for rows in chunks(count, sys.maxsize if moves else size):
-        yield rows, point.at(varying, rows.start) if moves else at
-        at = None
+    if still is None or not varying.keys() <= still:
+        return [(slice(row, row + 1), point.at(varying, row)) for row in range(count)]
+    if 0 < count * size <= _SIZE:
+        return [(slice(0, count), point)]
+    step = max(1, _SIZE // max(size, 1))
+    return [
+        (slice(start, min(start + step, count)), None if start else point)
+        for start in range(0, count, step)
+    ]

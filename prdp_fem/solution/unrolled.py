@@ -19,7 +19,6 @@ from prdp_fem.problem.wanted import Needs, Wanted
 from prdp_fem.refinement.ladders import Setting
 from prdp_fem.solution.differentiation import Unrolled
 from prdp_fem.solution.linear import LinearSolve
-from prdp_fem.solution.stretches import stretches
 from prdp_fem.solution.unrolled_iterations import Iterate, UnrolledIterations
 
 __all__ = ["UnrolledKrylov"]
@@ -47,6 +46,7 @@ class UnrolledKrylov:
             linearisation.forms, linearisation.solver, forward.refined, place, differentiation
         )
         self._inputs = InputDerivatives(linearisation.forms, forward.terms, place)
+        self._adjoint_work, self._tangent_work = map(linearisation.work, ("adjoint", "tangent"))
         self._no_boundary = np.zeros(linearisation.size)
         self._of_guess = place.row(linearisation.layout)
         self._tangent = place.row(linearisation.layout)
@@ -77,8 +77,8 @@ class UnrolledKrylov:
     def record(self) -> int:
         """The iterations that the last solution is the outcome of."""
         krylov, iterations = self._linearisation.krylov, self._iterations
-        iterations.check_method(krylov.symmetry.has_symmetric_parts)
-        unrolled = iterations.of_ksp()
+        iterations.check_method(lambda: krylov.symmetry.has_symmetric_parts.value)
+        unrolled = iterations.of_ksp.value
         completed = unrolled.completed_iterations()
         if completed == 0:
             if krylov.refined.is_budget and unrolled.is_linear:
@@ -102,17 +102,16 @@ class UnrolledKrylov:
         linearisation, inputs = self._linearisation, self._inputs
         right_hand_side = self._forward.right_hand_side
         needs_forms = inputs.needs_forms(wanted)
-        moves = needs_forms or self._forward.moves(point, varying)
         of_operators = [
             one
             for one in self._iterations.operators
             if wanted.meshes or one.inputs & wanted.gradients.keys()
         ]
-        with linearisation.work("adjoint"):
+        with self._adjoint_work:
             if needs_forms:
                 point = point.on(linearisation.place.memory)  # once for all rows
-            for rows, at in stretches(
-                point, varying, len(cotangents), linearisation.largest_size, moves
+            for rows, at in self._forward.stretches(
+                point, varying, len(cotangents), has_forms=needs_forms
             ):
                 if at is not None:
                     linearisation.at(at)
@@ -150,10 +149,13 @@ class UnrolledKrylov:
     ) -> Batch | DeviceBatch:
         """The cotangents of right-hand sides; those of guesses and operators are written."""
         linearisation, count = self._linearisation, len(cotangents)
-        inner, multipliers = linearisation.inner(cotangents), linearisation.multipliers(count)
-        w, of_guess = linearisation.states(count), self._of_guess()
-        entries = linearisation.boundary_entries()
-        is_symmetric = linearisation.krylov.symmetry.has_symmetric_parts
+        inner, multipliers = (
+            store.value[count] for store in (linearisation.cotangents, linearisation.multipliers)
+        )
+        w, of_guess = linearisation.states.value[count], self._of_guess.value
+        entries = linearisation.boundary_entries.value
+        inner.fill_times_zero(cotangents, entries)
+        symmetry = linearisation.krylov.symmetry
         if start is not None:
             self._forward.start(w, start, rows)
         for k in range(count):
@@ -164,7 +166,7 @@ class UnrolledKrylov:
                 b_cotangent=multipliers.vectors[k],
                 guess_cotangent=None if guess is None else of_guess.vectors[0],
                 of_operators=of_operators,
-                symmetric=is_symmetric(),
+                symmetric=symmetry.has_symmetric_parts.value,
             )
             if guess is not None:
                 of_guess.zero(entries)
@@ -185,10 +187,10 @@ class UnrolledKrylov:
     ) -> None:
         """Write the iterate's derivative in a direction; see :meth:`SolutionMap.solve_tangent`."""
         linearisation, right_hand_side = self._linearisation, self._forward.right_hand_side
-        with linearisation.work("tangent"):
+        with self._tangent_work:
             linearisation.at(point)
             right_hand_side.prepare(point, {})
-            b, w = right_hand_side.rows({}, slice(0, 1)).vectors[0], linearisation.states(1)
+            b, w = right_hand_side.rows({}, slice(0, 1)).vectors[0], linearisation.states.value[1]
             start = guess_tangent = None
             if point.guess is not None:
                 self._forward.start(w, point.guess, slice(0, 1))
@@ -196,10 +198,10 @@ class UnrolledKrylov:
             boundary = self._no_boundary if point.boundary is None else point.boundary
             b_tangent = self._inputs.in_direction(point, boundary, direction)
             if direction.guess is not None:
-                of_guess = self._of_guess()
-                of_guess.fill_inside(direction.guess, linearisation.boundary_entries())
+                of_guess = self._of_guess.value
+                of_guess.fill_inside(direction.guess, linearisation.boundary_entries.value)
                 guess_tangent = of_guess.vectors[0]
-            tangent = self._tangent().vectors[0]
+            tangent = self._tangent.value.vectors[0]
             self._iterations.push(
                 Iterate(b, start, record),
                 tangent,

@@ -74,7 +74,7 @@ class UnrolledIterations:
                 ksp, checkpoints=differentiation.checkpoints, options=solver.parameters, name=name
             )
         )
-        self.of_ksp()  # which refuses what cannot be unrolled
+        self.of_ksp.ensure()  # which refuses what cannot be unrolled
         self._refined, self._statistics = refined, place.statistics
         self._is_checked = self._has_warned = False
         problem, (A, P) = forms.problem, operators(solver)
@@ -102,7 +102,7 @@ class UnrolledIterations:
         """Refuse, after the first solve, what PETSc tells of a KSP that is set up only."""
         if not self._is_checked:
             self.check_setting()
-            self.of_ksp().prepare(symmetric())
+            self.of_ksp.value.prepare(symmetric())
             self._refined.keep_types()
             self._is_checked = True
 
@@ -116,7 +116,7 @@ class UnrolledIterations:
         """Warn, once, where a solve had no iterations to make."""
         if not self._has_warned:
             self._has_warned = True
-            if self.of_ksp().ksp.comm.rank == 0:
+            if self.of_ksp.value.ksp.comm.rank == 0:
                 warning(
                     "a solve that is differentiated as its iterations had none to make, since "
                     "its residual was zero or below the tolerance at the start: its unrolled "
@@ -136,7 +136,7 @@ class UnrolledIterations:
         symmetric: bool = False,
     ) -> None:
         """Write the cotangents of b, of the guess, and of the operators that are wanted."""
-        wanted, unrolled = list(of_operators), self.of_ksp()
+        wanted, unrolled = list(of_operators), self.of_ksp.value
         kind = unrolled.ksp.getPC().getType()
         if wanted and pc_facts(kind).inverts:
             raise ValueError(
@@ -199,7 +199,7 @@ class UnrolledIterations:
         of_preconditioner = None
         if preconditioner is not None:
             of_preconditioner = preconditioner.tangent(direction, solution)
-        self.of_ksp().tangent(
+        self.of_ksp.value.tangent(
             iterate.b,
             iterate.start,
             iterate.iterations,

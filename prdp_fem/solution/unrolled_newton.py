@@ -78,6 +78,7 @@ class UnrolledNewton:
             linearisation.forms, forward.solver, forward.refined, self._place, differentiation
         )
         self._inputs = InputDerivatives(linearisation.forms, forward.terms, self._place)
+        self._adjoint_work, self._tangent_work = map(forward.work, ("adjoint", "tangent"))
         self._only_last = differentiation.steps == "last"
         self._trajectory: Trajectory | None = None
         self._has_warned_of_lengths = snes.getLineSearch().getType() == "basic"
@@ -113,7 +114,7 @@ class UnrolledNewton:
             return
         trajectory = self._trajectory
         update = snes.getSolutionUpdate()
-        made = self._step()
+        made = self._step.value
         assert trajectory is not None  # since PETSc begins with step 0
         memory.load(trajectory.fields[-1], made)
         made.axpy(-1.0, state)
@@ -128,7 +129,7 @@ class UnrolledNewton:
                     "snes_linesearch_type basic, and wherever full steps are made"
                 )
         trajectory.lengths.append(length)
-        trajectory.iterations.append(self._iterations.of_ksp().completed_iterations())
+        trajectory.iterations.append(self._iterations.of_ksp.value.completed_iterations())
         trajectory.fields.append(memory.unload(state))
 
     def record(self) -> Trajectory:
@@ -166,7 +167,7 @@ class UnrolledNewton:
     ) -> None:
         """Write what is wanted; see :meth:`SolutionMap.solve_adjoint`."""
         dofs = self._linearisation.forms.boundary_dofs
-        with self._forward.work("adjoint"):
+        with self._adjoint_work:
             for row, (cotangent, trajectory) in enumerate(zip(cotangents, records)):
                 at = point.at(varying, row)
                 self._forward.write(at)
@@ -198,9 +199,9 @@ class UnrolledNewton:
         linearisation, memory = self._linearisation, self._place.memory
         by_forms, dofs = self._inputs.by_forms, linearisation.forms.boundary_dofs
         state, iterations = trajectory.fields[step], trajectory.iterations[step]
-        residual = self._residual()
-        of_residual = self._of_residual()
-        of_step = self._of_step()
+        residual = self._residual.value
+        of_residual = self._of_residual.value
+        of_step = self._of_step.value
         self._forward.assemble_at(state, residual)
         step_cotangent = -trajectory.lengths[step] * of_state
         step_cotangent[dofs] = 0.0
@@ -215,7 +216,7 @@ class UnrolledNewton:
         # Derivatives of -F, weighted by minus the cotangent of F.
         multiplier = -memory.unload(of_residual)
         multiplier[dofs] = 0.0
-        multipliers = linearisation.multipliers(1)
+        multipliers = linearisation.multipliers.value[1]
         multipliers.fill(multiplier)
         by_forms.at(point, state, multiplier)
         for index, gradient in gradients.items():
@@ -246,11 +247,11 @@ class UnrolledNewton:
     ) -> None:
         """Write that of the last state in a direction; see :meth:`SolutionMap.solve_tangent`."""
         linearisation, dofs = self._linearisation, self._linearisation.forms.boundary_dofs
-        with self._forward.work("tangent"):
+        with self._tangent_work:
             self._forward.write(point)
             out[:] = 0.0 if direction.guess is None or self._only_last else direction.guess
             linearisation.forms.put_boundary(out, direction.boundary)
-            residual, of_step = self._residual(), self._of_step()
+            residual, of_step = self._residual.value, self._of_step.value
             for step in self._differentiated(record):
                 state = record.fields[step]
                 self._forward.assemble_at(state, residual)

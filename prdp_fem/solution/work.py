@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from firedrake.petsc import PETSc
 from pyadjoint.tape import stop_annotating
 
+from prdp_fem.freshness import Kept
 from prdp_fem.krylov.ksp import in_a_sentence
 from prdp_fem.statistics import Statistics
 
@@ -30,8 +31,8 @@ class Work:
         Where the seconds are counted.
     spoil : callable
         Told of each error, which may have left something half-way.
-    context : context manager or None
-        What else is entered.
+    around : Kept
+        Makes a context manager that is entered, too; its value is None for nothing.
     """
 
     def __init__(
@@ -40,31 +41,36 @@ class Work:
         name: str,
         statistics: Statistics,
         spoil: Callable[[BaseException], None],
-        context: AbstractContextManager | None,
+        around: Kept[Callable[[], AbstractContextManager] | None],
     ):
         self._kind = kind
         self._name = name
         self._event = _EVENTS[kind]
         self._statistics = statistics
         self._spoil = spoil
-        self._context = context
+        self._around = around
+        self._entered: AbstractContextManager | None = None
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
         _ANNOTATION.__enter__()
         self._event.begin()
-        if self._context is not None:
-            try:
-                self._context.__enter__()
-            except BaseException as error:
-                self._leave()
-                self._spoil(error)
-                raise
+        self._entered = None
+        try:
+            around = self._around.value
+            if around is not None:
+                entered = around()
+                entered.__enter__()
+                self._entered = entered
+        except BaseException as error:
+            self._leave()
+            self._spoil(error)
+            raise
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback) -> None:
         try:
-            if self._context is not None:
-                self._context.__exit__(kind, error, traceback)
+            if self._entered is not None:
+                self._entered.__exit__(kind, error, traceback)
         finally:
             self._leave()
             if error is not None:
