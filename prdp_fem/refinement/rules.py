@@ -17,8 +17,8 @@ from prdp_fem.arguments import count, shown
 from prdp_fem.refinement.assessment import Assessable
 from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import checked_ladder
-from prdp_fem.refinement.registry import rule
-from prdp_fem.refinement.settings import Setting, checked_setting, setting_of
+from prdp_fem.refinement.registry import is_registered, rule
+from prdp_fem.refinement.settings import Setting, checked_setting, is_frozen, setting_of
 from prdp_fem.refinement.states import (
     check_entries,
     check_levels,
@@ -93,6 +93,37 @@ class _Checked(Generic[_Value]):
         attributes = vars(instance)
         attributes[self._name] = self._check(instance, value)
         attributes["changes"] = attributes.get("changes", 0) + 1
+
+
+class _Meanings:
+    """What levels mean, found out once where it cannot change.
+
+    On a ladder of a user's own class, and with settings that are not frozen, a level may mean
+    something else later.
+
+    Parameters
+    ----------
+    ladder : Sequence
+        That was checked.
+    """
+
+    def __init__(self, ladder: Sequence):
+        self._ladder = ladder
+        self._settings: dict[int, Setting] = {}
+        self._is_fixed = isinstance(ladder, tuple) or is_registered(ladder)
+
+    def knows(self, level: int) -> bool:
+        """Whether a level was found to mean something, and does for ever."""
+        return level in self._settings
+
+    def of(self, level: int) -> Setting:
+        """What a level means."""
+        setting = self._settings.get(level)
+        if setting is None:
+            setting = setting_of(self._ladder[level])
+            if self._is_fixed and is_frozen(setting):
+                self._settings[level] = setting
+        return setting
 
 
 class Refinement(Assessable):
@@ -175,7 +206,7 @@ class Refinement(Assessable):
         """What the current level means: ``ladder[level]``; or what was put in its place."""
         if self._instead is not None:
             return self._instead
-        return setting_of(self.ladder[self.level])
+        return self._meanings.of(self.level)
 
     def _checked_ladder(self, ladder) -> Sequence[Setting]:
         ladder = checked_ladder(ladder)
@@ -184,9 +215,12 @@ class Refinement(Assessable):
                 f"level {self.level} is not on the ladder {shown(ladder)}, which has levels 0 to "
                 f"{len(ladder) - 1}: set the level first"
             )
+        self._meanings = _Meanings(ladder)
         return ladder
 
     def _checked_level(self, level) -> int:
+        if type(level) is int and self._meanings.knows(level):
+            return level
         ladder = self.ladder
         if not is_level(level, ladder):
             raise ValueError(
@@ -194,7 +228,7 @@ class Refinement(Assessable):
                 f"ladder {shown(ladder)}, found {shown(level)}"
             )
         # of a ladder of a user's own class perhaps the first time that it is looked at
-        setting_of(ladder[level])
+        self._meanings.of(int(level))
         return int(level)
 
     def step(self, metric: float) -> bool:
