@@ -121,7 +121,7 @@ def held_by(thing, seen):
             if isinstance(thing, (list, tuple))
             else []
         )
-        if type(thing).__name__ in ("Point", "Trajectory"):
+        if type(thing).__name__ in ("Point", "Solved", "Trajectory"):
             parts = list(vars(thing).values())
         for part in parts:
             yield from held_by(part, seen)

@@ -22,8 +22,8 @@ def test_the_bridge_without_torch_says_what_to_install():
     )
 
 
-@pytest.mark.parametrize("module", ["prdp_fem", "prdp_fem.studies"])
-def test_nothing_but_the_bridge_needs_torch(module):
+@pytest.mark.parametrize("module", ["prdp_fem", "prdp_fem.bridge.evaluations", "prdp_fem.studies"])
+def test_nothing_but_the_bridge_to_torch_needs_torch(module):
     result = run(f"import sys; sys.modules['torch'] = None\nimport {module}")
     assert result.returncode == 0, result.stderr
 

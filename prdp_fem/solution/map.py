@@ -40,6 +40,10 @@ class SolutionMap:
         As given.
     linearisation : Linearisation
         That both are put together around.
+    place : Place
+        Where solves are made.
+    agreement : Agreement
+        What ranks agree on before a solve.
     forms : Forms
     inputs : list of Input
     size : int
@@ -60,6 +64,7 @@ class SolutionMap:
     ):
         self.forward, self.derivative = forward, derivative
         self.linearisation = forward.linearisation
+        self.place, self.agreement = self.linearisation.place, self.linearisation.copies.agreement
         self.forms, self.inputs = self.linearisation.forms, self.linearisation.forms.inputs
         self.size, self.statistics = self.linearisation.size, self.linearisation.statistics
         self.comm = self.linearisation.comm

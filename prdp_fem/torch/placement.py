@@ -8,9 +8,10 @@ copied to the host. All copies are counted in the solver's statistics.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from firedrake.petsc import PETSc
 from prdp_fem.memory.devices import HOST, Device
 from prdp_fem.statistics import Statistics
 
-__all__ = ["CPU", "ordered", "placed", "room", "solver_device", "tensor_device", "to_host"]
+__all__ = ["CPU", "Place", "placed", "solver_device", "tensor_device", "to_host"]
 
 
 CPU = torch.device("cpu")
@@ -76,36 +77,49 @@ def placed(array: np.ndarray, device: torch.device, statistics: Statistics) -> t
     return copied
 
 
-def room(
-    batch: Sequence[int], size: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor | np.ndarray]:
-    """A tensor of shape (*batch, size), and its memory as the rows that a solution map writes to.
+class Place:
+    """Where the tensors of a layer are, decided when the layer is moved.
 
-    These are an array of NumPy, or a tensor on a device.
+    Parameters
+    ----------
+    device : torch.device
+
+    Attributes
+    ----------
+    device
+        As given.
+    empty : callable
+        Of a shape: makes room there, as an array of NumPy or, on a device, a tensor.
+    in_order : context manager
+        Has what is inside begin once torch's work on the device is done, and leaves it when PETSc's
+        is: each has its own stream there.
     """
-    if device == CPU:
-        rows = np.empty((math.prod(batch), size))
-        return torch.from_numpy(rows.reshape(*batch, size)), rows
-    tensor = torch.empty(*batch, size, dtype=torch.float64, device=device)
-    return tensor, tensor.view(math.prod(batch), size)
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.empty: Callable[[tuple], Any] = np.empty
+        self.in_order: AbstractContextManager[None] = nullcontext()
+        if device.type != CPU.type:
+            self.empty = partial(torch.empty, dtype=torch.float64, device=device)
+            self.in_order = _InOrder(device)
+
+    def tensor(self, rows, batch: Sequence[int], statistics: Statistics) -> torch.Tensor:
+        """Rows, an array or a tensor of shape (rows, n), as a tensor with batch axes there."""
+        shape = *batch, rows.shape[-1]
+        if isinstance(rows, np.ndarray):
+            return placed(rows.reshape(shape), self.device, statistics)
+        return rows.view(shape)
 
 
-def ordered(device: torch.device) -> AbstractContextManager[None]:
-    """Have what is inside begin once torch's work on a device is done, and leave it when PETSc's
-    is: each has its own stream there.
-    """
-    return _AT_ONCE if device == CPU else _in_order(device)
+class _InOrder:
+    def __init__(self, device: torch.device):
+        self._device = device
 
+    def __enter__(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
 
-@contextmanager
-def _in_order(device: torch.device) -> Iterator[None]:
-    torch.cuda.current_stream(device).synchronize()
-    try:
-        yield
-    finally:
+    def __exit__(self, *_) -> None:
         PETSc.DeviceContext.getCurrent().synchronize()
 
-
-_AT_ONCE = nullcontext()
 
 _TO_DEVICE, _TO_HOST = PETSc.Log.Event("PRDPToDevice"), PETSc.Log.Event("PRDPToHost")
