@@ -587,9 +587,9 @@ def test_tensors_are_shared_with_the_device(rows, differentiation):
     indices = {system.forms.find(control): control for control in (problem.u0, load)}
     values = {index: samples(problem.u0, rows, index) for index in indices}
     results = []
-    for memory in (system.memory, DeviceMemory(STAND_IN)):
-        if memory is not system.memory:
-            system.move_to(memory)
+    for memory in (system.place.memory, DeviceMemory(STAND_IN)):
+        if memory is not system.place.memory:
+            system.place.move_to(memory)
         tensors = memory.device is not None
         varying = {index: value if tensors else value.numpy() for index, value in values.items()}
         rooms = [torch.zeros(rows, system.size, dtype=torch.float64) for _ in range(3)]
@@ -628,9 +628,9 @@ def test_derivatives_of_assembled_forms_see_tensors_on_the_device():
     by_kappa, by_u0, by_source = map(system.forms.find, (problem.kappa, problem.u0, problem.source))
     values, source = samples(problem.u0, 2, 3), to_torch(problem.source)
     results = []
-    for memory in (system.memory, DeviceMemory(STAND_IN)):
-        if memory is not system.memory:
-            system.move_to(memory)
+    for memory in (system.place.memory, DeviceMemory(STAND_IN)):
+        if memory is not system.place.memory:
+            system.place.move_to(memory)
         tensors = memory.device is not None
         varying = {by_u0: values if tensors else values.numpy()}
         solutions = torch.zeros(2, system.size, dtype=torch.float64)

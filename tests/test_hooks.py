@@ -85,7 +85,7 @@ def test_what_is_called_after_linear_solves_stays_under_control(space, is_solved
         solver.solve()
         assert calls.iterations == [ITERATIONS] * STEPS * count
         assert solver.statistics.forward_iterations == ITERATIONS * STEPS * count
-    solver.system.move_to(solver.system.memory)  # as after an error
+    solver.system.place.move_to(solver.system.place.memory)  # as after an error
     problem.u.zero()
     solver.solve()
     assert calls.iterations == [ITERATIONS] * STEPS * 3

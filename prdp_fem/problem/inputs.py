@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from numbers import Number
 
 import numpy as np
 import ufl
@@ -32,6 +33,7 @@ __all__ = [
     "put_back",
     "same_bits",
     "set_local_values",
+    "values_as",
     "vector_like",
 ]
 
@@ -78,6 +80,20 @@ def local_values(coefficient) -> np.ndarray:
         with dat.vec_ro as vector:
             return vector.array_r.copy()
     return np.concatenate([part.data_ro.reshape(-1) for part in dat])
+
+
+def values_as(original, value) -> np.ndarray:
+    """The rank-local values that a coefficient has where something stands for it.
+
+    Parameters
+    ----------
+    original : Function, Cofunction or Constant
+    value : Function, Cofunction, Constant or number
+        Of the same space, or a number, or a Function of a Real space, for all of its dofs.
+    """
+    if isinstance(value, Number) or (is_real(value) and not is_real(original)):
+        value = Function(original.function_space()).assign(value, annotate=False)
+    return local_values(value)
 
 
 def _has_real_part(dat: MixedDat) -> bool:

@@ -52,7 +52,15 @@ class ImplicitDerivative:
         """Any setting will do."""
 
     def needs(self, indices: Collection[int], by_forms: bool) -> Needs:
-        """What derivatives by some inputs, and by boundary values or meshes, look at."""
+        """What derivatives look at.
+
+        Parameters
+        ----------
+        indices : collection of int
+            The inputs that are differentiated by.
+        by_forms : bool
+            Whether boundary values, or meshes, are, too.
+        """
         terms, takes_device_rows = self._forward.terms, self._forward.takes_device_rows
         is_linear = self._linearisation.copies.state is None
         # Where all is a matrix product, neither the solution nor what is multiplied by matrices is
@@ -66,7 +74,15 @@ class ImplicitDerivative:
         )
 
     def values_read(self, indices: Iterable[int], by_all: bool) -> Set[int]:
-        """The inputs whose values a derivative depends on; see :meth:`SolutionMap.values_read`."""
+        """The inputs whose values a derivative depends on.
+
+        Parameters
+        ----------
+        indices : iterable of int
+            What is differentiated by, or in a direction of.
+        by_all : bool
+            Whether all may be: in a second derivative, and by the coordinates of meshes.
+        """
         return self._inputs.values_read(indices, by_all)
 
     def adjoint(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
 from firedrake.exceptions import ConvergenceError
 from firedrake.petsc import PETSc
 
-from prdp_fem.freshness import UNSEEN
-from prdp_fem.memory.memory import Memory
 from prdp_fem.problem.point import Direction, Point
 from prdp_fem.problem.present import PresentValues
-from prdp_fem.problem.wanted import Needs, SecondCotangent, Wanted
+from prdp_fem.problem.wanted import SecondCotangent, Wanted
 from prdp_fem.ranks.finite import LARGEST, is_finite, require_finite
 from prdp_fem.refinement.ladders import Setting
-from prdp_fem.refinement.rules import Refinement
 from prdp_fem.solution.implicit import ImplicitDerivative
 from prdp_fem.solution.linear import LinearSolve
+from prdp_fem.solution.linearisation import Linearisation
 from prdp_fem.solution.newton import NewtonSolve
 from prdp_fem.solution.unrolled import UnrolledKrylov
 from prdp_fem.solution.unrolled_newton import UnrolledNewton
@@ -33,6 +31,7 @@ class SolutionMap:
     ----------
     forward : LinearSolve or NewtonSolve
     derivative : ImplicitDerivative, UnrolledKrylov or UnrolledNewton
+        Asked itself for what derivatives look at, and whether there are any.
 
     Attributes
     ----------
@@ -71,62 +70,10 @@ class SolutionMap:
         self.is_serial = self.comm.size == 1
         self.present = PresentValues(self.forms)
 
-    # What it is, and where
-
-    @property
-    def memory(self) -> Memory:
-        """Where solves are made."""
-        return self.linearisation.place.memory
-
-    def move_to(self, memory: Memory) -> None:
-        """Make solves in another memory from now on, where everything is assembled again."""
-        self.linearisation.place.move_to(memory)
-
-    def invalidate(self) -> None:
-        """Have everything assembled again at the next solve."""
-        self.linearisation.place.clock.changed(UNSEEN)
-
-    @property
-    def solved_mesh_stamp(self) -> int:
-        """What :meth:`mesh_stamp` gave at the last solve."""
-        return self.linearisation.copies.mesh_stamp
-
-    def mesh_stamp(self) -> int:
-        """A number that changes when a mesh has moved. Collective."""
-        return self.linearisation.copies.look_at_meshes()
-
     def check_setting(self, setting: Setting) -> None:
         """Find the KSP that settings are put on; a ValueError says what is wrong with them."""
         self.forward.check_setting(setting)
         self.derivative.check_setting(setting)
-
-    def check_derivative(self, index: int) -> None:
-        """Raise a TypeError or ValueError where the solve cannot be differentiated by an input."""
-        self.derivative.check(index)
-
-    def needs(self, indices: Collection[int], *, by_forms: bool = False) -> Needs:
-        """What derivatives look at.
-
-        Parameters
-        ----------
-        indices : collection of int
-            The inputs that are differentiated by.
-        by_forms : bool
-            Whether boundary values, or meshes, are, too.
-        """
-        return self.derivative.needs(indices, by_forms)
-
-    def values_read(self, indices: Iterable[int], *, by_all: bool = False) -> Set[int]:
-        """The inputs whose values a derivative of the solve depends on.
-
-        Parameters
-        ----------
-        indices : iterable of int
-            What is differentiated by, or in a direction of.
-        by_all : bool
-            Whether all may be: in a second derivative, and by the coordinates of meshes.
-        """
-        return self.derivative.values_read(indices, by_all)
 
     def collect_garbage(self) -> None:
         """Destroy the PETSc objects that Python has dropped on all ranks. Collective."""
@@ -134,10 +81,6 @@ class SolutionMap:
             PETSc.garbage_cleanup(self.comm)
 
     # The solve
-
-    def agreed_setting(self, refinement: Refinement | None) -> Setting | None:
-        """What a refinement asks of the next solve, the same on all ranks. Collective."""
-        return self.linearisation.copies.agreement.setting_of(refinement)
 
     def solve(
         self,
@@ -176,7 +119,7 @@ class SolutionMap:
             On all ranks, where they have different settings and that shows before the solve.
         """
         if not self.is_serial:
-            self.linearisation.copies.agreement.note(setting)
+            self.agreement.note(setting)
         before = self.statistics.solves
         try:
             records = self.forward.solve(
@@ -191,27 +134,12 @@ class SolutionMap:
             raise
         # Also where PETSc has computed no norm, or one before the last thing that it did.
         if not (self.is_serial and is_finite(solutions, largest)):
-            with self._spoiled_by_failure():
+            name = self.linearisation.name
+            with _spoiled_by_failure(self.linearisation):
                 require_finite(
-                    self.comm,
-                    [solutions],
-                    lambda _: _of_solution(self.linearisation.name),
-                    largest=largest,
+                    self.comm, [solutions], lambda _: _of_solution(name), largest=largest
                 )
         return records
-
-    @contextmanager
-    def _spoiled_by_failure(self) -> Iterator[None]:
-        """Have all made anew where numbers are not finite.
-
-        A preconditioner may have failed, which nobody has seen who computes no norm, and would stay
-        as it is.
-        """
-        try:
-            yield
-        except ConvergenceError as error:
-            self.linearisation.spoil(error)
-            raise
 
     # Its derivatives
 
@@ -236,7 +164,7 @@ class SolutionMap:
             Shape (batch, n): rank-local ∂E/∂u. Boundary entries are left out of the system: a
             truncated iteration would see them.
         solutions : numpy.ndarray or None
-            Shape (batch, n): what :meth:`solve` gave; None where :meth:`needs` says so.
+            Shape (batch, n): what :meth:`solve` gave; None where the derivative needs none.
         records : list
             What :meth:`solve` returned.
         wanted : Wanted
@@ -284,7 +212,7 @@ class SolutionMap:
         def describe(place: int) -> str:
             return _of_derivative(self.linearisation.name, list(wanted.names(self.inputs))[place])
 
-        with self._spoiled_by_failure():
+        with _spoiled_by_failure(self.linearisation):
             require_finite(self.comm, results, describe, largest=wanted.largest)
 
     def solve_tangent(
@@ -316,7 +244,7 @@ class SolutionMap:
             Where the solve fails, or gives a number that is not finite.
         """
         self.derivative.tangent(point, setting, solution, record, direction, out)
-        with self._spoiled_by_failure():
+        with _spoiled_by_failure(self.linearisation):
             require_finite(self.comm, [out[None]], lambda _: _of_tangent(self.linearisation.name))
 
     def solve_second_adjoint(
@@ -345,6 +273,20 @@ class SolutionMap:
         self._require_finite_cotangents(second.cotangent[None], second.derivative[None])
         self.derivative.second_adjoint(point, setting, solution, second, direction, wanted)
         self._require_finite_derivatives(wanted)
+
+
+@contextmanager
+def _spoiled_by_failure(linearisation: Linearisation) -> Iterator[None]:
+    """Have all made anew where numbers are not finite.
+
+    A preconditioner may have failed, which nobody has seen who computes no norm, and would stay as
+    it is.
+    """
+    try:
+        yield
+    except ConvergenceError as error:
+        linearisation.spoil(error)
+        raise
 
 
 # What is wrong with numbers that are not finite.

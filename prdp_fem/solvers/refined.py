@@ -164,7 +164,7 @@ class RefinedSolver(_Firedrakes):
     @property
     def device(self) -> str:
         """Where solves are made: ``"cpu"``, ``"cuda"``, ``"hip"``, ``"kokkos"`` or ``"opencl"``."""
-        return self.system.memory.name
+        return self.system.place.memory.name
 
     def to(self, device: str) -> RefinedSolver:
         """Make solves on another device from now on, or on the host again.
@@ -186,8 +186,8 @@ class RefinedSolver(_Firedrakes):
             then.
         """
         found = self._find_device(device)
-        if found != self.system.memory.device:
-            self.system.move_to(memory_of(found))
+        if found != self.system.place.memory.device:
+            self.system.place.move_to(memory_of(found))
         return self
 
     def _find_device(self, name: str | None) -> Device | None:
@@ -257,7 +257,7 @@ class RefinedSolver(_Firedrakes):
             raise TypeError(
                 f"solve() takes bounds, annotate and ad_block_tag, found {', '.join(kwargs)}"
             )
-        u, setting = self.problem.u, self.system.agreed_setting(self._refinement)
+        u, setting = self.problem.u, self.system.agreement.setting_of(self._refinement)
         with stop_annotating():
             point = self.point()
             solution = local_values(u)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import firedrake
 from firedrake import NonlinearVariationalProblem
 
+from prdp_fem.freshness import UNSEEN
 from prdp_fem.krylov.petsc_types import snes_facts
 from prdp_fem.refinement.rules import Refinement
 from prdp_fem.solution.differentiation import Implicit, Unrolled
@@ -86,7 +87,7 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
         """Have the operator assembled again at the next solve, even if nothing it depends on seems
         to have changed.
         """
-        self.system.invalidate()
+        self.system.place.clock.changed(UNSEEN)
 
 
 class NonlinearVariationalSolver(RefinedSolver, firedrake.NonlinearVariationalSolver):
