@@ -133,7 +133,7 @@ class NewtonSolve:
     def _set_up(self) -> None:
         """Set the KSP of the steps up where the state is, with all inside it."""
         self._was_set_up = True
-        self._callbacks.value.attach()
+        self._callbacks().attach()
         memory = self.linearisation.place.memory
         assemble_operators(self.solver, memory.to_host(self.state.value))
         require_finite_entries(self.linearisation.name, *operators(self.solver))
@@ -187,7 +187,7 @@ class NewtonSolve:
         memory.load(solution, work)
         if self.newton.remembers:
             self.newton.reset()
-        self._callbacks.value.attach()
+        self._callbacks().attach()
         self._forget_steps(setting)
         spent = self.newton.solve(work, setting)
         steps, _ = spent
@@ -207,7 +207,7 @@ class NewtonSolve:
         w.fill_inside(solution, linearisation.boundary_entries.value)
         linearisation.place.memory.load(solution, state)
         with self._context():
-            self._callbacks.value.attach()
+            self._callbacks().attach()
             self.newton.snes.computeFunction(state, residual)
         linearisation.krylov.ksp.getOperators()[0].mult(w.vectors[0], b)
         b.axpy(-1.0, residual)
