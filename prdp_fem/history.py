@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,38 +12,36 @@ import numpy as np
 from mpi4py import MPI
 
 from prdp_fem.arguments import instance, shown
+from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.refinement.rules import Refinement, checked_metric
 from prdp_fem.statistics import Statistics
 
-__all__ = ["Account", "History"]
+__all__ = ["ASSESSED", "Account", "History", "assessed_at"]
 
+# What is assessed at checkpoints, beside what the refinement is told.
+ASSESSED = ("in_use", "converged")
+_CHECKPOINTS = 30  # at most; there are more than half as many, where there are so many epochs
 _COUNTS = ("solves", "adjoint_solves", "forward_iterations", "adjoint_iterations")
-
-
-# What a guard has found; histories of earlier versions have none.
-_OF_GUARD = {"converged", "warnings", "guard_iterations"}
-
-
-def _is_epoch_with_metric(pair: Any) -> bool:
-    if type(pair) is not list or len(pair) != 2:
-        return False
-    return _is_amount(pair[0], (int,)) and _is_amount(pair[1], (int, float))
-
-
-def _check_guard(entries: dict[str, Any]) -> None:
-    """Raise where what a guard has found is nothing of the kind."""
-    found = entries.get("converged", [])
-    if type(found) is not list or not all(map(_is_epoch_with_metric, found)):
-        raise ValueError("converged must be a list of pairs, each of an epoch and a metric")
-    texts = entries.get("warnings", [])
-    if type(texts) is not list or not all(type(text) is str for text in texts):
-        raise ValueError("warnings must be a list of texts")
-    if not _is_amount(entries.get("guard_iterations", 0), (int,)):
-        raise ValueError("guard_iterations must be a whole number of at least 0")
 
 
 def _is_amount(value, kinds: tuple[type, ...]) -> bool:
     return type(value) in kinds and 0 <= value < 2**63
+
+
+def assessed_at(epoch: int, epochs: int, every: int | None = None) -> bool:
+    """Whether errors are assessed after an epoch: after every so many, and after the last.
+
+    Parameters
+    ----------
+    epoch : int
+        Counted from 1.
+    epochs : int
+        How many there are.
+    every : int or None
+        None for 15 to 30 times in all, where there are so many epochs.
+    """
+    every = every or -(-epochs // _CHECKPOINTS)
+    return epoch % every == 0 or epoch == epochs
 
 
 @dataclass
@@ -63,11 +61,13 @@ class History:
         What the solvers have done since the start, training and validation together.
     solver_seconds, seconds : list of float
         Wall-clock time since the start, in the solvers and in all; of the slowest rank.
-    converged : list of list
-        Pairs of an epoch, counted from 1, and the metric with converged physics after it, as the
-        guard of a training has found them. Neither the counts nor the seconds above have it.
+    in_use, converged : list of [int, float]
+        Pairs of an epoch, counted from 1, and an error that was assessed after it: of what is used
+        in the end, and with converged physics. Where nobody has assessed the latter, these are
+        metrics that the guard of a training has found with converged physics. Neither the counts
+        nor the seconds above have what it takes.
     warnings : list of str
-        What the guard has said.
+        What was said of the run, as by the guard.
     guard_iterations : int
         KSP iterations that the guard has spent.
     """
@@ -81,6 +81,7 @@ class History:
     adjoint_iterations: list[int] = field(default_factory=list)
     solver_seconds: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    in_use: list[list] = field(default_factory=list)
     converged: list[list] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     guard_iterations: int = 0
@@ -94,25 +95,20 @@ class History:
         ValueError
             Where they are others, or not those of a training run.
         """
-        lists = sorted({field.name for field in fields(cls)} - {"settings", *_OF_GUARD})
-        if not isinstance(entries, dict) or sorted(entries.keys() - _OF_GUARD) != sorted(
-            [*lists, "settings"]
+        entries = _with_later(entries)
+        lists = sorted({field.name for field in fields(cls)} - {"settings", *_LATER})
+        if not isinstance(entries, dict) or sorted(entries) != sorted(
+            [*lists, "settings", *_LATER]
         ):
             raise ValueError(f"a history has {', '.join(lists)} and settings")
-        _check_guard(entries)
-        for name in lists:
-            is_real = name in ("metric", "seconds", "solver_seconds")
-            kinds = (int, float) if is_real else (int,)
-            values = entries[name]
-            if type(values) is not list or not all(_is_amount(value, kinds) for value in values):
-                raise ValueError(
-                    f"{name} must be a list of {'' if is_real else 'whole '}numbers of at least 0"
-                )
-        if len({len(entries[name]) for name in lists}) > 1 or not entries["metric"]:
-            raise ValueError(f"{', '.join(lists)} must have one number for each outer iteration")
-        for name in lists:
-            if name not in ("metric", "level") and entries[name] != sorted(entries[name]):
-                raise ValueError(f"{name} must not fall, as it is counted from the start")
+        _check_lists(entries, lists)
+        for name in ASSESSED:
+            if not _are_assessed(entries[name], len(entries["metric"])):
+                raise ValueError(f"{name} must be pairs of an epoch, which rises, and an error")
+        if not _are_texts(entries["warnings"]):
+            raise ValueError("warnings must be a list of texts")
+        if not _is_amount(entries["guard_iterations"], (int,)):
+            raise ValueError("guard_iterations must be a whole number of at least 0")
         settings = entries["settings"]
         if type(settings) is not dict or not all(
             level.isdecimal() and type(setting) is str for level, setting in settings.items()
@@ -157,6 +153,68 @@ class History:
         }.items():
             getattr(self, name).append(value)
 
+    def assess(self, assess: Mapping[str, Callable[[], float]], account: Account) -> None:
+        """Note errors after the last outer iteration that was recorded; on all ranks.
+
+        Parameters
+        ----------
+        assess : mapping of str to callable
+            Of ``"in_use"`` and ``"converged"``, or one of them, to what returns the error; that of
+            rank 0 counts.
+        account : Account
+            Which leaves aside what this takes.
+        """
+        with account.paused():
+            for name, error in assess.items():
+                found = account.agreed(error())
+                getattr(self, name).append([len(self), found])
+
+
+# What histories have had since files were first written.
+_LATER = (*ASSESSED, "warnings", "guard_iterations")
+
+
+def _with_later(entries):
+    if not isinstance(entries, dict):
+        return entries
+    later: dict[str, Any] = {name: 0 if name == "guard_iterations" else [] for name in _LATER}
+    return {**later, **entries}
+
+
+def _check_lists(entries: dict[str, Any], lists: list[str]) -> None:
+    """Raise where what there is of each outer iteration is not so many numbers of their kinds."""
+    for name in lists:
+        is_real = name in ("metric", "seconds", "solver_seconds")
+        kinds = (int, float) if is_real else (int,)
+        values = entries[name]
+        if type(values) is not list or not all(_is_amount(value, kinds) for value in values):
+            raise ValueError(
+                f"{name} must be a list of {'' if is_real else 'whole '}numbers of at least 0"
+            )
+    if len({len(entries[name]) for name in lists}) > 1 or not entries["metric"]:
+        raise ValueError(f"{', '.join(lists)} must have one number for each outer iteration")
+    for name in lists:
+        if name not in ("metric", "level") and entries[name] != sorted(entries[name]):
+            raise ValueError(f"{name} must not fall, as it is counted from the start")
+
+
+def _are_assessed(pairs, epochs: int) -> bool:
+    """Whether these are pairs of an epoch, of so many, and an error."""
+    if type(pairs) is not list or not all(type(pair) is list and len(pair) == 2 for pair in pairs):
+        return False
+    last = 0
+    for epoch, error in pairs:
+        if not (_is_amount(epoch, (int,)) and last < epoch <= epochs):
+            return False
+        if not _is_amount(error, (int, float)):
+            return False
+        last = epoch
+    return True
+
+
+def _are_texts(texts) -> bool:
+    return type(texts) is list and all(type(text) is str for text in texts)
+
 
 class Account:
     """What solvers do and what it costs, from the moment when the account is opened.
@@ -189,14 +247,20 @@ class Account:
         self.comm.Bcast(sums)
         return sums.tolist()
 
-    @contextmanager
-    def closed(self) -> Iterator[None]:
-        """Within, no wall-clock time is counted."""
-        start = time.perf_counter()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave aside what is done meanwhile, and the time that it takes."""
+        before, start = self._sums(), time.perf_counter()
         try:
             yield
         finally:
+            for name, amount in self._sums().items():
+                self._opening[name] += amount - before[name]
             self._start += time.perf_counter() - start
+
+    def agreed(self, error: float) -> float:
+        """An error as rank 0 has found it, a finite number of at least 0; collective."""
+        return from_first_rank(self.comm, lambda: checked_metric(error))
 
     def _sums(self) -> dict[str, float]:
         return {

@@ -453,3 +453,59 @@ def test_iterations_per_solve_where_nothing_was_solved_are_those_of_the_last_tim
     record = history([0.1] * 4, [10, 20, 0, 0])
     record.solves = record.adjoint_solves = [1, 2, 2, 2]
     assert record.iterations_per_solve.tolist() == [10, 20, 20, 20]
+
+
+def assessed(run, in_use, converged=()):
+    """The run, with errors that were assessed every five epochs."""
+    epochs = range(5, len(run.history) + 1, 5)
+    run.history.in_use = [[epoch, error] for epoch, error in zip(epochs, in_use)]
+    run.history.converged = [[epoch, error] for epoch, error in zip(epochs, converged)]
+    return run
+
+
+def test_runs_keep_what_was_assessed_and_said(tmp_path):
+    run = assessed(run_of(PRDP, 0.01, [1] * 20), [0.4, 0.3, 0.2, 0.1], [0.5, 0.4, 0.3, 0.3])
+    run.history.warnings = ["the physics were coarse"]
+    assert (run.error, run.judged, run.error_in_use) == pytest.approx((0.01, 0.15, 0.15))
+    assert run.error_converged == pytest.approx(0.3)
+    run.write(tmp_path / "run.json")
+    written = json.loads((tmp_path / "run.json").read_text())
+    assert written["warnings"] == ["the physics were coarse"]
+    assert written["history"]["in_use"] == [[5, 0.4], [10, 0.3], [15, 0.2], [20, 0.1]]
+    assert Run.read(tmp_path / "run.json") == run
+    old = {**written, "history": dict(written["history"])}
+    for name in ("in_use", "converged", "warnings"):
+        del old["history"][name]
+    for name in ("warnings", "checksum"):
+        del old[name]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    read = Run.read(tmp_path / "old.json")
+    assert (read.error_in_use, read.judged, read.warnings) == (None, read.error, [])
+    assert read.until_accurate(1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("in_use", [[5, 0.1], [5, 0.1]]),
+        ("in_use", [[21, 0.1]]),
+        ("in_use", [[5]]),
+        ("converged", [[5, -0.1]]),
+        ("converged", {"5": 0.1}),
+        ("warnings", "one"),
+        ("warnings", [1]),
+    ],
+)
+def test_what_was_not_assessed_so_is_refused(tmp_path, name, value):
+    run = run_of(PRDP, 0.01, [1] * 20)
+    setattr(run.history, name, value)
+    run.write(tmp_path / "run.json")
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        Run.read(tmp_path / "run.json")
+
+
+def test_the_time_to_accuracy_is_that_of_the_first_checkpoint_that_is_accurate():
+    run = assessed(run_of(PRDP, 0.01, [1, 3] * 10, seconds=2.0), [0.4, 0.2, 0.3, 0.1])
+    spent = run.until_accurate(0.2)
+    assert (spent.iterations, spent.solver_seconds, spent.seconds) == (40, 10.0, 20.0)
+    assert run.until_accurate(0.05) is None

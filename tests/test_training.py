@@ -957,3 +957,46 @@ def test_networks_in_half_precision(dtype):
     expected(x).float().square().mean().backward()
     for one, other in zip(network.parameters(), expected.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=0.05, atol=0.02)
+
+
+def test_what_is_assessed_at_checkpoints_is_noted_and_not_counted():
+    network, loss = regression()
+    refinement = FixedRefinement(Iterations(3))
+    solver, u = heat_solver(refinement)
+    seen = []
+
+    def in_use():
+        seen.append((network.training, torch.is_grad_enabled()))
+        solver.solve()
+        return 0.5
+
+    history = trained(
+        network,
+        loss,
+        refinement=refinement,
+        solvers=[solver],
+        epochs=7,
+        assess={"in_use": in_use, "converged": lambda: 0.25},
+        assess_every=3,
+    )
+    assert history.in_use == [[3, 0.5], [6, 0.5], [7, 0.5]]
+    assert history.converged == [[3, 0.25], [6, 0.25], [7, 0.25]]
+    assert solver.statistics.solves == 3 and history.solves == [0] * 7
+    assert seen == [(False, False)] * 3
+    by_itself = trained(*regression(), epochs=61, assess={"in_use": lambda: 1.0})
+    assert [epoch for epoch, _ in by_itself.in_use] == [*range(3, 61, 3), 61]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"assess": [print]}, TypeError, "a dictionary of functions by name"),
+        ({"assess": {"speed": print}}, ValueError, "assess can have in_use and converged"),
+        ({"assess": {"in_use": 3}}, TypeError, "must be callable, found 3"),
+        ({"assess": {"in_use": lambda: -1.0}}, ValueError, "-1"),
+        ({"assess_every": 0}, ValueError, "assess_every must be at least 1"),
+    ],
+)
+def test_assessments_of_other_kinds_are_refused(options, error, words):
+    with pytest.raises(error, match=words):
+        trained(*regression(), **options)

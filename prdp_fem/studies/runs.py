@@ -20,10 +20,27 @@ from prdp_fem.ranks.job import Refused
 from prdp_fem.studies.files import write
 from prdp_fem.studies.schedules import Schedule
 
-__all__ = ["Run", "Runs", "machine"]
+__all__ = ["LAST_EPOCHS", "Run", "Runs", "Spent", "machine"]
 
 # The error of a run is that of its last epochs, which a single one does not decide.
 LAST_EPOCHS = 10
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a run has taken so far.
+
+    Attributes
+    ----------
+    iterations : int
+        Of the Krylov method, forward and adjoint.
+    solver_seconds, seconds : float
+        In the solvers, and in all.
+    """
+
+    iterations: int
+    solver_seconds: float
+    seconds: float
 
 
 @dataclass
@@ -68,8 +85,51 @@ class Run:
 
     @property
     def error(self) -> float:
-        """The mean of the errors over the last ten epochs."""
+        """The mean of the errors over the last ten epochs, through the physics of the moment."""
         return float(self.errors[-LAST_EPOCHS:].mean())
+
+    @property
+    def error_in_use(self) -> float | None:
+        """The mean, over the checkpoints of the last ten epochs, of the error in use; None where
+        that was not assessed.
+        """
+        return self._at_last(self.history.in_use)
+
+    @property
+    def error_converged(self) -> float | None:
+        """The same with converged physics."""
+        return self._at_last(self.history.converged)
+
+    def _at_last(self, assessed: list[list]) -> float | None:
+        first = len(self.history) - LAST_EPOCHS
+        errors = [error for epoch, error in assessed if epoch > first]
+        return float(np.mean(errors)) if errors else None
+
+    @property
+    def judged(self) -> float:
+        """The error that schedules are judged by: in use, where that was assessed."""
+        in_use = self.error_in_use
+        return self.error if in_use is None else in_use
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was said of the run."""
+        return self.history.warnings
+
+    def until_accurate(self, error: float) -> Spent | None:
+        """What was spent until the error in use first was no larger than a value.
+
+        None where it never was, or was not assessed.
+        """
+        for epoch, found in self.history.in_use:
+            if found <= error:
+                history = self.history
+                return Spent(
+                    history.iterations[epoch - 1],
+                    history.solver_seconds[epoch - 1],
+                    history.seconds[epoch - 1],
+                )
+        return None
 
     @property
     def iterations(self) -> int:
@@ -107,13 +167,13 @@ class Run:
         """
         try:
             # as they are read again
-            entries = json.loads(json.dumps(asdict(self), default=_plain))
+            plain = {**asdict(self), "warnings": self.warnings}
+            entries = json.loads(json.dumps(plain, default=_plain))
         except (TypeError, ValueError, RecursionError) as error:
             raise Refused(
                 f"{path} cannot be written: what is to be kept must be plain numbers, "
                 f"strings and lists ({error})"
             ) from None
-        entries["warnings"] = self.history.warnings
         entries["checksum"] = _checksum(entries)
         write(path, json.dumps(entries, separators=(",", ":")) + "\n")
 
@@ -145,9 +205,11 @@ class Run:
             "extras": dict,
             "machine": dict,
         }
-        if type(entries) is not dict or entries.keys() - {"checksum", "warnings"} != kinds.keys():
+        # Beside, files have a checksum, and again what the history has of warnings.
+        beside = {"checksum", "warnings"}
+        if type(entries) is not dict or entries.keys() - beside != kinds.keys():
             raise ValueError(f"a run has {', '.join(kinds)}")
-        entries.pop("warnings", None)  # the history has them, too
+        entries.pop("warnings", None)
         # Files of earlier versions have none.
         if entries.pop("checksum", checksum := _checksum(entries)) != checksum:
             raise ValueError("its history or extras have been changed since it was written")

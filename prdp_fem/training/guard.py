@@ -132,6 +132,12 @@ class Guard:
         Where what is found is kept.
     account : Account
         That of the run, whose clock stands still while the guard looks.
+
+    Attributes
+    ----------
+    keeps_metrics : bool
+        Whether the history is to have metrics with converged physics; not where errors with them
+        are assessed.
     """
 
     def __init__(
@@ -150,6 +156,7 @@ class Guard:
         self._solvers = solvers
         self._history = history
         self._account = account
+        self.keeps_metrics = True
         self._rates = _Rates(optimiser)
         self._opening = self._sums()
         self._validation = np.zeros_like(self._opening)
@@ -201,7 +208,7 @@ class Guard:
         """
         if self._mode is None:
             return
-        with self._account.closed():
+        with self._account.paused():
             self._look(metric, epochs)
         if self._account.comm.rank == 0:
             for text in self._history.warnings[self._said :]:
@@ -218,7 +225,7 @@ class Guard:
                 self._looked_at = len(self._history)
                 self._assess(metric, counted, most, is_last)
         elif is_last and counted.solves:
-            self._history.converged.append([len(self._history), metric])
+            self._keep(metric)
         if is_last:
             self._close(counted)
 
@@ -278,7 +285,7 @@ class Guard:
         self._wanted = self._needed / _WITHIN if is_converged else 2.0 * most
         self._gap = relative_gap(metric, true)
         if is_converged:
-            self._history.converged.append([len(self._history), true])
+            self._keep(true)
         self._refinement.heed(self._gap)
         if self._gap > ALLOWED_GAP:
             physics = "converged ones"
@@ -291,6 +298,11 @@ class Guard:
                 f"solve, as far as {_PERCENT}% of the run's iterations go, and these are not "
                 "converged: refinement.assess(validate, solvers) finds what it is worth"
             )
+
+    def _keep(self, metric: float) -> None:
+        """Note a metric with converged physics."""
+        if self.keeps_metrics:
+            self._history.converged.append([len(self._history), metric])
 
     def _count(self, iterations: int) -> None:
         self._spent += iterations

@@ -8,7 +8,7 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -20,7 +20,7 @@ from mpi4py import MPI
 from torch.nn.parameter import is_lazy
 from tqdm import tqdm
 
-from prdp_fem.history import Account, History
+from prdp_fem.history import ASSESSED, Account, History, assessed_at
 from prdp_fem.ranks.agreement import agree, from_first_rank
 from prdp_fem.refinement.rules import Refinement, checked_metric
 from prdp_fem.solvers import RefinedSolver
@@ -45,6 +45,8 @@ def train(
     epochs: int,
     seed: int = 0,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    assess: Mapping[str, Callable[[], float]] | None = None,
+    assess_every: int | None = None,
     comm: MPI.Comm = MPI.COMM_SELF,
     ensemble: Ensemble | None = None,
     guard: str | None = "warn",
@@ -99,6 +101,14 @@ def train(
     scheduler : torch.optim.lr_scheduler.LRScheduler or None
         Called after each epoch; one that needs the metric, such as ReduceLROnPlateau, with that.
         One to be called after each batch goes into a hook of ``optimiser.register_step_post_hook``.
+    assess : mapping of str to callable, or None
+        What is measured beside, as errors go into the history: ``"in_use"``, the error of what is
+        used in the end, such as the network alone, and ``"converged"``, that with converged
+        physics. They are called as ``validate`` is; what they take, and what the solvers do for
+        them, is not counted. That of rank 0 counts.
+    assess_every : int or None
+        Epochs from one such measurement to the next; None for 15 to 30 of them in a long training.
+        There is one after the last epoch in any case.
     comm : mpi4py.MPI.Comm
         The ranks that share the samples' unknowns; left aside where there is an ensemble.
     ensemble : firedrake.Ensemble or None
@@ -168,6 +178,7 @@ def train(
     def alike() -> tuple:
         _check_arguments(network, loss, validate, optimiser, refinement, scheduler)
         _check_count("epochs", epochs)
+        _check_assessments(assess, assess_every)
         _check_solvers(solvers, refinement, sharing)
         _check_optimiser(network, optimiser, comm, sharing)
         _check_scheduler(optimiser, scheduler, epochs)
@@ -183,6 +194,7 @@ def train(
     inside = [layer.solver for layer in network.modules() if isinstance(layer, SolverLayer)]
     watched = list({id(solver): solver for solver in [*solvers, *inside]}.values())
     watch = Guard(guard, validate, refinement, watched, optimiser, history, account)
+    watch.keeps_metrics = "converged" not in (assess or {})
     bar = tqdm(
         range(epochs),
         desc=label,
@@ -207,6 +219,8 @@ def train(
                 result = refinement.told(metric, validate)
                 history.record(metric, refinement, account)
                 watch.look(metric, epochs)
+                if assess and assessed_at(len(history), epochs, assess_every):
+                    history.assess(assess, account)
             refinement.step(result)
             if scheduler is not None:
                 told: Any = [metric] if _required(scheduler.step) else []
@@ -428,6 +442,20 @@ def _check_arguments(network, loss, validate, optimiser, refinement, scheduler) 
         raise TypeError(
             f"scheduler must be one of torch.optim.lr_scheduler, or None, found {scheduler!r}"
         )
+
+
+def _check_assessments(assess, every) -> None:
+    if every is not None:
+        _check_count("assess_every", every)
+    if assess is None:
+        return
+    if not isinstance(assess, Mapping):
+        raise TypeError(f"assess must be a dictionary of functions by name, found {assess!r}")
+    for name, function in assess.items():
+        if name not in ASSESSED:
+            raise ValueError(f"assess can have {' and '.join(ASSESSED)}, found {name!r}")
+        if not callable(function):
+            raise TypeError(f"assess[{name!r}] must be callable, found {function!r}")
 
 
 def _check_count(name: str, count) -> None:
