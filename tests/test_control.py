@@ -396,8 +396,6 @@ def test_what_cannot_be_controlled_is_refused_and_left_as_it_was():
         prdp_fem.control(problem.problem, FixedRefinement(Iterations(3)))
     solver = LinearVariationalSolver(problem.problem)
     before = dict(vars(solver))
-    with pytest.raises(ValueError, match="the solver is direct"):
-        prdp_fem.control(solver, FixedRefinement(Iterations(3)))
     with pytest.raises(TypeError, match="refinement must be a Refinement"):
         prdp_fem.control(solver, 3)
     assert type(solver) is LinearVariationalSolver and vars(solver) == before

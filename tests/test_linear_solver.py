@@ -1,5 +1,7 @@
 """Solves: what they compute, what they count, and what they refuse."""
 
+import warnings
+
 import numpy as np
 import pytest
 from firedrake import *
@@ -388,6 +390,28 @@ def test_without_a_refinement_the_options_decide():
     assert solver.statistics.forward_iterations == 2
 
 
+@pytest.mark.parallel([1, 2])
+@pytest.mark.parametrize("parameters", [None, {"ksp_type": "preonly", "pc_type": "lu"}])
+def test_a_direct_solver_under_a_refinement_solves_at_each_level(parameters):
+    problem, other = HeatStep(), HeatStep()
+    prdp_fem.LinearVariationalSolver(other.problem, solver_parameters=parameters).solve()
+    solver = None
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        solver = prdp_fem.LinearVariationalSolver(
+            problem.problem,
+            refinement=ScheduledRefinement(IterationLadder(), {1: 1}),
+            solver_parameters=parameters,
+        )
+        for _ in range(2):
+            problem.u.assign(0)
+            solver.solve()
+            np.testing.assert_allclose(problem.u.dat.data_ro, other.u.dat.data_ro, atol=1e-13)
+            solver.refinement.step(1.0)
+    about = [warning for warning in said if "nothing to refine" in str(warning.message)]
+    assert len(about) == (1 if COMM_WORLD.rank == 0 else 0)
+
+
 @pytest.mark.parallel(1)
 def test_bad_input_is_refused_at_construction():
     problem = HeatStep()
@@ -395,9 +419,9 @@ def test_bad_input_is_refused_at_construction():
     ladder = ProgressiveRefinement(IterationLadder())
     with pytest.raises(ValueError, match="'implicit'.*found 'explicit'"):
         make(problem.problem, differentiation="explicit")
-    for parameters in (None, {"ksp_type": "preonly", "pc_type": "lu"}):
-        with pytest.raises(ValueError, match="direct.*ksp_type.*cg"):
-            make(problem.problem, refinement=ladder, solver_parameters=parameters)
+    once = {"ksp_type": "preonly", "pc_type": "jacobi"}
+    with pytest.raises(ValueError, match="no iterations to refine.*ksp_type.*cg"):
+        make(problem.problem, refinement=ladder, solver_parameters=once)
     with pytest.raises(TypeError, match="FixedRefinement"):
         make(problem.problem, refinement=20, solver_parameters=CG)
     with pytest.raises(TypeError, match="LinearVariationalProblem, found a Form"):

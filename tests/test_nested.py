@@ -365,14 +365,14 @@ def test_several_candidates_are_listed():
             ksp_prefix="fieldsplit_7_",
             **stokes.nullspaces,
         )
-    with pytest.raises(ValueError, match="the solver is direct"):
+    with pytest.raises(ValueError, match="the solver only applies its preconditioner"):
         prdp_fem.LinearVariationalSolver(
             stokes.problem,
             solver_parameters={"ksp_type": "preonly", "pc_type": "fieldsplit"},
             refinement=FixedRefinement(Iterations(3)),
         )
     with pytest.raises(
-        ValueError, match="the solver is direct.*smoothers can be refined.*mg_levels_1_"
+        ValueError, match="only applies its preconditioner.*smoothers can be refined.*mg_levels_1_"
     ):
         prdp_fem.LinearVariationalSolver(
             HeatStep(10).problem,

@@ -2,6 +2,8 @@
 at the state reached.
 """
 
+import warnings
+
 import numpy as np
 import petsctools
 import pytest
@@ -472,13 +474,6 @@ def test_a_singular_jacobian_is_an_error_with_the_name_of_the_solution():
         ),
         (
             lambda p: prdp_fem.NonlinearVariationalSolver(
-                p, refinement=FixedRefinement(Iterations(3))
-            ),
-            ValueError,
-            "the solver is direct",
-        ),
-        (
-            lambda p: prdp_fem.NonlinearVariationalSolver(
                 p,
                 refinement=FixedRefinement(Iterations(3)),
                 solver_parameters={"snes_type": "qn", "snes_qn_type": "broyden"},
@@ -513,6 +508,26 @@ def test_bad_input_is_refused_at_construction(make, error, words):
 
 
 # The ladder
+
+
+def test_a_direct_solver_under_a_refinement_solves_as_without_and_says_so_once():
+    """Newton steps are refined all the same."""
+    p = Diffusion()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        refined = FixedRefinement(Iterations(3))
+        solver = prdp_fem.NonlinearVariationalSolver(p.problem, refinement=refined)
+        solution = solver.solve().dat.data_ro.copy()
+        solver.solve()
+    about = [warning for warning in said if "nothing to refine" in str(warning.message)]
+    assert len(about) == (1 if COMM_WORLD.rank == 0 else 0)
+    p.u.assign(0)
+    prdp_fem.NonlinearVariationalSolver(p.problem).solve()
+    np.testing.assert_allclose(p.u.dat.data_ro, solution, rtol=1e-10, atol=1e-12)
+    solver.refinement = FixedRefinement(NewtonSteps(1, Iterations(3)))
+    p.u.assign(0)
+    solver.solve()
+    assert solver.statistics.newton_steps > 2 and norm(p.u) > 0
 
 
 def test_newton_ladders_are_sequences_of_settings():

@@ -20,6 +20,7 @@ from prdp_fem.krylov.null_spaces import null_space
 from prdp_fem.krylov.petsc_errors import cause_of, remedy
 from prdp_fem.krylov.petsc_types import ksp_facts, pc_facts
 from prdp_fem.krylov.post_solve import PostSolve
+from prdp_fem.ranks.warning import OneWarning
 from prdp_fem.refinement.ladders import Setting, is_frozen
 
 __all__ = [
@@ -36,6 +37,10 @@ __all__ = [
     "set_up",
 ]
 
+_NOTHING_TO_REFINE = (
+    "the solver for '{}' is direct, and there is nothing to refine: it solves as far as it can at "
+    "each level"
+)
 _NEVER = 1e300
 # Another one than any, None included.
 _NO_SETTING = object()
@@ -427,6 +432,8 @@ class RefinedKSP:
         self._prefix = prefix
         self._in_snes = in_snes
         self._refined: PETSc.KSP | None = None
+        self._is_direct = False
+        self._nothing_to_refine = OneWarning()
         # What options had said of KSPs, before something else was put on them.
         self._overrides = _Overrides()
         # What was put on the KSP last, and the tolerances that it then had: most solves ask for the
@@ -451,13 +458,23 @@ class RefinedKSP:
     @property
     def is_found(self) -> bool:
         """Whether it is known which KSP settings are put on, without anything set up."""
-        return self._refined is not None
+        return self._refined is not None or self._is_direct
 
     def find(self) -> None:
         """Find the KSP that settings are put on.
 
-        The preconditioner is set up by then, where one may be inside.
+        The preconditioner is set up by then, where one may be inside. There is none in a direct
+        solver, on which no setting has an effect.
+
+        Warns
+        -----
+        RuntimeWarning
+            Where it is direct, once.
         """
+        if self._prefix is None and nested.solves_directly(self.ksp):
+            self._is_direct = True
+            self._nothing_to_refine.give(_NOTHING_TO_REFINE.format(self.name), self.ksp.comm)
+            return
         refined = self._look_inside()
         if refined.handle == self.ksp.handle:
             refined = self.ksp
@@ -565,8 +582,10 @@ class RefinedKSP:
         self._setting = setting if is_kept else _NO_SETTING
         if setting is not None and setting.max_it is None:
             setting = None
-        if setting is not None and self._refined is None:
+        if setting is not None and not self.is_found:
             self.find()
+        if self._is_direct:
+            setting = None
         self._is_budget = setting is not None and bool(setting.budget)
         self._good = _GOOD
         if setting is not None:
@@ -599,6 +618,7 @@ class RefinedKSP:
             if self._is_budget and ksp_facts(self._types[0]).has_free_natural_norm:
                 # The natural norm may have been asked for, which other methods do not have.
                 self.ksp.setNormType(PETSc.KSP.NormType.DEFAULT)
+            self._is_direct = False  # it may iterate now
         self._types = types
         self._others = None
         vars(self).pop("may_have_thresholds", None)

@@ -27,6 +27,7 @@ __all__ = [
     "needs_set_up",
     "parts",
     "set_up_inside",
+    "solves_directly",
 ]
 
 _LIBRARY = ctypes.CDLL(PETSc.__file__)
@@ -103,15 +104,21 @@ def _named(prefix: str, outer: str, iterative: list[PETSc.KSP], listing: str) ->
 
 
 def _no_iterations(ksp: PETSc.KSP, smoothers: str) -> str:
-    """What to say of a direct solver that is to be refined."""
+    """What to say of a solver that makes no iterations, and is to be refined."""
     others = f"; smoothers can be refined by ksp_prefix=…: {smoothers}" if smoothers else ""
     return (
-        f"the solver is direct (ksp_type {ksp.getType()} with pc_type "
+        f"the solver only applies its preconditioner (ksp_type {ksp.getType()} with pc_type "
         f"{ksp.getPC().getType()}), so there are no iterations to refine: choose an iterative "
         'method, for example solver_parameters={"ksp_type": "cg", "pc_type": "jacobi"} for a '
         'symmetric problem or {"ksp_type": "gmres", "pc_type": "jacobi"} for any other, or '
         f"leave refinement away{others}"
     )
+
+
+def solves_directly(ksp: PETSc.KSP) -> bool:
+    """Whether a KSP applies the inverse of its operator, and has nothing that could be refined."""
+    pc = ksp.getPC()
+    return is_direct(ksp) and (pc_facts(pc.getType()).inverts or _is_factorisation(pc))
 
 
 def applies_factorisation(ksp: PETSc.KSP) -> bool:

@@ -69,8 +69,13 @@ class LinearVariationalSolver(RefinedSolver, firedrake.LinearVariationalSolver):
     ------
     TypeError, ValueError
         For a problem that is not linear, conditions or forms that cannot be differentiated, an
-        unknown ``differentiation``, a direct solver under a refinement, one with several iterative
-        KSPs of which none is named, and complex PETSc.
+        unknown ``differentiation``, a refinement of a solver that has no iterations and is not
+        direct, of one with several iterative KSPs of which none is named, and complex PETSc.
+
+    Warns
+    -----
+    RuntimeWarning
+        Where a direct solver has a refinement, which has no effect on it.
 
     Examples
     --------

@@ -15,11 +15,12 @@ from prdp_fem.studies.figures import draw_training
 from prdp_fem.studies.files import save_figure
 from prdp_fem.studies.meshes import triangle_mesh
 from prdp_fem.studies.runs import Run
-from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
+from prdp_fem.studies.schedules import CONVERGED, DIRECT, PRDP, Schedule
 from prdp_fem.studies.study import Study
 
 __all__ = [
     "CONVERGED",
+    "DIRECT",
     "PRDP",
     "Run",
     "Schedule",

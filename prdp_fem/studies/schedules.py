@@ -1,36 +1,56 @@
 """The refinements that a study compares, by name.
 
-There are converged physics, constant numbers of iterations, and each registered rule
-(:mod:`prdp_fem.refinement.registry`). What tables and figures make of a schedule is asked of it.
+There are converged physics, a direct solver, constant tolerances and numbers of iterations, and
+each registered rule (:mod:`prdp_fem.refinement.registry`). What tables and figures make of a
+schedule is asked of it.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from mpi4py import MPI
 
-from prdp_fem.arguments import count, instance, shown
-from prdp_fem.refinement import RULES, FixedRefinement, Iterations, Refinement, Setting
+from prdp_fem.arguments import count, fraction, instance, shown
+from prdp_fem.refinement import RULES, FixedRefinement, Iterations, Refinement, Setting, Tolerance
+from prdp_fem.refinement.settings import frozen
 
-__all__ = ["CONVERGED", "PRDP", "Schedule", "forms"]
+__all__ = ["CONVERGED", "DIRECT", "PRDP", "Factorised", "Schedule", "forms"]
 
 # In these the colour-blind tell schedules apart, too (Okabe and Ito, 2008): converged physics, and
 # rules in the order in which they are registered.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 _GREY = "0.6"
+_BLACK = "#000000"
+# Of constant tolerances, from coarse to fine.
+_BROWNS = ("#D8B365", "#BF812D", "#8C510A", "#543005")
+
+
+@frozen
+@dataclass(frozen=True)
+class Factorised:
+    """The setting of a direct solver: what its options say, that is, as far as it can."""
+
+    rtol: None = None
+    max_it: None = None
+    budget: None = None
+
+    def __str__(self) -> str:
+        return "factorised"
 
 
 def _kinds() -> list[str]:
     """In the order of tables."""
-    return ["converged", *RULES, "constant"]
+    return ["converged", "direct", "rtol", *RULES, "constant"]
 
 
 def forms() -> list[str]:
     """The names that :meth:`Schedule.from_text` reads, beside numbers of iterations."""
-    names = ["converged"]
+    names = ["converged", "direct", "rtol:TOLERANCE"]
     for name, entry in RULES.items():
         names.append(name)
         if entry.varied:
@@ -45,19 +65,22 @@ class Schedule:
     Parameters
     ----------
     kind : str
-        ``"converged"``, ``"constant"``, or the name of a rule, such as ``"prdp"``.
+        ``"converged"``, ``"direct"``, ``"rtol"``, ``"constant"``, or the name of a rule, such as
+        ``"prdp"``.
     iterations : int or None
         Of a constant schedule.
     **numbers : float
         Of a rule, by name, where they are not its defaults: all of those that it is registered with
-        as varied, such as ``tau_step`` and ``tau_stop``.
+        as varied, such as ``tau_step`` and ``tau_stop``. ``rtol`` of a constant tolerance, relative
+        to the right-hand side.
 
     Attributes
     ----------
     kind : str
     iterations : int or None
     numbers : tuple of float
-        Those of the rule, in the order in which it names them; empty for its defaults.
+        Those of the rule, in the order in which it names them; empty for its defaults. Of a
+        constant tolerance that.
     """
 
     kind: str
@@ -79,6 +102,9 @@ class Schedule:
             )
         given = {name: number for name, number in numbers.items() if number is not None}
         varied = RULES[kind].varied if kind in RULES else ()
+        if kind == "rtol":
+            varied = ("rtol",)
+            fraction("rtol", given.get("rtol"))
         if given and given.keys() != set(varied):
             both = "both " if len(varied) > 1 else ""
             expected = f"{both}{' and '.join(varied)} or none" if varied else "no numbers"
@@ -87,7 +113,7 @@ class Schedule:
         object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "iterations", iterations)
         object.__setattr__(self, "numbers", tuple(given[name] for name in varied if given))
-        if given:
+        if given and kind in RULES:
             self._make([Iterations(1)], None)  # refuses numbers that cannot be meant
 
     @classmethod
@@ -97,8 +123,9 @@ class Schedule:
         Parameters
         ----------
         text : str
-            ``converged``; a number K, for K iterations throughout; the name of a rule, alone or
-            with its numbers, as in ``prdp`` or ``prdp:TAU_STEP:TAU_STOP``.
+            ``converged``; ``direct``, for a direct solver; ``rtol:TOLERANCE``, for a constant
+            relative tolerance; a number K, for K iterations throughout; the name of a rule, alone
+            or with its numbers, as in ``prdp`` or ``prdp:TAU_STEP:TAU_STOP``.
 
         Raises
         ------
@@ -110,7 +137,14 @@ class Schedule:
             return CONVERGED
         if re.fullmatch("[1-9][0-9]{0,8}", text):
             return cls("constant", iterations=int(text))
+        if text == "direct":
+            return DIRECT
         kind, *numbers = text.split(":")
+        if kind == "rtol" and len(numbers) == 1:
+            try:
+                return cls(kind, rtol=float(numbers[0]))
+            except ValueError as error:
+                raise ValueError(f"{text!r}: {error}") from None
         if kind in RULES and len(numbers) in (0, len(RULES[kind].varied)):
             try:
                 return cls(kind, None, **dict(zip(RULES[kind].varied, map(float, numbers))))
@@ -128,13 +162,22 @@ class Schedule:
     @property
     def is_varied(self) -> bool:
         """Whether it is a rule with numbers that are not its defaults."""
-        return bool(self.numbers)
+        return self.kind in RULES and bool(self.numbers)
+
+    @property
+    def is_converged(self) -> bool:
+        """Whether it solves as far as a user who refines nothing would: to some tolerance, the same
+        throughout, or directly.
+        """
+        return self.kind in ("converged", "direct", "rtol")
 
     @property
     def name(self) -> str:
         """What ``from_text`` reads."""
         if self.is_constant:
             return str(self.iterations)
+        if self.kind == "rtol":
+            return f"rtol:{_power(self.numbers[0])}"
         return ":".join([self.kind, *map(repr, self.numbers)])
 
     @property
@@ -142,8 +185,10 @@ class Schedule:
         """What tables and figures say."""
         if self.is_constant:
             return f"K = {self.iterations}"
-        if self == CONVERGED:
-            return "converged"
+        if self.kind == "rtol":
+            return f"to {_power(self.numbers[0])}"
+        if self.kind not in RULES:
+            return self.kind
         title = RULES[self.kind].title
         return f"{title} {', '.join(f'{number:g}' for number in self.numbers)}".rstrip()
 
@@ -152,11 +197,18 @@ class Schedule:
         """What figures draw it in."""
         if self.is_constant:
             return _GREY
-        return _COLOURS[_kinds().index(self.kind) % len(_COLOURS)]
+        if self == DIRECT:
+            return _BLACK
+        if self.kind == "rtol":
+            digits = -math.log10(self.numbers[0])
+            return _BROWNS[min(int(digits / 2), len(_BROWNS) - 1)]
+        return _COLOURS[["converged", *RULES].index(self.kind) % len(_COLOURS)]
 
     @property
     def place(self) -> tuple:
-        """What tables are sorted by: converged physics, rules, constants; then varied rules."""
+        """What tables are sorted by: converged physics in its kinds, rules, constants; then varied
+        rules. Tolerances are sorted from fine to coarse.
+        """
         return self.is_varied, _kinds().index(self.kind), self.iterations or 0, self.numbers
 
     def refinement(
@@ -165,6 +217,7 @@ class Schedule:
         ladder: Sequence[Setting],
         converged: Setting,
         constant: Callable[[int], Setting] = Iterations,
+        tolerance: Callable[[float], Setting] = Tolerance,
         comm: MPI.Comm | None = None,
     ) -> Refinement:
         """The refinement, at its start.
@@ -177,6 +230,8 @@ class Schedule:
             What "converged" means.
         constant : callable
             From a number of iterations to a setting.
+        tolerance : callable
+            From a relative tolerance to a setting.
         comm : mpi4py.MPI.Comm or None
             See :class:`~prdp_fem.refinement.rules.Refinement`.
         """
@@ -184,6 +239,10 @@ class Schedule:
             return FixedRefinement(constant(self.iterations), comm=comm)
         if self == CONVERGED:
             return FixedRefinement(converged, comm=comm)
+        if self == DIRECT:
+            return FixedRefinement(Factorised(), comm=comm)
+        if self.kind == "rtol":
+            return FixedRefinement(tolerance(self.numbers[0]), comm=comm)
         return self._make(ladder, comm)
 
     def _make(self, ladder: Sequence[Setting], comm: MPI.Comm | None) -> Refinement:
@@ -191,6 +250,15 @@ class Schedule:
         return entry.make(ladder, comm=comm, **dict(zip(entry.varied, self.numbers)))
 
 
+def _power(number: float) -> str:
+    """A tolerance as people write it, and as it is read again: 1e-2, 2.5e-3."""
+    decimal = Decimal(repr(number)).normalize()
+    first, *others = map(str, decimal.as_tuple().digits)
+    mantissa = f"{first}.{''.join(others)}" if others else first
+    return f"{mantissa}e{decimal.adjusted()}"
+
+
 # What is compared, where nothing else is said.
 CONVERGED = Schedule("converged")
 PRDP = Schedule("prdp")
+DIRECT = Schedule("direct")
