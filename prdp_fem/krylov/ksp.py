@@ -424,6 +424,11 @@ class RefinedKSP:
         The options prefix of the KSP that settings are put on; None for the only iterative one.
     in_snes : bool
         Whether a SNES calls its solves.
+
+    Attributes
+    ----------
+    nothing_to_refine : OneWarning
+        What warns of a direct solver; it may be exchanged for that of another one of this class.
     """
 
     def __init__(self, ksp: PETSc.KSP, name: str, prefix: str | None, *, in_snes: bool = False):
@@ -433,7 +438,7 @@ class RefinedKSP:
         self._in_snes = in_snes
         self._refined: PETSc.KSP | None = None
         self._is_direct = False
-        self._nothing_to_refine = OneWarning()
+        self.nothing_to_refine = OneWarning()
         # What options had said of KSPs, before something else was put on them.
         self._overrides = _Overrides()
         # What was put on the KSP last, and the tolerances that it then had: most solves ask for the
@@ -473,7 +478,7 @@ class RefinedKSP:
         """
         if self._prefix is None and nested.solves_directly(self.ksp):
             self._is_direct = True
-            self._nothing_to_refine.give(_NOTHING_TO_REFINE.format(self.name), self.ksp.comm)
+            self.nothing_to_refine.give(_NOTHING_TO_REFINE.format(self.name), self.ksp.comm)
             return
         refined = self._look_inside()
         if refined.handle == self.ksp.handle:

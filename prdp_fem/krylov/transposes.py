@@ -78,6 +78,8 @@ class Krylov:
         newton: Newton | None = None,
     ):
         self.refined = RefinedKSP(ksp, name, prefix)
+        if newton is not None:
+            self.refined.nothing_to_refine = newton.refined.nothing_to_refine
         self.ksp = ksp
         self._transposed = transposed
         self.keeps_iterates = False
@@ -229,6 +231,8 @@ class Krylov:
             with self._transposed() as ksp:
                 if self._refined_transposed is None:
                     self._refined_transposed = RefinedKSP(ksp, self._name, self._prefix)
+                    said = self.refined.nothing_to_refine
+                    self._refined_transposed.nothing_to_refine = said
                 self._refined_transposed.set_up()
                 self._prepare(self._refined_transposed, setting)
                 return self._scaled(self._refined_transposed, ksp.solve, "adjoint")(b, x)
