@@ -14,11 +14,16 @@ from firedrake import COMM_WORLD, Ensemble
 from prdp_fem import FixedRefinement, IterationLadder, Iterations
 from prdp_fem.history import Account, History
 from prdp_fem.statistics import Statistics
-from prdp_fem.studies import CONVERGED, PRDP, Run, Schedule, Study, draw_training
+from prdp_fem.studies import CONVERGED, DIRECT, PRDP, Run, Schedule, Study, draw_training
 from prdp_fem.studies import runs as runs_module
 from prdp_fem.studies.report import read_runs, write_report
 from prdp_fem.studies.runs import machine
-from prdp_fem.studies.savings import best_constant, savings
+from prdp_fem.studies.savings import (
+    best_constant,
+    best_converged,
+    savings,
+    spent_until_accurate,
+)
 from prdp_fem.studies.tables import markdown_table, plain_table
 
 
@@ -354,11 +359,14 @@ print(command_line(__file__, "A demo.", check=check))
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--schedules", "converged", "fast"], "a schedule is converged, prdp"),
+        (
+            ["--schedules", "converged", "fast"],
+            "a schedule is converged, direct, rtol:TOLERANCE, prdp",
+        ),
         (["--seed", "x"], "expected a whole number below 2^31, found x"),
         (["--epochs", "0"], "at least one epoch"),
         (["--seed", "99999999999999999999"], "below 2^31"),
-        (["--schedules", "99999999999"], "a schedule is converged, prdp"),
+        (["--schedules", "99999999999"], "a schedule is converged, direct, rtol:TOLERANCE, prdp"),
         (["-quick"], "-quick would be an option of PETSc: write --quick"),
         (["--epochs", "7"], "no epochs of 7"),
         (["--nonsense"], "cannot make anything of --nonsense"),
@@ -509,3 +517,76 @@ def test_the_time_to_accuracy_is_that_of_the_first_checkpoint_that_is_accurate()
     spent = run.until_accurate(0.2)
     assert (spent.iterations, spent.solver_seconds, spent.seconds) == (40, 10.0, 20.0)
     assert run.until_accurate(0.05) is None
+
+
+RTOL = Schedule("rtol", rtol=1e-6)
+
+
+def test_the_best_converged_solver_is_the_fastest_that_is_as_good():
+    def runs(schedule, error, seconds):
+        return {
+            seed: run_of(schedule, error, [9] * 20, seed=seed, seconds=seconds) for seed in (1, 2)
+        }
+
+    own = {CONVERGED: runs(CONVERGED, 0.01, 4.0), PRDP: runs(PRDP, 0.01, 0.5)}
+    other = {DIRECT: runs(DIRECT, 0.01, 2.0), RTOL: runs(RTOL, 0.0101, 1.0)}
+    loose = Schedule("rtol", rtol=1e-1)
+    other[loose] = runs(loose, 0.0103, 0.1)
+    assert best_converged({"own": own}, own[CONVERGED]) == ("own", CONVERGED)
+    assert best_converged({"own": own, "other": other}, own[CONVERGED]) == ("other", RTOL)
+    for run in (*other[RTOL].values(), *other[DIRECT].values()):
+        run.machine["processor"] = "slide rule"
+    assert best_converged({"own": own, "other": other}, own[CONVERGED]) == ("own", CONVERGED)
+
+
+def test_what_is_as_good_is_decided_by_the_error_in_use():
+    """A network that makes up for coarse physics has a small error through them."""
+    converged = {
+        1: assessed(run_of(CONVERGED, 0.01, [100] * 20, seconds=4.0), [0.3, 0.2, 0.1, 0.1])
+    }
+    runs = {CONVERGED: converged}
+    for iterations, last in ((2, 0.2), (8, 0.101)):
+        schedule = Schedule("constant", iterations)
+        run = run_of(schedule, 0.009, [iterations] * 20)
+        runs[schedule] = {1: assessed(run, [0.4, 0.3, 0.104, last])}
+    assert savings(runs[Schedule("constant", 2)][1], converged[1]).excess == pytest.approx(0.52)
+    assert best_constant(runs) is None
+    runs[Schedule("constant", 8)][1].history.in_use[2][1] = 0.1
+    assert best_constant(runs) == Schedule("constant", 8)
+    spent = spent_until_accurate(runs[Schedule("constant", 2)][1], converged[1])
+    assert spent.iterations == 2 * 15 * 2 and spent.seconds == 15.0
+    table = plain_table(runs)
+    for column in ("in use", "with converged physics", "seconds to accuracy"):
+        assert column in table and column not in plain_table(
+            {CONVERGED: {1: run_of(CONVERGED, 0.01, [1] * 20)}}
+        )
+
+
+def test_a_report_compares_with_solvers_of_studies_that_are_trained_alike(tmp_path, runs_folder):
+    for seed in (1, 2, 3):
+        run = run_of(RTOL, 0.01, [20] * 20, seed=seed, seconds=0.5, study="study_icc")
+        run.setup |= {"solver": "icc", "ladder": "another"}
+        run.write(runs_folder / Run.file_name("study_icc", RTOL, seed))
+    alien = run_of(RTOL, 0.01, [20] * 20, seconds=0.1, study="alien")
+    alien.setup["nodes"] = 3
+    alien.write(runs_folder / Run.file_name("alien", RTOL, 1))
+    report = tmp_path / "results.md"
+    report.write_text(REPORT)
+    assert write_report(runs_folder, report) == ["alien"]
+    text = report.read_text()
+    row = "| The study, as people call it | icc, to 1e-6 | +1.0% | -100% | -100% | not assessed |"
+    assert row in text and "Other solvers" in text and "| icc, to 1e-6 | 1.000%" in text
+
+
+def test_options_are_told_before_any_training(tmp_path, capfd):
+    said = []
+
+    def train(*_):
+        said.append(capfd.readouterr().out)
+        return history([0.25] * 20, [3] * 20), {}
+
+    tried = []
+    study = make_study(tmp_path, solver_options="-physics_pc_tipe ilu", schedules=[DIRECT, PRDP])
+    study.run(train, trial=lambda refinement: tried.append(str(refinement.setting)))
+    assert "the solver did not look at -physics_pc_tipe" in said[0]
+    assert tried == ["1 iteration"] and "did not look" not in "".join(said[1:])

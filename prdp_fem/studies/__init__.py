@@ -11,6 +11,7 @@ except ImportError as error:
     ) from error
 
 from prdp_fem.studies.command_line import command_line
+from prdp_fem.studies.contestants import factorised, incomplete, solver_parameters
 from prdp_fem.studies.figures import draw_training
 from prdp_fem.studies.files import save_figure
 from prdp_fem.studies.meshes import triangle_mesh
@@ -27,6 +28,9 @@ __all__ = [
     "Study",
     "command_line",
     "draw_training",
+    "factorised",
+    "incomplete",
     "save_figure",
+    "solver_parameters",
     "triangle_mesh",
 ]

@@ -120,9 +120,9 @@ def command_line(
     ::
 
         --seed N [N ...]        of data, initial weights and order of samples
-        --schedules S [S ...]   converged, the name of a rule, such as prdp, with its numbers
-                                or without, as in prdp:TAU_STEP:TAU_STOP, or a number of
-                                iterations
+        --schedules S [S ...]   converged, direct, rtol:TOLERANCE, the name of a rule, such as
+                                prdp, with its numbers or without, as in
+                                prdp:TAU_STEP:TAU_STOP, or a number of iterations
         --quick, --full         a short run, or one for larger machines; QUICK=1 in the
                                 environment means --quick
         --epochs N              instead of what the size says
@@ -173,8 +173,8 @@ def command_line(
         default=[CONVERGED, PRDP],
         metavar="S",
         help=(
-            f"what is compared: {', '.join(forms())} for other numbers than the "
-            "package's, or a number of iterations (default: converged prdp)"
+            f"what is compared: {', '.join(forms())} (numbers in capitals are put in their "
+            "places), or a number of iterations (default: converged prdp)"
         ),
     )
     size = parser.add_mutually_exclusive_group()

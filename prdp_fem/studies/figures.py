@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from prdp_fem.studies.files import save_figure
 from prdp_fem.studies.runs import Run, Runs
-from prdp_fem.studies.savings import TOLERATED, savings
+from prdp_fem.studies.savings import ACCURATE, TOLERATED, savings
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
 
 __all__ = ["draw_study", "draw_training"]
@@ -22,7 +22,11 @@ BLUE, RED = PRDP.colour, CONVERGED.colour
 
 
 def draw_training(runs: Runs, path: Path) -> None:
-    """The first seed's errors and iterations against the epoch, after Figure 2 of the PRDP paper.
+    """Errors and iterations per solve against the epoch, after Figure 2 of the PRDP paper, and
+    errors against the seconds, for the first seed.
+
+    Errors are those in use where they were assessed, and those through the physics of the moment
+    are thin lines then.
 
     Parameters
     ----------
@@ -31,10 +35,12 @@ def draw_training(runs: Runs, path: Path) -> None:
     path : Path
         Of the PNG file.
     """
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
     _plot_errors(left, runs)
+    _plot_errors_in_time(middle, runs)
     _plot_iterations(right, runs)
+    middle.sharey(left)
     save_figure(figure, path)
 
 
@@ -46,11 +52,13 @@ def draw_study(runs: Runs, path: Path) -> None:
     runs, path
         See :func:`draw_training`.
     """
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    _plot_errors(left, runs)
-    _plot_iterations(middle, runs)
-    _plot_costs(right, runs)
+    figure = Figure(figsize=(20, 4.2), layout="constrained")
+    first, second, third, last = figure.subplots(1, 4)
+    _plot_errors(first, runs)
+    _plot_errors_in_time(second, runs)
+    _plot_iterations(third, runs)
+    _plot_costs(last, runs)
+    second.sharey(first)
     save_figure(figure, path, dpi=100)
 
 
@@ -87,19 +95,74 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
     outer = _label(chosen, "outer", "epoch")
     styles = _styles(chosen)
     for schedule, run in chosen.items():
-        axes.semilogy(
-            np.arange(1, len(run.history) + 1), run.errors, label=schedule.title, **styles[schedule]
-        )
-    if (prdp := chosen.get(PRDP)) is not None:
-        refined = np.flatnonzero(np.diff(prdp.history.level))
-        axes.plot(
-            refined + 1,
-            prdp.errors[refined],
-            "^",
-            color=BLUE,
-            markersize=5,
-            label=f"refined after this {outer}",
-        )
+        epochs, errors = _judged(run)
+        axes.semilogy(epochs, errors, label=schedule.title, **styles[schedule])
+        if run.history.in_use:
+            moment = np.arange(1, len(run.history) + 1)
+            axes.semilogy(moment, run.errors, **{**styles[schedule], "linewidth": 0.5}, alpha=0.6)
+    _mark_refinements(axes, chosen, f"refined after this {outer}", lambda run, epochs: epochs)
+    _scale_errors(axes)
+    title = _label(chosen, "errors", "Validation error")
+    if any(run.history.in_use for run in chosen.values()):
+        title = _label(chosen, "in use", "Error in use")
+    axes.set(xlabel=outer, ylabel="relative error", title=title)
+    if chosen:
+        axes.legend(fontsize="small")
+    axes.grid(alpha=0.25)
+
+
+def _plot_errors_in_time(axes: Axes, runs: Runs) -> None:
+    """Of runs on the machine that the first of them was on: seconds of others say nothing."""
+    chosen = _first_seed(runs)
+    where = [_place(run) for run in chosen.values()]
+    styles = _styles(chosen)
+    for schedule, run in chosen.items():
+        if _place(run) == where[0]:
+            epochs, errors = _judged(run)
+            axes.semilogy(_seconds_at(run, epochs), errors, **styles[schedule])
+    _mark_refinements(axes, chosen, None, _seconds_at)
+    converged = chosen.get(CONVERGED)
+    if converged is not None and converged.error_in_use is not None:
+        reached = (1 + ACCURATE) * converged.error_in_use
+        label = f"within {ACCURATE:.0%} of converged physics"
+        axes.axhline(reached, color=RED, linestyle="--", linewidth=0.8, label=label)
+        axes.legend(fontsize="small")
+    _scale_errors(axes)
+    axes.set(xlabel="seconds in all", title="The same, against time")
+    axes.grid(alpha=0.25)
+
+
+def _judged(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs, and the errors after them that the run is judged by."""
+    if run.history.in_use:
+        epochs, errors = zip(*run.history.in_use)
+        return np.array(epochs), np.array(errors)
+    return np.arange(1, len(run.history) + 1), run.errors
+
+
+def _seconds_at(run: Run, epochs: np.ndarray) -> np.ndarray:
+    return np.array(run.history.seconds)[epochs - 1]
+
+
+def _place(run: Run) -> tuple:
+    return tuple(run.machine.get(key, 1) for key in ("processor", "ranks", "members"))
+
+
+def _mark_refinements(
+    axes: Axes,
+    chosen: Mapping[Schedule, Run],
+    label: str | None,
+    places: Callable[[Run, np.ndarray], np.ndarray],
+) -> None:
+    """Where progressive refinement went up, on its curve."""
+    if (prdp := chosen.get(PRDP)) is None:
+        return
+    refined = np.flatnonzero(np.diff(prdp.history.level)) + 1
+    errors = np.exp(np.interp(refined, _judged(prdp)[0], np.log(_judged(prdp)[1])))
+    axes.plot(places(prdp, refined), errors, "^", color=BLUE, markersize=5, label=label)
+
+
+def _scale_errors(axes: Axes) -> None:
     low, high = axes.get_ylim()
     if high / low < 30:
         is_narrow = high / low < 3
@@ -108,12 +171,6 @@ def _plot_errors(axes: Axes, runs: Runs) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:.3g} %"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set(
-        xlabel=outer, ylabel="relative error", title=_label(chosen, "errors", "Validation error")
-    )
-    if chosen:
-        axes.legend(fontsize="small")
-    axes.grid(alpha=0.25)
 
 
 def _plot_iterations(axes: Axes, runs: Runs) -> None:

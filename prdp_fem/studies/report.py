@@ -2,14 +2,15 @@
 
 ``python -m prdp_fem.studies.report RUNS REPORT.md`` reads all runs in a folder, and renews in the
 report what stands between ``<!-- summary -->`` or ``<!-- study NAME: TITLE -->`` and the next
-``<!-- end -->``; the summary has a row for each study, under its title. Figures are put into a
-folder beside the report that is called as the report is.
+``<!-- end -->``; the summary has a row for each study, under its title, in each of two tables.
+Figures are put into a folder beside the report that is called as the report is.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import astuple
 from pathlib import Path
 
@@ -18,11 +19,17 @@ import numpy as np
 from prdp_fem.studies.figures import draw_study
 from prdp_fem.studies.files import write
 from prdp_fem.studies.runs import Run, Runs
-from prdp_fem.studies.savings import Savings, best_constant, savings
+from prdp_fem.studies.savings import (
+    Savings,
+    best_constant,
+    best_converged,
+    savings,
+    spent_until_accurate,
+)
 from prdp_fem.studies.schedules import CONVERGED, PRDP, Schedule
-from prdp_fem.studies.tables import markdown_table
+from prdp_fem.studies.tables import in_markdown, markdown_table, reached, rows_of
 
-__all__ = ["read_runs", "write_report"]
+__all__ = ["read_runs", "related", "write_report"]
 
 _BLOCK = re.compile(
     r"<!-- (summary|study (?P<name>[^\s:]+): (?P<title>[^\n]+)) -->\n.*?<!-- end -->", re.DOTALL
@@ -74,7 +81,8 @@ def write_report(folder: Path, report: Path) -> list[str]:
     Returns
     -------
     list of str
-        Studies that have runs but no place in the report.
+        Studies that have runs but no place in the report: those with another solver are in the
+        place of the study that is trained alike.
 
     Raises
     ------
@@ -102,17 +110,100 @@ def write_report(folder: Path, report: Path) -> list[str]:
 
     def block(match):
         if (name := match["name"]) is not None:
-            content = _section(name, studies[name], figures)
+            content = _section(name, studies, figures)
         else:
-            content = _summary({title: studies[named] for named, title in titles.items()})
+            content = _summary(titles, studies)
         return f"<!-- {match[1]} -->\n{content}\n<!-- end -->"
 
     write(report, _BLOCK.sub(block, text))
-    return [name for name in studies if name not in titles]
+    placed = {other for name in titles for other in related(name, studies)}
+    return [name for name in studies if name not in placed]
 
 
-def _summary(studies: dict[str, Runs]) -> str:
-    """One row a study, by its title: PRDP against converged physics, medians over the seeds."""
+def _summary(titles: Mapping[str, str], studies: Mapping[str, Runs]) -> str:
+    """One row a study, by its title, medians over the seeds: against the best converged solver at
+    first, then against converged physics with the study's own.
+    """
+    return "\n".join(
+        [
+            "**Against the best converged solver** that was tried, that is, the fastest in all of "
+            "those that solve to the same tolerance throughout, or directly, and are as good as "
+            "converged physics:",
+            "",
+            *_against_the_best(titles, studies),
+            "",
+            "**Against converged physics with the same solver:**",
+            "",
+            *_against_converged(titles, studies),
+        ]
+    )
+
+
+def _against_the_best(titles: Mapping[str, str], studies: Mapping[str, Runs]) -> list[str]:
+    lines = [
+        "| study | best converged solver | error of PRDP, against converged | solver time saved |"
+        " all time saved | seconds to accuracy: PRDP | best converged |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, title in titles.items():
+        runs = studies[name]
+        prdp, converged = runs.get(PRDP, {}), runs.get(CONVERGED, {})
+        excess = _medians(prdp, converged)
+        best = best_converged(related(name, studies), converged)
+        if excess is None or best is None:
+            continue
+        by_seed = studies[best[0]][best[1]]
+        saved = _medians(prdp, by_seed)
+        times = [_seconds_to_accuracy(one, converged) for one in (prdp, by_seed)]
+        lines.append(
+            f"| {title} | {_called(name, *best, studies)} | {excess.excess:+.1%} |"
+            f" {_share(saved, 'solver_seconds')} | {_share(saved, 'seconds')} |"
+            f" {times[0]} | {times[1]} |"
+        )
+    return lines
+
+
+def related(name: str, studies: Mapping[str, Runs]) -> dict[str, Runs]:
+    """A study, and those of the same training with other solvers, by their names."""
+
+    def setup(runs: Runs, without: Collection[str] = ()) -> dict:
+        found = next(iter(next(iter(runs.values())).values())).setup
+        return {key: value for key, value in found.items() if key not in without}
+
+    mine = studies[name]
+    others = {
+        other: runs
+        for other, runs in studies.items()
+        if setup(runs) != setup(mine) and setup(runs, _OF_SOLVERS) == setup(mine, _OF_SOLVERS)
+    }
+    return {name: mine, **others}
+
+
+# Those entries of a set-up that say how is solved, and not what is trained.
+_OF_SOLVERS = ("solver", "ladder", "options", "converged")
+
+
+def _called(name: str, study: str, schedule: Schedule, studies: Mapping[str, Runs]) -> str:
+    """A way to solve, by its solver where that is another one than the study's."""
+    if study == name:
+        return schedule.title
+    solver = next(iter(studies[study][schedule].values())).setup.get("solver", study)
+    return f"{solver}, {schedule.title}"
+
+
+def _share(saved: Savings | None, quantity: str) -> str:
+    fraction = np.nan if saved is None else getattr(saved, quantity)
+    return "" if np.isnan(fraction) else f"{fraction:.0%}"
+
+
+def _seconds_to_accuracy(by_seed: Mapping[int, Run], converged: Mapping[int, Run]) -> str:
+    pairs = [(run, converged[seed]) for seed, run in by_seed.items() if seed in converged]
+    if not any(other.history.in_use for _, other in pairs):
+        return "not assessed"
+    return reached([spent_until_accurate(*pair) for pair in pairs], "seconds", ".1f")
+
+
+def _against_converged(titles: Mapping[str, str], studies: Mapping[str, Runs]) -> list[str]:
     lines = [
         (
             "| study | error, against converged | inner iterations saved | by refining late + by"
@@ -120,30 +211,27 @@ def _summary(studies: dict[str, Runs]) -> str:
         ),
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for title, runs in studies.items():
-        prdp = _medians(runs, PRDP)
+    for name, title in titles.items():
+        runs = studies[name]
+        converged = runs.get(CONVERGED, {})
+        prdp = _medians(runs.get(PRDP, {}), converged)
         if prdp is None:
             continue
         best = best_constant(runs)
         in_hindsight = "none tried is good enough"
-        if best is not None and (saved := _medians(runs, best)) is not None:
+        if best is not None and (saved := _medians(runs[best], converged)) is not None:
             in_hindsight = f"{saved.iterations:.1%} ({best.title})"
         lines.append(
             f"| {title} | {prdp.excess:+.1%} | {prdp.iterations:.1%} | {prdp.progressive:.0%} +"
             f" {prdp.incomplete:.0%} | {prdp.solver_seconds:.0%} | {prdp.seconds:.0%} |"
             f" {in_hindsight} |"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def _medians(runs: Runs, schedule: Schedule) -> Savings | None:
-    """Over the seeds; None where a schedule has none in common with converged physics."""
-    converged = runs.get(CONVERGED, {})
-    saved = [
-        astuple(savings(run, converged[seed]))
-        for seed, run in runs.get(schedule, {}).items()
-        if seed in converged
-    ]
+def _medians(by_seed: Mapping[int, Run], others: Mapping[int, Run]) -> Savings | None:
+    """Of runs against others, over the seeds; None where they have none in common."""
+    saved = [astuple(savings(run, others[seed])) for seed, run in by_seed.items() if seed in others]
     return Savings(*np.median(saved, axis=0)) if saved else None
 
 
@@ -153,7 +241,8 @@ def _machine(run: Run) -> str:
     return f"{processor}, {ranks} rank{'s' if ranks > 1 else ''}"
 
 
-def _section(name: str, runs: Runs, figures: Path) -> str:
+def _section(name: str, studies: Mapping[str, Runs], figures: Path) -> str:
+    runs = studies[name]
     some = next(iter(next(iter(runs.values())).values()))
     setup = ", ".join(f"{key}: {value}" for key, value in some.setup.items())
     machines = sorted({_machine(run) for by_seed in runs.values() for run in by_seed.values()})
@@ -165,6 +254,8 @@ def _section(name: str, runs: Runs, figures: Path) -> str:
             {schedule: by_seed for schedule, by_seed in runs.items() if not schedule.is_varied}
         ),
     ]
+    if others := _other_solvers(name, studies):
+        parts += ["Other solvers, each to the same tolerance throughout, or directly:", others]
     if varied := {schedule: by_seed for schedule, by_seed in runs.items() if schedule.is_varied}:
         # Compared at equal seeds: thresholds are varied for some of them only.
         chosen = set.intersection(*(set(by_seed) for by_seed in varied.values()))
@@ -185,6 +276,17 @@ def _section(name: str, runs: Runs, figures: Path) -> str:
         f" takes]({figures.name}/{name}.png)"
     )
     return "\n\n".join(parts)
+
+
+def _other_solvers(name: str, studies: Mapping[str, Runs]) -> str:
+    """A table of converged schedules with other solvers; empty where there are none."""
+    named = {
+        _called(name, other, schedule, studies): by_seed
+        for other, runs in related(name, studies).items()
+        for schedule, by_seed in runs.items()
+        if other != name and schedule.is_converged
+    }
+    return in_markdown(rows_of(named, studies[name].get(CONVERGED, {}))) if named else ""
 
 
 def main() -> None:

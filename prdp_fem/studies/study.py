@@ -18,6 +18,7 @@ from prdp_fem.arguments import instance, shown
 from prdp_fem.history import History
 from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.ranks.job import Refused
+from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import (
     Iterations,
     Setting,
@@ -30,7 +31,7 @@ from prdp_fem.studies.command_line import SOLVER_PREFIX
 from prdp_fem.studies.files import alone, say
 from prdp_fem.studies.run_files import RunFiles
 from prdp_fem.studies.runs import LAST_EPOCHS, Run, Runs, machine
-from prdp_fem.studies.schedules import PRDP, Schedule
+from prdp_fem.studies.schedules import DIRECT, PRDP, Schedule
 from prdp_fem.studies.tables import plain_table
 
 __all__ = ["Study"]
@@ -38,6 +39,8 @@ __all__ = ["Study"]
 # What "converged" means where a study says nothing else; laid down beforehand, for forward and
 # adjoint solves.
 RESIDUAL = Tolerance(1e-10)
+# Options that are meant for a study's solver, and for this package.
+_OWN = (SOLVER_PREFIX, "prdp_")
 COMM = MPI.COMM_WORLD  # a study is all that a job does
 
 
@@ -50,12 +53,14 @@ class Study:
         Of the study, as its files are called.
     arguments : argparse.Namespace
         From :func:`~prdp_fem.studies.command_line.command_line`.
-    ladder : Sequence of Setting
-        What progressive refinement goes up.
+    ladder : Sequence of Setting, or None
+        What rules go up; None for the package's default.
     converged : Setting
         What "converged" means, for all schedules the same and laid down beforehand.
     constant : callable
         From a number of iterations to a setting, for constant schedules.
+    tolerance : callable
+        From a relative tolerance to a setting, for schedules of a constant one.
     setup : dict
         What is trained, and how: sizes, epochs, solver. It is kept with each run, with the options
         of the command line that change the solver, and runs under another one are not mixed in.
@@ -77,9 +82,10 @@ class Study:
         name: str,
         arguments: argparse.Namespace,
         *,
-        ladder: Sequence[Setting],
+        ladder: Sequence[Setting] | None = None,
         converged: Setting = RESIDUAL,
         constant: Callable[[int], Setting] = Iterations,
+        tolerance: Callable[[float], Setting] = Tolerance,
         setup: dict[str, Any],
     ):
         instance("name", name, str, "a string, since files are called by it")
@@ -87,10 +93,11 @@ class Study:
             raise ValueError(f"name must be one that files can have, found {shown(name)}")
         checked_setting(converged)
         instance("setup", setup, Mapping, "a dictionary")
-        if not callable(constant):
-            raise TypeError(
-                f"constant must be a function from iterations to a setting, found {shown(constant)}"
-            )
+        for role, function in (("constant", constant), ("tolerance", tolerance)):
+            if not callable(function):
+                raise TypeError(
+                    f"{role} must be a function from a number to a setting, found {shown(function)}"
+                )
         self.name = name
         self.schedules = list(dict.fromkeys(arguments.schedules))
         self.seeds = list(dict.fromkeys(arguments.seeds))
@@ -98,9 +105,12 @@ class Study:
         self.output = arguments.output.absolute()
         self.resume = arguments.resume
         self.ensemble = arguments.ensemble
+        ladder = GeometricLadder() if ladder is None else ladder
         self.ladder = checked_ladder(ladder)
         self.converged = converged
         self.constant = constant
+        self.tolerance = tolerance
+        self._has_said_unread = False
         setup = {
             **setup,
             "size": arguments.size,
@@ -117,7 +127,10 @@ class Study:
             ) from None
 
     def run(
-        self, train: Callable[[int, Refinement, str], tuple[History, dict[str, Any]]]
+        self,
+        train: Callable[[int, Refinement, str], tuple[History, dict[str, Any]]],
+        *,
+        trial: Callable[[Refinement], object] | None = None,
     ) -> dict[Schedule, dict[int, Run]]:
         """Train under each schedule with each seed.
 
@@ -127,6 +140,9 @@ class Study:
             From a seed, a refinement and a label for progress bars to a History, and what else is
             to be kept, as plain numbers and lists by their names. Called only for runs that are not
             taken from files.
+        trial : callable or None
+            From a refinement: makes the solver, and solves once. It is called before any training,
+            so that options that nobody has read are told then, and not after the first run.
 
         Returns
         -------
@@ -138,9 +154,8 @@ class Study:
         TypeError
             Where ``train`` returns something else.
         Refused
-            Where a run that is to be resumed was made with another set-up, or is none; where
-            another process runs the same study into the same folder; in the end, where a run
-            cannot be put into its file.
+            Where a run that is to be resumed was made with another set-up, or is none, where
+            another process runs the same study into that folder, and where a run cannot be written.
         """
         runs: dict[Schedule, dict[int, Run]] = {schedule: {} for schedule in self.schedules}
         trained: dict[tuple[Schedule, int], Run] = {}
@@ -152,14 +167,13 @@ class Study:
             wanted = list(itertools.product(self.schedules, self.seeds))
             kept = from_first_rank(COMM, lambda: files.taken(wanted, resume=self.resume))
             try:
+                if trial is not None and len(kept) < len(wanted):
+                    self._try(trial)
                 for seed, schedule in itertools.product(self.seeds, self.schedules):
-                    run = kept.get((schedule, seed))
-                    if run is None:
+                    if (run := kept.get((schedule, seed))) is None:
                         run = self._trained(train, schedule, seed)
                         trained[schedule, seed] = run
-                        if problem := from_first_rank(COMM, lambda: files.write(trained)):
-                            PETSc.Sys.Print(f"{problem}: it will be tried again")
-                        self._check_options()
+                        self._keep(files, trained)
                     runs[schedule][seed] = run
             except BaseException:
                 # What was put off; without the other ranks, which may be elsewhere.
@@ -175,12 +189,17 @@ class Study:
 
     def _trained(self, train: Callable, schedule: Schedule, seed: int) -> Run:
         """The run that a training gives."""
-        refinement = schedule.refinement(
-            ladder=self.ladder, converged=self.converged, constant=self.constant, comm=COMM
+        history, extras = _checked(
+            train(seed, self._refinement(schedule), self.label(schedule, seed))
         )
-        history, extras = _checked(train(seed, refinement, self.label(schedule, seed)))
         where = machine(self.ensemble)
         return Run(self.name, schedule.name, seed, history, self.setup, extras, where)
+
+    def _keep(self, files: RunFiles, trained: Mapping[tuple[Schedule, int], Run]) -> None:
+        """Have runs in their files, as far as that can be done now."""
+        if problem := from_first_rank(COMM, lambda: files.write(trained)):
+            PETSc.Sys.Print(f"{problem}: it will be tried again")
+        self._say_unread_options()
 
     def draw(self, draw: Callable[[], None]) -> None:
         """Have the first rank draw figures, by a function that does not communicate.
@@ -211,13 +230,29 @@ class Study:
         schedule = PRDP if PRDP in runs else next(iter(runs))
         return schedule, next(iter(runs[schedule].values()))
 
-    def _check_options(self) -> None:
+    def _refinement(self, schedule: Schedule) -> Refinement:
+        return schedule.refinement(
+            ladder=self.ladder,
+            converged=self.converged,
+            constant=self.constant,
+            tolerance=self.tolerance,
+            comm=COMM,
+        )
+
+    def _try(self, trial: Callable[[Refinement], object]) -> None:
+        """Have the solver made, one that iterates where there is one, and ask its options."""
+        by_iterations = [schedule for schedule in self.schedules if schedule != DIRECT]
+        trial(self._refinement((by_iterations or self.schedules)[0]))
+        self._say_unread_options()
+
+    def _say_unread_options(self) -> None:
         """A solver has been made by now: an option that nobody has asked for is a mistake."""
-        options = [
-            word
-            for word in self.setup.get("options", "").split()
-            if word.startswith(f"-{SOLVER_PREFIX}")
-        ]
+        if self._has_said_unread:
+            return
+        self._has_said_unread = True
+        given = [f"-{name}" for name in PETSc.Options().getAll() if name.startswith(_OWN)]
+        given += self.setup.get("options", "").split()
+        options = [option for option in dict.fromkeys(given) if option[1:].startswith(_OWN)]
         if unused := [option for option in options if not PETSc.Options().used(option[1:])]:
             PETSc.Sys.Print(f"the solver did not look at {', '.join(unused)}: is it spelt right?")
 
