@@ -41,19 +41,43 @@ from mpi4py import MPI
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
-from prdp_fem.studies import Study, command_line, draw_training, save_figure, triangle_mesh
+from prdp_fem.studies import (
+    Study,
+    command_line,
+    draw_training,
+    incomplete,
+    save_figure,
+    solver_parameters,
+    triangle_mesh,
+)
 from prdp_fem.torch import MLP, Gathering, GraphNetwork, SolverLayer, deal, to_torch, total, train
 
-arguments = command_line(
-    __file__,
-    __doc__,
-    configure=lambda parser: parser.add_argument(
+SOLVERS = {
+    "gmres": {"ksp_type": "gmres", "ksp_gmres_restart": 100, "pc_type": "jacobi"},
+    "gmres+ilu": {"ksp_type": "gmres", "ksp_gmres_restart": 100},
+}
+
+
+def configure(parser):
+    parser.add_argument(
         "--network", choices=("graph", "mlp"), default="graph", help="(default: %(default)s)"
-    ),
-)
+    )
+    parser.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default="gmres",
+        help=(
+            "with Jacobi's preconditioner, or with an incomplete factorisation, of each rank's part"
+            " (default: %(default)s)"
+        ),
+    )
+
+
+arguments = command_line(__file__, __doc__, configure=configure)
 # its members have the whole mesh each, on ranks of their own (comm), and deal the samples out
 ensemble = arguments.ensemble
 comm = ensemble.comm
+SOLVERS["gmres+ilu"] |= incomplete("ilu", comm)
 
 # The lake
 # --------
@@ -90,20 +114,31 @@ class Step(torch.nn.Module):
     part of the lake.
     """
 
-    def __init__(self, refinement):
+    def __init__(self, refinement, **options):
         super().__init__()
         self.solver = LinearVariationalSolver(
-            problem,
-            refinement=refinement,
-            warm_start=True,
-            options_prefix="physics_",
-            solver_parameters={"ksp_type": "gmres", "ksp_gmres_restart": 100, "pc_type": "jacobi"},
+            problem, refinement=refinement, warm_start=True, **options
         )
         self.solution = SolverLayer(self.solver, controls=[u, u_old])
 
     def forward(self, u_old):
         return self.solution(u_old, u_old)  # a guess, and where the step starts
 
+
+def make_step(refinement):
+    """The step that supervises: under the schedule "direct" by a factorisation, kept for good,
+    since the operator is constant.
+    """
+    return Step(
+        refinement,
+        options_prefix="physics_",
+        solver_parameters=solver_parameters(
+            refinement, SOLVERS[arguments.solver], factorisation="lu", comm=comm
+        ),
+    )
+
+
+reference_step = Step(FixedRefinement(Tolerance(1e-12)), solver_parameters=SOLVERS["gmres"])
 
 # Networks see the whole lake, (..., n) in an order that does not depend on ranks; the solver has a
 # rank's part of it.
@@ -211,14 +246,13 @@ def train_one(seed, refinement, label):
     u0 = initial_concentrations(seed)
     norm = square_norm(u0)
     validation = deal(torch.arange(TRAINING, TRAINING + VALIDATION), ensemble)
-    reference_step = Step(FixedRefinement(Tolerance(1e-12)))
     with torch.no_grad():
         reference = field.gather(rollout(reference_step, field.scatter(u0[validation]), 2 * STEPS))
     reference_norm = square_norm(reference)
     u0 = u0.float()
 
     torch.manual_seed(seed)
-    network, step = Emulator(), Step(refinement)
+    network, step = Emulator(), make_step(refinement)
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     optimiser = torch.optim.Adam(
         network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True
@@ -247,10 +281,23 @@ def train_one(seed, refinement, label):
         squared_errors = square_norm(states.double() - reference[:steps]) / reference_norm[:steps]
         return total(squared_errors.sum(dim=1), ensemble.ensemble_comm) / VALIDATION
 
+    # The network goes alone in the end, and is validated so. What a converged solver would make of
+    # its states is measured now and then, and not counted as training.
+
+    def against_converged_physics():
+        states = torch.cat([u0[validation][None], rollout(averaged, u0[validation], STEPS)])
+        right = field.gather(reference_step(field.scatter(states[:-1].double())))
+        squares = square_norm(states[1:] - right) / norm[validation]
+        return total(squares.sum(), ensemble.ensemble_comm).div(STEPS * VALIDATION).sqrt().item()
+
     history = train(
         network,
         loss,
         validate=lambda: errors(STEPS)[-1].item(),
+        assess={
+            "in_use": lambda: errors(STEPS)[-1].sqrt().item(),
+            "converged": against_converged_physics,
+        },
         optimiser=optimiser,
         refinement=refinement,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS),
@@ -270,6 +317,7 @@ def train_one(seed, refinement, label):
         states = rollout(averaged, u0[validation][:1], 2 * STEPS)[:, 0]
     return history, {
         "error after each step": growth.tolist(),
+        "labels": {"in use": f"Error of the network alone, after {STEPS} steps"},
         "u0": rounded(u0[validation][0]),
         "network": [rounded(states[step - 1]) for step in SHOWN],
         "reference": [rounded(reference[step - 1, 0]) for step in SHOWN],
@@ -284,6 +332,7 @@ def rounded(state):
 
 
 setup = {
+    "solver": arguments.solver,
     "network": arguments.network,
     "unknowns": n,
     "speed": SPEED,
@@ -303,12 +352,18 @@ PETSc.Sys.Print(
     f" {STEPS} steps, {TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs"
 )
 study = Study(
-    f"autoregressive_{arguments.network}",
+    f"autoregressive_{arguments.network}"
+    + (f"_{arguments.solver}" if arguments.solver != "gmres" else ""),
     arguments,
     ladder=IterationLadder(start=2, step=3),
     setup=setup,
 )
-runs = study.run(train_one)
+runs = study.run(
+    train_one,
+    trial=lambda refinement: make_step(refinement)(
+        field.scatter(initial_concentrations(1)[:1].float())
+    ),
+)
 
 # The result
 # ----------

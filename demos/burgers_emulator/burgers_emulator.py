@@ -43,24 +43,49 @@ from prdp_fem import (
     NonlinearVariationalSolver,
     Tolerance,
 )
-from prdp_fem.studies import Study, command_line, draw_training, save_figure
+from prdp_fem.studies import (
+    Study,
+    command_line,
+    draw_training,
+    incomplete,
+    save_figure,
+    solver_parameters,
+)
 from prdp_fem.torch import Gathering, ResNet, SolverLayer, deal, total, train
 
-arguments = command_line(
-    __file__,
-    __doc__,
-    configure=lambda parser: parser.add_argument(
+SOLVERS = {
+    "gmres": {"ksp_type": "gmres", "pc_type": "jacobi"},
+    "gmres+ilu": {"ksp_type": "gmres"},
+    "bcgs+ilu": {"ksp_type": "bcgs"},
+}
+
+
+def configure(parser):
+    parser.add_argument(
         "--dimension",
         type=int,
         choices=(1, 2),
         default=1,
         help="of the domain (default: %(default)s)",
-    ),
-)
+    )
+    parser.add_argument(
+        "--solver",
+        choices=SOLVERS,
+        default="gmres",
+        help=(
+            "gmres with Jacobi's preconditioner, the others with an incomplete factorisation, of"
+            " each rank's part (default: %(default)s)"
+        ),
+    )
+
+
+arguments = command_line(__file__, __doc__, configure=configure)
 dimension = arguments.dimension
 # its members have the whole mesh each, on ranks of their own (comm), and deal the samples out
 ensemble = arguments.ensemble
 comm = ensemble.comm
+for name in ("gmres+ilu", "bcgs+ilu"):
+    SOLVERS[name] |= incomplete("ilu", comm)
 
 # The flow
 # --------
@@ -101,18 +126,14 @@ problem = NonlinearVariationalProblem(residual, w)
 class Step(torch.nn.Module):
     """The step as a layer of a network, from the old velocity to the new one."""
 
-    def __init__(self, refinement, *, newton_tolerance):
+    def __init__(self, refinement, *, solver_parameters, newton_tolerance, **options):
         super().__init__()
         self.solver = NonlinearVariationalSolver(
             problem,
             refinement=refinement,
             warm_start=False,
-            options_prefix="physics_",
-            solver_parameters={
-                "snes_rtol": newton_tolerance,
-                "ksp_type": "gmres",
-                "pc_type": "jacobi",
-            },
+            solver_parameters={"snes_rtol": newton_tolerance, **solver_parameters},
+            **options,
         )
         self.increment = SolverLayer(self.solver, controls=[u_old])
 
@@ -125,7 +146,8 @@ class Step(torch.nn.Module):
 # Converged: Newton's method to a residual of 1e-10, and each linear system, too. Progressive
 # refinement goes from one Newton step to two, and from two to two with more iterations. Two steps
 # leave an error of 0.01 %, far below what the network learns: if it were otherwise, the ladder
-# would have to go on to three. Constant numbers of iterations are those of two steps as well.
+# would have to go on to three. Constant numbers of iterations, and constant tolerances, are those
+# of two steps as well. A direct solver makes as many steps as converged physics.
 
 NEWTON_TOLERANCE = 1e-10
 LEVEL = {1: 5, 2: 4}[dimension]  # iterations, at first and more at each level
@@ -134,6 +156,24 @@ ladder = NewtonLadder(start=1, stop=2, linear=IterationLadder(start=LEVEL, step=
 
 def constant(iterations):
     return NewtonSteps(2, Iterations(iterations))
+
+
+def tolerance(rtol):
+    return NewtonSteps(2, Tolerance(rtol))
+
+
+def make_step(refinement):
+    """The step that is trained through; an option with prefix physics_ changes its solver, and not
+    that of the reference.
+    """
+    return Step(
+        refinement,
+        newton_tolerance=NEWTON_TOLERANCE,
+        options_prefix="physics_",
+        solver_parameters=solver_parameters(
+            refinement, SOLVERS[arguments.solver], factorisation="lu", comm=comm
+        ),
+    )
 
 
 # The network
@@ -178,7 +218,11 @@ def local(velocity):
 
 TRAINING, VALIDATION = (20, 10) if arguments.size == "quick" else (100, 50)
 torch.set_num_threads(1)
-reference_step = Step(FixedRefinement(Tolerance(1e-12)), newton_tolerance=1e-12)
+reference_step = Step(
+    FixedRefinement(Tolerance(1e-12)),
+    newton_tolerance=1e-12,
+    solver_parameters=SOLVERS["gmres"],
+)
 validation = deal(torch.arange(TRAINING, TRAINING + VALIDATION), ensemble)
 
 
@@ -249,7 +293,7 @@ def train_one(seed, refinement, label):
     data = data_of(seed)
     torch.manual_seed(seed)
     network = Emulator()
-    step = Step(refinement, newton_tolerance=NEWTON_TOLERANCE)
+    step = make_step(refinement)
     optimiser = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda epoch: min(1, (1 - epoch / EPOCHS) / COOLING)
@@ -263,12 +307,25 @@ def train_one(seed, refinement, label):
             data.squared_errors(step(local(network(data.u0[validation]))), validation)
         ).item()
 
+    # What the network is worth without any physics, which is how it is used in the end, and with
+    # converged physics: coarse ones may teach it to make up for the solver's errors. This is
+    # measured now and then, and not counted as training.
+
+    def at_one_step():
+        difference = local(network(data.u0[validation])) - data.u1[validation]
+        return mean_error((difference**2).sum(dim=-1) / data.norm1[validation]).sqrt().item()
+
+    def with_converged_physics():
+        u2 = reference_step(local(network(data.u0[validation])))
+        return mean_error(data.squared_errors(u2, validation)).sqrt().item()
+
     history = train(
         network,
         loss,
         validate,
         optimiser=optimiser,
         scheduler=scheduler,
+        assess={"in_use": at_one_step, "converged": with_converged_physics},
         refinement=refinement,
         solvers=[step.solver],
         samples=TRAINING,
@@ -279,22 +336,18 @@ def train_one(seed, refinement, label):
         label=label,
     )
 
-    # What the last network is worth with converged physics, and without any: coarse physics may
-    # have taught it to make up for the solver's errors. This is not counted as training.
     with torch.no_grad():
-        u1 = local(network(data.u0[validation]))
-        u2 = reference_step(u1)
-        one_step = (
-            mean_error(((u1 - data.u1[validation]) ** 2).sum(dim=-1) / data.norm1[validation])
-            .sqrt()
-            .item()
-        )
-        converged = mean_error(data.squared_errors(u2, validation)).sqrt().item()
-        shown[label] = (
-            data.u0[TRAINING],
-            *(field.gather(part).view(dimension, -1) for part in (data.u2[TRAINING], u2[0])),
-        )
-    return history, {AT_ONE_STEP: one_step, CONVERGED_PHYSICS: converged}
+        u2 = reference_step(local(network(data.u0[validation])))
+    shown[label] = (
+        data.u0[TRAINING],
+        *(field.gather(part).view(dimension, -1) for part in (data.u2[TRAINING], u2[0])),
+    )
+    # those of the last network
+    return history, {
+        AT_ONE_STEP: history.in_use[-1][1],
+        CONVERGED_PHYSICS: history.converged[-1][1],
+        "labels": {"in use": "Error of the network alone, at one step"},
+    }
 
 
 times = f", {ensemble.ensemble_size} times" if ensemble.ensemble_size > 1 else ""
@@ -304,11 +357,13 @@ PETSc.Sys.Print(
     f" {TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs"
 )
 study = Study(
-    f"burgers_{dimension}d",
+    f"burgers_{dimension}d" + (f"_{arguments.solver}" if arguments.solver != "gmres" else ""),
     arguments,
     ladder=ladder,
     constant=constant,
+    tolerance=tolerance,
     setup={
+        "solver": arguments.solver,
         "unknowns": V.dim(),
         "viscosity": viscosity,
         "time step": time_step,
@@ -319,7 +374,10 @@ study = Study(
         "learning rate": LEARNING_RATE,
     },
 )
-runs = study.run(train_one)
+runs = study.run(
+    train_one,
+    trial=lambda refinement: make_step(refinement)(local(initial_velocities(1)[:1])),
+)
 
 # The result
 # ----------

@@ -57,8 +57,17 @@ from matplotlib.figure import Figure
 from prdp_fem import FixedRefinement, IterationLadder, LinearVariationalSolver, Tolerance
 from prdp_fem.ranks.agreement import from_first_rank
 from prdp_fem.ranks.job import Refused
-from prdp_fem.studies import CONVERGED, PRDP, Study, command_line, draw_training, triangle_mesh
-from prdp_fem.studies.files import save_figure, write
+from prdp_fem.studies import (
+    CONVERGED,
+    PRDP,
+    Study,
+    command_line,
+    draw_training,
+    save_figure,
+    solver_parameters,
+    triangle_mesh,
+)
+from prdp_fem.studies.files import write
 from prdp_fem.torch import (
     Gathering,
     GraphNetwork,
@@ -71,15 +80,33 @@ from prdp_fem.torch import (
 )
 
 HERE = Path(__file__).resolve().parent
-arguments = command_line(
-    __file__,
-    __doc__,
-    configure=lambda parser: parser.add_argument(
+# GMRES, restarted after 30 iterations, and an incomplete factorisation of each rank's part, without
+# fill-in: what PETSc does if it is told nothing; or with some.
+SOLVERS = {
+    "gmres": {"ksp_type": "gmres", "pc_type": "bjacobi", "sub_pc_type": "ilu"},
+    "gmres+ilu1": {
+        "ksp_type": "gmres",
+        "pc_type": "bjacobi",
+        "sub_pc_type": "ilu",
+        "sub_pc_factor_levels": 1,
+    },
+}
+
+
+def configure(parser):
+    parser.add_argument(
         "--reference",
         type=Path,
         metavar="FILE.npz",
         help="where the reference flow is kept (default: the folder output beside this script)",
-    ),
+    )
+    parser.add_argument("--solver", choices=SOLVERS, default="gmres", help="(default: %(default)s)")
+
+
+arguments = command_line(
+    __file__,
+    __doc__,
+    configure=configure,
     check=lambda arguments: (
         f"--reference {arguments.reference} is not called FILE.npz"
         if arguments.reference and arguments.reference.suffix != ".npz"
@@ -196,15 +223,10 @@ n = len(field)
 class Step(torch.nn.Module):
     """What a step adds to states, shape (..., 3, n)."""
 
-    def __init__(self, refinement, **options):
+    def __init__(self, refinement, *, solver_parameters=SOLVERS["gmres"], **options):
         super().__init__()
-        # GMRES, restarted after 30 iterations, and an incomplete factorisation without fill-in:
-        # what PETSc does if it is told nothing.
         self.solver = LinearVariationalSolver(
-            problem,
-            refinement=refinement,
-            **options,
-            solver_parameters={"ksp_type": "gmres", "pc_type": "bjacobi", "sub_pc_type": "ilu"},
+            problem, refinement=refinement, solver_parameters=solver_parameters, **options
         )
         self.layer = SolverLayer(self.solver, controls=[old])
 
@@ -547,6 +569,20 @@ class Corrector(torch.nn.Module):
 # alone. It is drawn for all samples of a batch, of which a member of the ensemble takes its part.
 
 
+def make_step(refinement):
+    """The step that is trained through."""
+    return Step(
+        refinement,
+        options_prefix="physics_",
+        solver_parameters=solver_parameters(
+            refinement, SOLVERS[arguments.solver], factorisation="lu", comm=comm
+        ),
+    )
+
+
+converged_step = Step(FixedRefinement(Tolerance(1e-8)))
+
+
 def train_one(seed, refinement, label):
     torch.manual_seed(seed)
     random = np.random.default_rng(seed)
@@ -559,7 +595,7 @@ def train_one(seed, refinement, label):
         )
     )
     corrector = Corrector()
-    step = Step(refinement, options_prefix="physics_")
+    step = make_step(refinement)
     optimiser = torch.optim.Adam(corrector.parameters(), lr=LEARNING_RATE, fused=True)
     disturbances = torch.Generator().manual_seed(seed)
 
@@ -575,12 +611,20 @@ def train_one(seed, refinement, label):
             error = error + (velocity + PRESSURE_WEIGHT * pressure).mean() / STEPS
         return error
 
-    def validate():
+    def validation_error(step):
         states, times = snapshots[validation], validation
         for _ in range(STEPS):
             states, times = corrector(*advanced(step, states)), times + STRIDE
         velocity, _ = squared_errors(states, times)
         return (total(velocity.sum(), ensemble.global_comm) / VALIDATION).item()
+
+    # A corrector goes on with the physics that it was trained through in the end. What it is worth
+    # with converged ones is measured now and then, and not counted as training.
+    validated = []
+
+    def validate():
+        validated.append(validation_error(step))
+        return validated[-1]
 
     if len(samples := deal(torch.arange(BATCH), ensemble)):
         loss(samples).backward()  # kernels are compiled before the clock starts
@@ -591,6 +635,11 @@ def train_one(seed, refinement, label):
         optimiser=optimiser,
         refinement=refinement,
         solvers=[step.solver],
+        assess={
+            "in_use": lambda: validated[-1] ** 0.5,
+            "converged": lambda: validation_error(converged_step) ** 0.5,
+        },
+        assess_every=2,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(
             optimiser, EPOCHS, eta_min=LEARNING_RATE / 50
         ),
@@ -608,6 +657,7 @@ def train_one(seed, refinement, label):
     return history, {
         "drag and lift": np.round(drag_and_lift(states), 5).tolist(),
         "last state": np.round(states[-1], 4).tolist(),
+        "labels": {"in use": "Validation error, with the physics of the moment"},
     }
 
 
@@ -618,10 +668,11 @@ PETSc.Sys.Print(
     f"{TRAINING} training and {VALIDATION} validation samples, {EPOCHS} epochs"
 )
 study = Study(
-    "navier_stokes_cylinder",
+    "navier_stokes_cylinder" + (f"_{arguments.solver}" if arguments.solver != "gmres" else ""),
     arguments,
     ladder=LADDER,
     setup={
+        "solver": arguments.solver,
         "unknowns": W.dim(),
         "viscosity": VISCOSITY,
         "time step": TIME_STEP,
@@ -637,7 +688,7 @@ study = Study(
         "pressure weight": PRESSURE_WEIGHT,
     },
 )
-runs = study.run(train_one)
+runs = study.run(train_one, trial=lambda refinement: make_step(refinement)(first_state[None]))
 
 # The result
 # ----------

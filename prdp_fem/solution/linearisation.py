@@ -255,7 +255,8 @@ class Linearisation:
         ValueError
             Where there is none, or more than one and none was named.
         """
-        self.find_refined(self.krylov.refined, self._context, self._set_up_at)
+        if setting.max_it is not None:
+            self.find_refined(self.krylov.refined, self._context, self._set_up_at)
 
     @cached_property
     def _may_end_the_process(self) -> bool:

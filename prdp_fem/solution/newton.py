@@ -23,7 +23,7 @@ from prdp_fem.problem.firedrake_internals import (
 )
 from prdp_fem.problem.inputs import set_local_values
 from prdp_fem.problem.point import Point
-from prdp_fem.refinement.settings import Setting, newton_steps
+from prdp_fem.refinement.settings import Setting
 from prdp_fem.solution.linearisation import Linearisation
 from prdp_fem.solution.work import Work
 
@@ -92,7 +92,7 @@ class NewtonSolve:
         """Raise a ValueError where a setting cannot be put on the SNES, or on a KSP."""
         snes = self.newton.snes
         # Newton steps alone leave the linear solves to their options.
-        if newton_steps(setting) is not None and setting.max_it is None:
+        if setting.max_it is None:
             return
         if not self.newton.solves_linear_systems:
             raise ValueError(

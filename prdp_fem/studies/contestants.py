@@ -14,11 +14,13 @@ from prdp_fem.studies.schedules import Factorised
 __all__ = ["factorised", "incomplete", "solver_parameters"]
 
 # PETSc's own factorisations are of one rank's matrix; its Cholesky is slower than CHOLMOD there.
-_ON_SEVERAL_RANKS = "mumps", "mumps"
+_MUMPS = "mumps", "mumps"
 _ON_ONE = {"cholesky": ("cholmod", "suitesparse")}
 
 
-def factorised(factorisation: str, comm: MPI.Comm = MPI.COMM_SELF) -> dict[str, Any]:
+def factorised(
+    factorisation: str, comm: MPI.Comm = MPI.COMM_SELF, *, is_singular: bool = False
+) -> dict[str, Any]:
     """Solver parameters of a direct solver, whose factorisation is kept while the operator stays.
 
     Parameters
@@ -27,9 +29,11 @@ def factorised(factorisation: str, comm: MPI.Comm = MPI.COMM_SELF) -> dict[str, 
         ``"cholesky"`` where the operator is symmetric and positive definite, or ``"lu"``.
     comm : mpi4py.MPI.Comm
         The ranks that share the unknowns: several take MUMPS, one CHOLMOD, where PETSc has it.
+    is_singular : bool
+        Whether the operator has a null space, whose pivots MUMPS finds.
     """
     parameters = {"ksp_type": "preonly", "pc_type": factorisation}
-    found = _ON_SEVERAL_RANKS if comm.size > 1 else _ON_ONE.get(factorisation)
+    found = _MUMPS if comm.size > 1 or is_singular else _ON_ONE.get(factorisation)
     if found is not None and PETSc.Sys.hasExternalPackage(found[1]):
         parameters["pc_factor_mat_solver_type"] = found[0]
     return parameters
@@ -56,6 +60,7 @@ def solver_parameters(
     *,
     factorisation: str,
     comm: MPI.Comm = MPI.COMM_SELF,
+    is_singular: bool = False,
 ) -> dict[str, Any]:
     """Those of a study's solver: of a direct one under the schedule ``direct``.
 
@@ -65,7 +70,7 @@ def solver_parameters(
         Of the schedule.
     iterative : Mapping of str to anything
         Solver parameters under all other schedules.
-    factorisation, comm
+    factorisation, comm, is_singular
         See :func:`factorised`. Of ``iterative``, what concerns neither KSP nor PC stays.
     """
     if not isinstance(refinement.setting, Factorised):
@@ -75,4 +80,4 @@ def solver_parameters(
         for name, value in iterative.items()
         if not name.startswith(("ksp_", "pc_", "sub_"))
     }
-    return {**others, **factorised(factorisation, comm)}
+    return {**others, **factorised(factorisation, comm, is_singular=is_singular)}

@@ -164,9 +164,9 @@ def _mark_refinements(
 
 def _scale_errors(axes: Axes) -> None:
     low, high = axes.get_ylim()
-    if high / low < 30:
-        is_narrow = high / low < 3
-        locator = MaxNLocator(6) if is_narrow else LogLocator(subs=(1, 1.5, 2, 3, 5))
+    if high / low < 100:
+        is_narrow, subs = high / low < 3, (1, 1.5, 2, 3, 5) if high / low < 30 else (1, 2, 5)
+        locator = MaxNLocator(6) if is_narrow else LogLocator(subs=subs)
         axes.yaxis.set_major_locator(locator)
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:.3g} %"))

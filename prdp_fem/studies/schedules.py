@@ -27,7 +27,7 @@ _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _GREY = "0.6"
 _BLACK = "#000000"
 # Of constant tolerances, from coarse to fine.
-_BROWNS = ("#D8B365", "#BF812D", "#8C510A", "#543005")
+_PURPLES = ("#C2A5CF", "#9970AB", "#762A83", "#40004B")
 
 
 @frozen
@@ -201,7 +201,7 @@ class Schedule:
             return _BLACK
         if self.kind == "rtol":
             digits = -math.log10(self.numbers[0])
-            return _BROWNS[min(int(digits / 2), len(_BROWNS) - 1)]
+            return _PURPLES[min(int(digits / 2), len(_PURPLES) - 1)]
         return _COLOURS[["converged", *RULES].index(self.kind) % len(_COLOURS)]
 
     @property
