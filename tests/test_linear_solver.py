@@ -525,3 +525,15 @@ def test_statistics_count_and_reset():
         0,
         0.0,
     )
+
+
+@pytest.mark.parallel(1)
+def test_a_direct_solver_leaves_a_guess_aside():
+    problem = HeatStep()
+    direct = {"ksp_type": "preonly", "pc_type": "lu"}
+    solver = prdp_fem.LinearVariationalSolver(
+        problem.problem, warm_start=True, solver_parameters=direct
+    )
+    expected = solver.solve().dat.data_ro.copy()
+    problem.u.assign(problem.u + 1)
+    np.testing.assert_allclose(solver.solve().dat.data_ro, expected, atol=1e-13)

@@ -571,13 +571,15 @@ class RefinedKSP:
             Whether something was changed: not where the last solve has left it as it is to be.
         """
         ksp = self.ksp
+        types = ksp.getType(), ksp.getPC().getType()
+        # A direct solver has no use for a guess, and PETSc refuses to give it one.
+        guess = guess and not ksp_facts(types[0]).only_applies_preconditioner
         # It may have been set by hand since, or by somebody who has the same KSP.
         ksp.setInitialGuessNonzero(guess)
         self._hidden_iterations, self._hidden_failure = 0, None
         if self._is_hidden:
             self._post_solve.put_on(self._refined)
         # Tolerances of another KSP, inside, are looked at below.
-        types = ksp.getType(), ksp.getPC().getType()
         asked = types, guess, self._ignores_absolute or is_absolute
         if setting is self._setting and asked == self._asked and ksp.getTolerances() == self._left:
             return False
