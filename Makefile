@@ -1,9 +1,9 @@
 # make demo            set up what is missing, and train the heat emulator (QUICK=1: under a minute; RANKS=2: two ranks share the mesh,
 #                      with ARGS="--ensemble 2" the samples; ARGS="--help"); DEMO=folder or DEMO=folder/script: another demo
-# make reproduce       run all scenarios under all schedules, and renew the tables and figures of docs/results.md (about two hours of
+# make reproduce       run all scenarios under all schedules, and renew the tables and figures of docs/results.md (about five hours of
 #                      one core; make -j2 for two at a time; runs that are in docs/runs already are taken from there;
-#                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes or autoregressive: the runs of one
-#                      scenario; make report: tables and figures of the runs that are there
+#                      QUICK=1: short runs, into build); make poisson, heat, burgers, navier_stokes, autoregressive or conductivity: the
+#                      runs of one scenario; make report: tables and figures of the runs that are there
 # make test            set up what is missing, lint (ruff and mypy), and run all tests, serial and on 2 and 3 ranks
 # make test-fast       set up what is missing, and run the tests that find most, on one rank, in a minute or so
 # make test-device     build a PETSc with OpenCL, once, and run the tests of solves on devices, those of solvers and layers and a demo on it;
@@ -15,23 +15,27 @@ SHELL := /bin/bash
 ACTIVATE := . $${VENV:-.venv}/bin/activate
 RANKS ?= 1
 DEMO ?= heat_emulator
-SCENARIOS := poisson heat burgers navier_stokes autoregressive
+SCENARIOS := poisson heat burgers navier_stokes autoregressive conductivity
 
 .PHONY: demo reproduce report $(SCENARIOS) test test-fast test-device lint install clean
 
 demo: install
 	$(ACTIVATE) && mpiexec -n $(RANKS) python demos/$(DEMO)$(if $(findstring /,$(DEMO)),,/$(DEMO)).py $(if $(QUICK),--quick) $(ARGS)
 
-# What is compared in each scenario: converged and progressively refined physics and constant numbers of iterations with each seed; and
-# other thresholds with the first, once in each scenario at least.
+# What is compared in each scenario: converged and progressively refined physics, what a user would do otherwise, that is, a direct
+# solver, constant tolerances and good preconditioners, and constant numbers of iterations, with each seed; and other thresholds with
+# the first, once in each scenario at least. There are five seeds where all runs of a study take less than a minute, and three elsewhere.
 RUNS := $(if $(QUICK),build/runs,docs/runs)
 REPORT := $(if $(QUICK),build/results.md,docs/results.md)
-SEEDS := $(if $(QUICK),1,1 2 3)
+FEW := $(if $(QUICK),1,1 2 3)
+MANY := $(if $(QUICK),1,1 2 3 4 5)
 THRESHOLDS := prdp:0.9:0.9 prdp:0.95:0.9 prdp:0.99:0.9 prdp:0.98:0.8 prdp:0.98:0.95 prdp:0.98:0.99
 
-# $(call study,script and options,constants) and $(call thresholds,script and options); short runs take one of each along
+# $(call study,script and options,seeds,constants), $(call contestants,script and options with another --solver,seeds,tolerances) and
+# $(call thresholds,script and options); short runs take one of each along
 run = $(ACTIVATE) && export OMP_NUM_THREADS=1 && python demos/$(1) --resume --output $(RUNS) $(if $(QUICK),--quick)
-study = $(run) --seed $(SEEDS) --schedules converged prdp $(if $(QUICK),$(firstword $(2) $(THRESHOLDS)) $(firstword $(THRESHOLDS)),$(2))
+study = $(run) --seed $(2) --schedules converged direct rtol:1e-2 prdp $(if $(QUICK),$(firstword $(3) $(THRESHOLDS)) $(firstword $(THRESHOLDS)),$(3))
+contestants = $(run) --seed $(2) --schedules $(if $(QUICK),$(firstword $(3)),$(3))
 thresholds = $(if $(QUICK),true,$(run) --seed 1 --schedules $(THRESHOLDS))
 
 POISSON := poisson_inverse/poisson_inverse.py
@@ -40,43 +44,62 @@ BURGERS := burgers_emulator/burgers_emulator.py
 BOX := navier_stokes_corrector/periodic_box.py
 CYLINDER := navier_stokes_corrector/cylinder.py
 AUTOREGRESSIVE := autoregressive_emulator/autoregressive_emulator.py
+CONDUCTIVITY := conductivity_network/conductivity_network.py
 
 poisson: install
-	$(call study,$(POISSON),220 330 440 550)
+	$(call study,$(POISSON),$(MANY),220 330 440 550)
 	$(call thresholds,$(POISSON))
-	$(call study,$(POISSON) --solver steepest_descent,20 40 60 80)
-	$(call study,$(POISSON) --optimiser lbfgs,220 330 440 550)
-	$(call study,$(POISSON) --problem three --optimiser lbfgs,110 220 330 440)
-	$(call study,$(POISSON) --problem three --solver steepest_descent,40 60 80 160)
-	$(call study,$(POISSON) --problem field,40 50 60 80)
+	$(call contestants,$(POISSON) --solver cg+icc,$(MANY),rtol:1e-6)
+	$(call study,$(POISSON) --solver steepest_descent,$(MANY),20 40 60 80)
+	$(call study,$(POISSON) --optimiser lbfgs,$(MANY),220 330 440 550)
+	$(call contestants,$(POISSON) --optimiser lbfgs --solver cg+icc,$(MANY),rtol:1e-6)
+	$(call study,$(POISSON) --problem three --optimiser lbfgs,$(MANY),110 220 330 440)
+	$(call contestants,$(POISSON) --problem three --optimiser lbfgs --solver cg+icc,$(MANY),rtol:1e-6)
+	$(call study,$(POISSON) --problem three --solver steepest_descent,$(MANY),40 60 80 160)
+	$(call contestants,$(POISSON) --problem three --solver cg+icc,$(MANY),rtol:1e-6)
+	$(call study,$(POISSON) --problem field,$(MANY),40 50 60 80)
+	$(call contestants,$(POISSON) --problem field --solver cg+icc,$(MANY),rtol:1e-6 rtol:1e-4)
 
 heat: install
-	$(call study,$(HEAT) --domain plate,4 6 8)
-	$(call study,$(HEAT) --domain interval --solver jacobi,5 6 8 12 16)
+	$(call study,$(HEAT) --domain plate,$(MANY),4 6 8)
+	$(call contestants,$(HEAT) --domain plate --solver cg+icc,$(MANY),rtol:1e-6 rtol:1e-2)
+	$(call study,$(HEAT) --domain interval --solver jacobi,$(MANY),5 6 8 12 16)
 	$(call thresholds,$(HEAT) --domain interval --solver jacobi)
-	$(call study,$(HEAT) --domain square --solver jacobi,8 12 16)
+	$(call contestants,$(HEAT) --domain interval --solver cg+icc,$(MANY),rtol:1e-6)
+	$(call study,$(HEAT) --domain square --solver jacobi,$(MANY),8 12 16)
 	$(call thresholds,$(HEAT) --domain square --solver jacobi)
-	$(call study,$(HEAT) --domain square --solver steepest_descent,3 4 6 8 16)
+	$(call study,$(HEAT) --domain square --solver steepest_descent,$(MANY),3 4 6 8 16)
 	$(call thresholds,$(HEAT) --domain square --solver steepest_descent)
-	$(call study,$(HEAT) --domain square --solver cg,2 3 5 8)
+	$(call study,$(HEAT) --domain square --solver cg,$(MANY),2 3 5 8)
 	$(call thresholds,$(HEAT) --domain square --solver cg)
-	$(call study,$(HEAT) --domain cube,4 8)
+	$(call contestants,$(HEAT) --domain square --solver cg+icc,$(MANY),rtol:1e-6 rtol:1e-2)
+	$(call study,$(HEAT) --domain cube,$(FEW),4 8)
+	$(call contestants,$(HEAT) --domain cube --solver cg+icc,$(FEW),rtol:1e-6 rtol:1e-2)
 
 burgers: install
-	$(call study,$(BURGERS) --dimension 1,12 20)
+	$(call study,$(BURGERS) --dimension 1,$(MANY),12 20)
 	$(call thresholds,$(BURGERS) --dimension 1)
-	$(call study,$(BURGERS) --dimension 2,2 4 8 12)
+	$(call contestants,$(BURGERS) --dimension 1 --solver gmres+ilu,$(MANY),rtol:1e-6 rtol:1e-3)
+	$(call study,$(BURGERS) --dimension 2,$(FEW),2 4 8 12)
 	$(call thresholds,$(BURGERS) --dimension 2)
+	$(call contestants,$(BURGERS) --dimension 2 --solver gmres+ilu,$(FEW),rtol:1e-6 rtol:1e-3)
 
 navier_stokes: install
-	$(call study,$(BOX),40 48 56)
+	$(call study,$(BOX),$(FEW),40 48 56)
 	$(call thresholds,$(BOX))
-	$(call study,$(CYLINDER),2 4 8)
+	$(call contestants,$(BOX) --solver gmres+ilu,$(FEW),rtol:1e-6 rtol:1e-3)
+	$(call study,$(CYLINDER),$(FEW),2 4 8)
 	$(if $(QUICK),true,cp $(RUNS)/navier_stokes_cylinder-forces.png $(RUNS)/navier_stokes_cylinder-flow.png docs/results/)
+	$(call contestants,$(CYLINDER) --solver gmres+ilu1,$(FEW),rtol:1e-6 rtol:1e-3)
 
 autoregressive: install
-	$(call study,$(AUTOREGRESSIVE),4 8)
+	$(call study,$(AUTOREGRESSIVE),$(MANY),4 8)
 	$(call thresholds,$(AUTOREGRESSIVE))
+	$(call contestants,$(AUTOREGRESSIVE) --solver gmres+ilu,$(MANY),rtol:1e-6 rtol:1e-3)
+
+conductivity: install
+	$(call study,$(CONDUCTIVITY),$(FEW),16 64)
+	$(call contestants,$(CONDUCTIVITY) --solver cg+icc,$(FEW),rtol:1e-6 rtol:1e-2)
 
 reproduce: $(SCENARIOS)
 	$(MAKE) report
