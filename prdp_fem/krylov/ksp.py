@@ -469,12 +469,7 @@ class RefinedKSP:
         """Find the KSP that settings are put on.
 
         The preconditioner is set up by then, where one may be inside. There is none in a direct
-        solver, on which no setting has an effect.
-
-        Warns
-        -----
-        RuntimeWarning
-            Where it is direct, once.
+        solver, on which no setting has an effect, as a warning says once.
         """
         if self._prefix is None and nested.solves_directly(self.ksp):
             self._is_direct = True

@@ -156,6 +156,7 @@ class Guard:
         self._solvers = solvers
         self._history = history
         self._account = account
+        # Whether the history is to have metrics with converged physics, or has errors already.
         self.keeps_metrics = True
         self._rates = _Rates(optimiser)
         self._opening = self._sums()
@@ -225,7 +226,7 @@ class Guard:
                 self._looked_at = len(self._history)
                 self._assess(metric, counted, most, is_last)
         elif is_last and counted.solves:
-            self._keep(metric)
+            _keep(self, metric, self._history)
         if is_last:
             self._close(counted)
 
@@ -285,7 +286,7 @@ class Guard:
         self._wanted = self._needed / _WITHIN if is_converged else 2.0 * most
         self._gap = relative_gap(metric, true)
         if is_converged:
-            self._keep(true)
+            _keep(self, true, self._history)
         self._refinement.heed(self._gap)
         if self._gap > ALLOWED_GAP:
             physics = "converged ones"
@@ -298,11 +299,6 @@ class Guard:
                 f"solve, as far as {_PERCENT}% of the run's iterations go, and these are not "
                 "converged: refinement.assess(validate, solvers) finds what it is worth"
             )
-
-    def _keep(self, metric: float) -> None:
-        """Note a metric with converged physics."""
-        if self.keeps_metrics:
-            self._history.converged.append([len(self._history), metric])
 
     def _count(self, iterations: int) -> None:
         self._spent += iterations
@@ -367,6 +363,12 @@ class Guard:
 
     def _say(self, text: str) -> None:
         self._history.warnings.append(text)
+
+
+def _keep(guard: Guard, metric: float, history: History) -> None:
+    """Note a metric with converged physics."""
+    if guard.keeps_metrics:
+        history.converged.append([len(history), metric])
 
 
 def _is_coarse(setting: Setting) -> bool:
