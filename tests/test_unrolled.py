@@ -73,6 +73,11 @@ def remainder_rate(reduced, control, direction) -> float:
     return float(np.log2(remainders[-2] / remainders[-1]))
 
 
+def sizes_of(layer: SolverLayer) -> list[int]:
+    """The rank-local number of values of each control."""
+    return [control.dat.data_ro.size for control in layer.controls]
+
+
 def dot(gradient, direction) -> float:
     """A derivative in a direction from the gradient by dofs."""
     own = float(gradient.dat.data_ro.reshape(-1) @ direction.dat.data_ro.reshape(-1))
@@ -377,7 +382,7 @@ def test_boundary_values_of_a_batch_that_need_no_gradient():
     layer = SolverLayer(solver, [heat.controls["initial"], heat.controls["boundary"]])
     x, g = (
         torch.rand(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-        for size in layer._sizes
+        for size in sizes_of(layer)
     )
     x.requires_grad_()
     expected = [torch.autograd.grad(layer(x[k], g[k]).sum(), x)[0][k] for k in range(2)]
@@ -465,7 +470,7 @@ def test_batches_of_all_controls_at_once(ksp):
         (
             0.8 + 0.4 * torch.rand(*batch, size, dtype=torch.float64, generator=generator)
         ).requires_grad_()
-        for batch, size in zip(batches, layer._sizes)
+        for batch, size in zip(batches, sizes_of(layer))
     ]
     assert torch.autograd.gradcheck(layer, inputs, eps=1e-6, atol=1e-7, rtol=1e-6)
 
@@ -477,7 +482,7 @@ def test_a_batch_is_what_its_samples_are():
     generator = torch.Generator().manual_seed(2)
     x = [
         (1 + 0.1 * torch.rand(3, size, dtype=torch.float64, generator=generator)).requires_grad_()
-        for size in layer._sizes
+        for size in sizes_of(layer)
     ]
     together = torch.autograd.grad((layer(*x) ** 2).sum(), x)
     for k in range(3):

@@ -178,12 +178,25 @@ def train(
     def alike() -> tuple:
         _check_arguments(network, loss, validate, optimiser, refinement, scheduler)
         _check_count("epochs", epochs)
-        _check_assessments(assess, assess_every)
+        assessed = _check_assessments(assess, assess_every)
         _check_solvers(solvers, refinement, sharing)
         _check_optimiser(network, optimiser, comm, sharing)
         _check_scheduler(optimiser, scheduler, epochs)
         checked_mode(guard)
+<<<<<<< HEAD
         return epochs, samples, batch_size, seed, guard, refinement.level, refinement.setting
+=======
+        return (
+            epochs,
+            assessed,
+            guard,
+            samples,
+            batch_size,
+            seed,
+            refinement.level,
+            refinement.setting,
+        )
+>>>>>>> 1d886eb (What is assessed, and how often, must be alike on all ranks)
 
     solvers = list(solvers) if isinstance(solvers, Iterable) else solvers
     agree(comm, alike, "epochs, samples, batch sizes, seeds, guards and levels of refinement")
@@ -444,11 +457,12 @@ def _check_arguments(network, loss, validate, optimiser, refinement, scheduler) 
         )
 
 
-def _check_assessments(assess, every) -> None:
+def _check_assessments(assess, every) -> tuple:
+    """Raise for what cannot be assessed, and return what ranks must have alike."""
     if every is not None:
         _check_count("assess_every", every)
     if assess is None:
-        return
+        return ()
     if not isinstance(assess, Mapping):
         raise TypeError(f"assess must be a dictionary of functions by name, found {assess!r}")
     for name, function in assess.items():
@@ -456,6 +470,7 @@ def _check_assessments(assess, every) -> None:
             raise ValueError(f"assess can have {' and '.join(ASSESSED)}, found {name!r}")
         if not callable(function):
             raise TypeError(f"assess[{name!r}] must be callable, found {function!r}")
+    return *assess, every
 
 
 def _check_count(name: str, count) -> None:
