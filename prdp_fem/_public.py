@@ -7,6 +7,7 @@ from prdp_fem.release import require_firedrake
 require_firedrake()
 
 # Name by name, as a type checker, which meets these modules in a circle, loses those of a star.
+from prdp_fem.advice import Advice, advise
 from prdp_fem.refinement import (
     Assessment,
     CoarsePhysicsWarning,
@@ -35,6 +36,7 @@ from prdp_fem.unrolled import SteepestDescent
 # Without LinearVariationalSolver and NonlinearVariationalSolver: a star import leaves a script's
 # names from Firedrake and torch alone.
 __all__ = [
+    "Advice",
     "Assessment",
     "CoarsePhysicsWarning",
     "DiscrepancyRefinement",
@@ -54,6 +56,7 @@ __all__ = [
     "Tolerance",
     "ToleranceLadder",
     "Unrolled",
+    "advise",
     "control",
     "refinement_from_options",
 ]

@@ -60,7 +60,10 @@ else:
 
 
 class RefinedSolver(_Firedrakes):
-    """A solver of Firedrake's whose KSP follows a refinement; in front of that among its bases."""
+    """A solver of Firedrake's whose KSP follows a refinement; in front of that among its bases.
+
+    ``arguments`` is what it was made with, for others of the same problem.
+    """
 
     _kind: Kind
     # What a solver has been before it came under control, while it is initialised again.
@@ -80,6 +83,7 @@ class RefinedSolver(_Firedrakes):
         **kwargs,
     ):
         check_problem(problem, self._kind.problem_type)
+        self.arguments = {**kwargs, "ksp_prefix": ksp_prefix}
         given: dict[str, Any] = {}
 
         def look() -> list[str]:
