@@ -183,9 +183,6 @@ def train(
         _check_optimiser(network, optimiser, comm, sharing)
         _check_scheduler(optimiser, scheduler, epochs)
         checked_mode(guard)
-<<<<<<< HEAD
-        return epochs, samples, batch_size, seed, guard, refinement.level, refinement.setting
-=======
         return (
             epochs,
             assessed,
@@ -196,7 +193,6 @@ def train(
             refinement.level,
             refinement.setting,
         )
->>>>>>> 1d886eb (What is assessed, and how often, must be alike on all ranks)
 
     solvers = list(solvers) if isinstance(solvers, Iterable) else solvers
     agree(comm, alike, "epochs, samples, batch sizes, seeds, guards and levels of refinement")
