@@ -11,6 +11,7 @@ from prdp_fem.advice.candidates import Candidate, factorisations, iterations, pr
 from prdp_fem.advice.method import FAILURES, Method, Reference, Row
 from prdp_fem.advice.subject import Subject
 from prdp_fem.advice.trips import Trips
+from prdp_fem.freshness import UNSEEN
 from prdp_fem.krylov.nested import is_direct
 from prdp_fem.refinement.geometric import GeometricLadder
 from prdp_fem.refinement.ladders import NewtonLadder, Tolerance
@@ -314,13 +315,13 @@ def _time_set_up(method: Method, trips: Trips) -> None:
     if method.rows:
         setting = method.rows[0].setting
         usual = sum(trips.go(setting, None).seconds)
-        trips.solver.system.invalidate()
+        trips.solver.system.place.clock.changed(UNSEEN)
         method.set_up = max(sum(trips.go(setting, None).seconds) - usual, 0.0)
 
 
 def _is_symmetric(trips: Trips) -> bool:
     """Whether the operator of the last trip is symmetric."""
     try:
-        return trips.solver.system.linearisation.krylov.symmetry.has_symmetric_operator()
+        return trips.solver.system.linearisation.krylov.symmetry.has_symmetric_operator.value
     except FAILURES:
         return False

@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 from pyadjoint.tape import stop_annotating
 
+from prdp_fem.freshness import UNSEEN
 from prdp_fem.memory.devices import HOST
 from prdp_fem.problem.wanted import Wanted
 from prdp_fem.refinement.rules import FixedRefinement
@@ -80,7 +81,7 @@ class Trips(ABC):
         now = time.thread_time if solver.device == HOST else time.perf_counter
         with stop_annotating():
             if self._renews:
-                system.invalidate()
+                system.place.clock.changed(UNSEEN)
             start = now()
             solutions, others = self._forward()
             forward = now() - start
@@ -142,7 +143,7 @@ class SolverTrips(Trips):
             records,
             Wanted({}),
         )
-        return [np.array(system.linearisation.multipliers(1).values(0))[None]]
+        return [np.array(system.linearisation.multipliers.value[1].values(0))[None]]
 
 
 class LayerTrips(Trips):

@@ -454,11 +454,7 @@ class RefinedKSP:
         # The others beside the one that settings are put on; None where they are to be looked for.
         self._others: list[PETSc.KSP] | None = None
         self._is_budget = False
-        # The converged reasons by which the KSP that it is put on has done what a setting asks.
-        self._good = _GOOD
-        self._hidden_iterations = 0
-        self._hidden_failure: str | None = None
-        self._post_solve = PostSolve(self._after_hidden_solve)
+        self._hidden = _HiddenSolves()
 
     @property
     def is_found(self) -> bool:
@@ -482,7 +478,7 @@ class RefinedKSP:
         self._others = None
         self._asked = None
         if self._is_hidden:
-            self._post_solve.put_on(refined)
+            self._hidden.watch(refined)
 
     def _look_inside(self) -> PETSc.KSP:
         try:
@@ -529,7 +525,7 @@ class RefinedKSP:
     @property
     def good_reasons(self) -> frozenset[int]:
         """The converged reasons by which a solve of the KSP has done what it was asked for."""
-        return _GOOD if self.is_nested else self._good
+        return _GOOD if self.is_nested else self._hidden.good
 
     @property
     def is_nested(self) -> bool:
@@ -540,13 +536,6 @@ class RefinedKSP:
     def _is_hidden(self) -> bool:
         """Whether solves of the KSP that settings are put on are called by others."""
         return self._refined is not None and (self._in_snes or self._refined is not self.ksp)
-
-    def _after_hidden_solve(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
-        self._hidden_iterations += ksp.getIterationNumber()
-        reason = ksp.getConvergedReason()
-        # A SNES that trusts a region asks for a step in that.
-        if reason not in self._good and reason not in _STOPPED_SHORT:
-            self._hidden_failure = _failure(ksp)
 
     def apply(self, setting: Setting | None, guess: bool, *, is_absolute: bool = True) -> bool:
         """Put a setting on the KSP; None, or a setting of None, for what its options say.
@@ -571,9 +560,9 @@ class RefinedKSP:
         guess = guess and not ksp_facts(types[0]).only_applies_preconditioner
         # It may have been set by hand since, or by somebody who has the same KSP.
         ksp.setInitialGuessNonzero(guess)
-        self._hidden_iterations, self._hidden_failure = 0, None
+        self._hidden.begin()
         if self._is_hidden:
-            self._post_solve.put_on(self._refined)
+            self._hidden.watch(self._refined)
         # Tolerances of another KSP, inside, are looked at below.
         asked = types, guess, self._ignores_absolute or is_absolute
         if setting is self._setting and asked == self._asked and ksp.getTolerances() == self._left:
@@ -589,9 +578,7 @@ class RefinedKSP:
         if self._is_direct:
             setting = None
         self._is_budget = setting is not None and bool(setting.budget)
-        self._good = _GOOD
-        if setting is not None:
-            self._good = _GOOD | {_USED_UP} if setting.budget else _GOOD - {_BY_NUMBER}
+        self._hidden.good = _good_for(setting)
         refined = ksp if self._refined is None else self._refined
         beside = self._beside(refined)
         for other in beside:
@@ -664,22 +651,73 @@ class RefinedKSP:
         return iterations if self._refined is None else self._account()
 
     def _account(self) -> int:
-        failure = self._hidden_failure
-        comm = self.ksp.comm
         assert self._refined is not None  # as this is asked of a KSP inside, which was found
-        if self._refined.comm.size < comm.size:
+        return self._hidden.account(self._refined.comm, self.ksp.comm, self.name)
+
+    def failure(self) -> str:
+        """What went wrong in the last solve."""
+        return self._hidden.failure or _failure(self.ksp)
+
+
+class _HiddenSolves:
+    """What solves that others call, of the KSP that settings are put on, spend, and why they fail.
+
+    Attributes
+    ----------
+    good : frozenset of int
+        The converged reasons by which a solve has done what the setting asks.
+    failure : str or None
+        What went wrong since :meth:`begin`.
+    """
+
+    def __init__(self):
+        self.good = _GOOD
+        self.failure: str | None = None
+        self._iterations = 0
+        self._post_solve = PostSolve(self._note)
+
+    def watch(self, ksp: PETSc.KSP) -> None:
+        """Be told of the solves of a KSP."""
+        self._post_solve.put_on(ksp)
+
+    def begin(self) -> None:
+        """Forget the solves of before."""
+        self._iterations = 0
+        self.failure = None
+
+    def _note(self, ksp: PETSc.KSP, b: PETSc.Vec, x: PETSc.Vec) -> None:
+        self._iterations += ksp.getIterationNumber()
+        reason = ksp.getConvergedReason()
+        # A SNES that trusts a region asks for a step in that.
+        if reason not in self.good and reason not in _STOPPED_SHORT:
+            self.failure = _failure(ksp)
+
+    def account(self, inside: PETSc.Comm, comm: PETSc.Comm, name: str) -> int:
+        """The iterations of the solves since the last account, on the ranks of one of them and of
+        the solve that calls them.
+
+        Raises
+        ------
+        firedrake.exceptions.ConvergenceError
+            Where one of them failed, on all ranks.
+        """
+        failure = self.failure
+        if inside.size < comm.size:
             # It is a block of this rank. That of another one may have failed, which raises, too.
             if comm.tompi4py().allreduce(failure is not None, MPI.LOR):
                 failure = failure or "has failed on another rank"
         if failure is not None:
-            raise ConvergenceError(f"a linear solve inside that for '{self.name}' {failure}")
-        iterations = self._hidden_iterations
-        self._hidden_iterations = 0
+            raise ConvergenceError(f"a linear solve inside that for '{name}' {failure}")
+        iterations = self._iterations
+        self._iterations = 0
         return iterations
 
-    def failure(self) -> str:
-        """What went wrong in the last solve."""
-        return self._hidden_failure or _failure(self.ksp)
+
+def _good_for(setting: Setting | None) -> frozenset[int]:
+    """The converged reasons by which a solve has done what a setting asks."""
+    if setting is None:
+        return _GOOD
+    return _GOOD | {_USED_UP} if setting.budget else _GOOD - {_BY_NUMBER}
 
 
 def _failure(ksp: PETSc.KSP) -> str:

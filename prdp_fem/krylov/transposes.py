@@ -35,8 +35,7 @@ __all__ = ["Krylov"]
 class Krylov:
     """The solves of a linear system and its transpose, each told how far to go.
 
-    They depend on nothing but their arguments: each starts from zero, or from the guess that it is
-    given.
+    They depend on their arguments alone: each starts from zero, or from the guess it is given.
 
     Parameters
     ----------
@@ -107,11 +106,9 @@ class Krylov:
         )
         # How to solve with the operator as it is now.
         self._transposed_solver = Kept(self._find_transposed_solver, clock, by_values)
-        # The functions that solve, by the kind of solve, while nothing that they were made for
-        # changes.
+        # The functions that solve, by the kind of solve.
         self._solves: Kept[dict[str, CountedSolve]] = Kept(dict, clock, by_values)
-        # Whether the transpose is solved with, for which of those solutions the factorisation was
-        # looked at.
+        # Whether solves are transposed, for those that the factorisation was looked at after.
         self._looked_at: Kept[set[bool]] = Kept(set, clock, by_values)
 
     def look_at_operator(self) -> None:

@@ -176,17 +176,9 @@ class Guard:
         self._has_looked_at_rates = False
 
     def _sums(self) -> np.ndarray:
-        return (
-            np.array(
-                [
-                    (one.solves, one.newton_steps, one.iterations)
-                    for one in (solver.statistics for solver in self._solvers)
-                ],
-                dtype=np.int64,
-            )
-            .reshape(-1, 3)
-            .sum(axis=0)
-        )
+        done = [solver.statistics for solver in self._solvers]
+        counts = [(one.solves, one.newton_steps, one.iterations) for one in done]
+        return np.array(counts, dtype=np.int64).reshape(-1, 3).sum(axis=0)
 
     def validate(self) -> Any:
         """The validation of an epoch, which is counted."""
