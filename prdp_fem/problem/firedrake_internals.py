@@ -265,10 +265,15 @@ class Callbacks:
         self._solver = solver
         self._context = solver._ctx
         self.memory = memory
-        with self._context._F.dat.vec_ro as vector:
-            self._residual, self._residual_on_host = memory.vector(vector), vector.duplicate()
+        self.renew()
         self._has_pattern = False
         self._pointers: CallbackPointers | None = None
+
+    def renew(self) -> None:
+        """Make their vectors anew, which an error can leave locked, from the next time on."""
+        with self._context._F.dat.vec_ro as vector:
+            self._residual = self.memory.vector(vector)
+            self._residual_on_host = vector.duplicate()
 
     def attach(self) -> None:
         """Have the SNES call them: solvers of one space share its DM, which holds the callbacks."""

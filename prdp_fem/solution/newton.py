@@ -76,6 +76,8 @@ class NewtonSolve:
     def _reset(self) -> None:
         with self._context():
             self.newton.reset()
+        if self._made_callbacks is not None:
+            self._made_callbacks.renew()
         self._was_set_up = False
 
     def _callbacks(self) -> Callbacks:
