@@ -180,8 +180,11 @@ for network in ("dense", "graph", "control"):
 
 
 def test_two_runs_on_a_layout_give_the_same_bits():
+    # So few epochs are too few for the guard, whose warnings are not what is compared.
     script = f"""{HERE}
+import warnings
 from firedrake import *
+warnings.simplefilter("ignore")
 history = test_layouts.losses(Ensemble(COMM_WORLD, COMM_WORLD.size), "graph", cells=(20, 20))
 if COMM_WORLD.rank == 0:
     print([metric.hex() for metric in history.metric])"""

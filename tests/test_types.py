@@ -53,7 +53,7 @@ def test_users_have_types(tmp_path):
     ] == [
         "bool",
         "int",
-        "prdp_fem.refinement.rules.ProgressiveRefinement",
+        "prdp_fem.refinement.rules.Refinement",
         "prdp_fem.statistics.Statistics",
         "prdp_fem.torch.layer.SolverLayer",
     ]

@@ -836,7 +836,7 @@ rows("Study name", lambda k, v: Study(v, k.arguments, ladder=[1], setup={}), [No
 rows("Study name", lambda k, v: Study(v, k.arguments, ladder=[1], setup={}), ["", "a/b"],
      "name must be one that files can have")
 rows("Study ladder", lambda k, v: Study("s", k.arguments, ladder=v, setup={}),
-     [None, 5, "x", ["x"]], "ladder", TypeError)
+     [5, "x", ["x"]], "ladder", TypeError)
 rows("Study ladder", lambda k, v: Study("s", k.arguments, ladder=v, setup={}), [[], [0], [3, 1]],
      "ladder")
 rows("Study converged", lambda k, v: Study("s", k.arguments, ladder=[1], converged=v, setup={}),
