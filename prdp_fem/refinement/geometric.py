@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from prdp_fem.arguments import COUNT, count, fraction, is_real, shown
+from prdp_fem.refinement.counts import CountLadder
 from prdp_fem.refinement.registry import ladder
 from prdp_fem.refinement.settings import Iterations
 
@@ -16,7 +16,7 @@ _LEAST_RATIO = 1.01
 
 
 @ladder("geometric", step=None, ratio=("ratio", float))
-class GeometricLadder(Sequence):
+class GeometricLadder(CountLadder):
     """Iteration counts from ``start``, each ``ratio`` times the last, and at least one more.
 
     Where a ladder of equal steps suits one solver, this one suits any: few levels lead to a hundred
@@ -62,32 +62,16 @@ class GeometricLadder(Sequence):
             counts.append(more)
         self._counts = tuple(counts)
 
-    def __len__(self) -> int:
-        return len(self._counts)
-
     def __getitem__(self, level):
         counts = self._counts[level]
         if isinstance(counts, tuple):
             return [Iterations(iterations, self.rtol_floor) for iterations in counts]
         return Iterations(counts, self.rtol_floor)
 
-    def __contains__(self, setting) -> bool:
-        if not isinstance(setting, Iterations) or setting.rtol_floor != self.rtol_floor:
-            return False
-        return setting.iterations in self._counts
-
     def __repr__(self) -> str:
         floor = "" if self.rtol_floor == 1e-12 else f", rtol_floor={self.rtol_floor!r}"
         ratio = "2**0.5" if self.ratio == 2**0.5 else repr(self.ratio)
         return f"GeometricLadder(start={self.start}, ratio={ratio}, stop={self.stop}{floor})"
-
-    def __eq__(self, other) -> bool:
-        if not isinstance(other, GeometricLadder):
-            return NotImplemented
-        return (self._counts, self.rtol_floor) == (other._counts, other.rtol_floor)
-
-    def __hash__(self) -> int:
-        return hash((self._counts, self.rtol_floor))
 
 
 def _checked_ratio(ratio) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prdp_fem.arguments import count, fraction, shown
+from prdp_fem.refinement.counts import CountLadder
 from prdp_fem.refinement.registry import is_registered, ladder
 from prdp_fem.refinement.settings import (
     Iterations,
@@ -127,7 +128,7 @@ def _is_coarser(setting: Setting, other: Setting) -> bool:
 
 
 @ladder("iterations")
-class IterationLadder(Sequence):
+class IterationLadder(CountLadder):
     """Iteration counts ``start, start + step, …`` up to and including ``stop``.
 
     Parameters
@@ -158,9 +159,6 @@ class IterationLadder(Sequence):
         self.stop = None if stop is None else int(stop)
         self.rtol_floor = fraction("rtol_floor", rtol_floor, allow_zero=True)
 
-    def __len__(self) -> int:
-        return len(self._counts)
-
     def __getitem__(self, level):
         counts = self._counts[level]
         if isinstance(counts, range):
@@ -169,22 +167,9 @@ class IterationLadder(Sequence):
             return [Iterations(iterations, self.rtol_floor) for iterations in counts]
         return Iterations(counts, self.rtol_floor)
 
-    def __contains__(self, setting) -> bool:
-        if not isinstance(setting, Iterations) or setting.rtol_floor != self.rtol_floor:
-            return False
-        return setting.iterations in self._counts
-
     def __repr__(self) -> str:
         floor = "" if self.rtol_floor == 1e-12 else f", rtol_floor={self.rtol_floor!r}"
         return f"IterationLadder(start={self.start}, step={self.step}, stop={self.stop}{floor})"
-
-    def __eq__(self, other) -> bool:
-        if not isinstance(other, IterationLadder):
-            return NotImplemented
-        return (self._counts, self.rtol_floor) == (other._counts, other.rtol_floor)
-
-    def __hash__(self) -> int:
-        return hash((self._counts, self.rtol_floor))
 
 
 @ladder("tolerances", start=float, step=("factor", float), stop=float)
