@@ -62,7 +62,7 @@ class Work:
                 entered = around()
                 entered.__enter__()
                 self._entered = entered
-        except BaseException as error:
+        except BaseException as error:  # an interrupt, too, leaves PETSc's objects half-way
             self._leave()
             self._spoil(error)
             raise

@@ -139,7 +139,7 @@ def control(solver, refinement: Refinement | None, **options):
         is_nonlinear = isinstance(solver, NonlinearVariationalSolver)
         refined_type = NonlinearVariationalSolver if is_nonlinear else LinearVariationalSolver
         refined_type.__init__(solver, problem, refinement=refinement, **arguments)
-    except BaseException:
+    except BaseException:  # whatever has ended it, the solver is the user's own again
         predecessor.restore(solver)
         if predecessor.has_passed_on:
             reset(solver)
