@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from prdp_fem.advice.advice import Advice
-from prdp_fem.advice.bench import Bench, Method
+from prdp_fem.advice.bench import Bench
+from prdp_fem.advice.method import Method
 from prdp_fem.advice.rule import Choice, choose
 from prdp_fem.advice.subject import Subject
 from prdp_fem.arguments import is_real, shown
